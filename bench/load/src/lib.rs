@@ -1,0 +1,1 @@
+//! Load generator over the HTTP API.

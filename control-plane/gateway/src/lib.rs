@@ -1,0 +1,1 @@
+//! The HTTP gateway: OpenAI-compatible doors over an engine handle.

@@ -1,0 +1,1 @@
+//! The scheduler: pure state machine from events to step plans.

@@ -1,0 +1,1 @@
+//! Tokenizer, chat templates, incremental detokenising, stop strings.

@@ -1,0 +1,1 @@
+//! Devices: CPU buffers, threads.

@@ -1,0 +1,1 @@
+//! The step protocol on the wire: gRPC client and server that speak step types.

@@ -1,0 +1,1 @@
+//! Executes step plans: slots, batches, the CPU backend, the sampler.

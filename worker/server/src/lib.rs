@@ -1,0 +1,1 @@
+//! The worker process: gRPC server around an engine thread.

@@ -1,0 +1,1 @@
+//! Checkpoints: safetensors reading, random weights, hub download.
