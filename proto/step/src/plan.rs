@@ -123,8 +123,9 @@ pub struct PrefillRun {
 
 /// Change to the decode set: slots that each step run one token (the last sampled) and sample.
 ///
-/// A steady step is an empty delta. A slot may join in the step whose prefill samples its first
-/// token: it decodes from the next step on.
+/// A steady step is an empty delta. The delta applies before anything runs. A slot that joins in
+/// the step whose prefill chunk samples its first token is not run twice: a slot with a chunk in a
+/// step does not decode in that step, so it decodes from the next one on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DecodeDelta {
     /// Slots that decode from this step on.

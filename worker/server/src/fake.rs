@@ -1,0 +1,208 @@
+//! A worker without a model: follows plans faithfully, draws tokens from a hash, takes the time a
+//! cost model says. It lets everything above the engine be tested at any scale without weights.
+//!
+//! It keeps no KV and does not check block ownership (the simulator's worker does). Invariant: a
+//! token depends on (seed, choice, position) alone, so batches, chunks and restarts cannot change it.
+
+use crate::{Stepper, WorkerFault};
+use ids::{Bytes, GroupId, RequestId, SlotGeneration, SlotId, TokenId, Tokens};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+use step::{
+    Configure, GroupKind, GroupSpec, Hello, Logprobs, Outcome, Sampled, Section, SlotOp, StepPlan,
+    StepTiming, TokenLogprob, Upload,
+};
+
+/// Time a step takes: `base + per_decode * decodes + per_prefill * prompt tokens`.
+#[derive(Clone, Copy, Debug)]
+pub struct FakeCost {
+    /// Of any step.
+    pub base: Duration,
+    /// Of each slot that decodes.
+    pub per_decode: Duration,
+    /// Of each prompt token.
+    pub per_prefill: Duration,
+}
+
+/// The fake engine.
+#[derive(Debug)]
+pub struct Fake {
+    cost: FakeCost,
+    vocab: u32,
+    uploads: BTreeMap<RequestId, u32>,
+    slots: BTreeMap<SlotId, Slot>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    generation: SlotGeneration,
+    seed: u64,
+    choice: u32,
+    logprobs: bool,
+    known: u32,
+    computed: u32,
+    decoding: bool,
+}
+
+impl Fake {
+    /// A fake that draws from `vocab` tokens.
+    #[must_use]
+    pub fn new(vocab: u32, cost: FakeCost) -> Self {
+        Self { cost, vocab, uploads: BTreeMap::new(), slots: BTreeMap::new() }
+    }
+
+    fn apply(&mut self, section: &Section) -> Result<(), WorkerFault> {
+        for op in &section.ops {
+            match op {
+                SlotOp::Admit(admit) => {
+                    let uploaded = self.uploads.remove(&admit.request);
+                    if uploaded != Some(admit.known.0) {
+                        return Err(WorkerFault(format!(
+                            "request {} admitted with {} tokens, {uploaded:?} uploaded",
+                            admit.request, admit.known
+                        )));
+                    }
+                    let slot = Slot {
+                        generation: admit.slot.generation,
+                        seed: admit.sampling.seed,
+                        choice: admit.sampling.choice,
+                        logprobs: admit.sampling.logprobs.is_some(),
+                        known: admit.known.0,
+                        computed: admit.cached.0,
+                        decoding: false,
+                    };
+                    self.slots.insert(admit.slot.slot, slot);
+                }
+                SlotOp::Retire { slot } => {
+                    self.slot(*slot)?;
+                    self.slots.remove(slot);
+                }
+                SlotOp::Extend { slot, .. } | SlotOp::Trim { slot, .. } => {
+                    self.slot(*slot)?;
+                }
+            }
+        }
+        for slot in &section.decode.leave {
+            self.slot(*slot)?.decoding = false;
+        }
+        for slot in &section.decode.join {
+            self.slot(*slot)?.decoding = true;
+        }
+        Ok(())
+    }
+
+    fn slot(&mut self, slot: SlotId) -> Result<&mut Slot, WorkerFault> {
+        self.slots.get_mut(&slot).ok_or_else(|| WorkerFault(format!("slot {slot} is not admitted")))
+    }
+
+    fn sample(&mut self, id: SlotId) -> Result<Sampled, WorkerFault> {
+        let vocab = self.vocab;
+        let slot = self.slot(id)?;
+        let token = TokenId(draw(slot.seed, slot.choice, slot.known) % vocab);
+        slot.known += 1;
+        let chosen = TokenLogprob { token, logprob: -1.0, rank: 1 };
+        Ok(Sampled {
+            slot: id,
+            generation: slot.generation,
+            token,
+            fault: None,
+            logprobs: slot.logprobs.then(|| Box::new(Logprobs { chosen, top: vec![chosen] })),
+        })
+    }
+}
+
+impl Stepper for Fake {
+    fn hello(&self) -> Hello {
+        Hello {
+            architecture: "Fake".into(),
+            vocab: self.vocab,
+            max_context: Tokens(1 << 20),
+            groups: vec![GroupSpec {
+                group: GroupId(0),
+                kind: GroupKind::Full,
+                block_bytes: Bytes(64),
+            }],
+            cache_bytes: Bytes(64 << 16),
+            alignment: Bytes(64),
+            backend: "fake".into(),
+        }
+    }
+
+    fn configure(&mut self, _: &Configure) -> Result<(), WorkerFault> {
+        Ok(())
+    }
+
+    fn upload(&mut self, upload: &Upload) -> Result<(), WorkerFault> {
+        let count = u32::try_from(upload.tokens.len())
+            .map_err(|_| WorkerFault("an upload of more than 2^32 tokens".into()))?;
+        let held = self.uploads.entry(upload.request).or_default();
+        if upload.offset.0 == 0 {
+            *held = 0;
+        }
+        if *held != upload.offset.0 {
+            return Err(WorkerFault(format!(
+                "request {}: upload at {} after {held} tokens",
+                upload.request, upload.offset
+            )));
+        }
+        *held += count;
+        Ok(())
+    }
+
+    fn forget(&mut self, request: RequestId) {
+        self.uploads.remove(&request);
+    }
+
+    fn step(&mut self, plan: &StepPlan) -> Result<Outcome, WorkerFault> {
+        let started = Instant::now();
+        let mut sampled = Vec::new();
+        let (mut tokens, mut prefill_tokens) = (0, 0);
+        for section in &plan.sections {
+            self.apply(section)?;
+            let in_prefill = |id: &SlotId| section.prefill.iter().any(|run| run.slot == *id);
+            let decoding: Vec<SlotId> = self
+                .slots
+                .iter()
+                .filter(|(id, slot)| slot.decoding && !in_prefill(id))
+                .map(|(id, _)| *id)
+                .collect();
+            for run in &section.prefill {
+                let slot = self.slot(run.slot)?;
+                slot.computed += run.tokens.0;
+                if slot.computed > slot.known || run.sample != (slot.computed == slot.known) {
+                    return Err(WorkerFault(format!("slot {}: chunk past its tokens", run.slot)));
+                }
+                prefill_tokens += run.tokens.0;
+                if run.sample {
+                    sampled.push(self.sample(run.slot)?);
+                }
+            }
+            for id in &decoding {
+                self.slot(*id)?.computed += 1;
+                sampled.push(self.sample(*id)?);
+            }
+            tokens += prefill_tokens + u32::try_from(decoding.len()).unwrap_or(u32::MAX);
+        }
+        let cost = self.cost.base
+            + self.cost.per_decode * (tokens - prefill_tokens)
+            + self.cost.per_prefill * prefill_tokens;
+        std::thread::sleep(cost.saturating_sub(started.elapsed()));
+        let total_ns = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        Ok(Outcome {
+            seq: plan.seq,
+            incarnation: plan.incarnation,
+            sampled,
+            prompt_logprobs: Vec::new(),
+            timing: StepTiming { total_ns, model_ns: total_ns, tokens, prefill_tokens },
+            digest: plan.seq.0,
+        })
+    }
+}
+
+/// A well-mixed number from seed, choice and position.
+fn draw(seed: u64, choice: u32, position: u32) -> u32 {
+    let mut z = seed ^ (u64::from(choice) << 32 | u64::from(position));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    (z >> 32) as u32
+}

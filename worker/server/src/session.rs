@@ -1,0 +1,147 @@
+//! One session: load, hello, configure, then steps until either side ends.
+
+use ids::{Incarnation, RequestId};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use step::{Configure, Hello, LoadProgress, Outcome, StepPlan, ToScheduler, ToWorker, Upload};
+use tokio::sync::mpsc::UnboundedSender;
+use wire::{Incoming, ServeError};
+
+/// What executes steps. One lives on the engine thread of a worker.
+pub trait Stepper: 'static {
+    /// What this engine offers; said once, after loading.
+    fn hello(&self) -> Hello;
+    /// Carves memory and sets limits; called once, before any step.
+    ///
+    /// # Errors
+    /// When the configuration does not fit what `hello` offered.
+    fn configure(&mut self, configure: &Configure) -> Result<(), WorkerFault>;
+    /// Takes tokens ahead of an admission.
+    ///
+    /// # Errors
+    /// When they do not continue what was uploaded.
+    fn upload(&mut self, upload: &Upload) -> Result<(), WorkerFault>;
+    /// Drops tokens that will not be admitted.
+    fn forget(&mut self, request: RequestId);
+    /// Executes one step.
+    ///
+    /// # Errors
+    /// When the plan contradicts the engine's state; the engine cannot be trusted afterwards.
+    fn step(&mut self, plan: &StepPlan) -> Result<Outcome, WorkerFault>;
+}
+
+/// Why a worker gives up. The text is for the operator: what is wrong and what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct WorkerFault(pub String);
+
+impl WorkerFault {
+    /// A fault with the whole chain of `error` in its text.
+    pub fn from_error(error: &dyn std::error::Error) -> Self {
+        let mut text = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            text.push_str(": ");
+            text.push_str(&cause.to_string());
+            source = cause.source();
+        }
+        Self(text)
+    }
+}
+
+/// Serves `socket` for one session. `load` runs on the engine thread and reports its progress.
+///
+/// # Errors
+/// When the socket cannot be served; a fault of the engine is told to the scheduler instead.
+pub async fn serve<S, L>(socket: &Path, load: L) -> Result<(), ServeError>
+where
+    S: Stepper,
+    L: FnOnce(&mut dyn FnMut(LoadProgress)) -> Result<S, WorkerFault> + Send + 'static,
+{
+    wire::serve(socket, move |incoming| {
+        let replies = incoming.replies.clone();
+        let engine = std::thread::Builder::new().name("engine".into());
+        if let Err(error) = engine.spawn(move || live(incoming, load)) {
+            let _ = replies.send(ToScheduler::Fault(format!("cannot start a thread: {error}")));
+        }
+    })
+    .await
+}
+
+/// The engine thread: everything that goes wrong becomes the last reply.
+fn live<S: Stepper>(
+    mut incoming: Incoming,
+    load: impl FnOnce(&mut dyn FnMut(LoadProgress)) -> Result<S, WorkerFault>,
+) {
+    let replies = incoming.replies.clone();
+    // A panic is a bug in the engine; it must reach the operator through the scheduler's log and
+    // end this life, not leave a thread dead and a stream open.
+    let lived = catch_unwind(AssertUnwindSafe(|| run(&mut incoming, load)));
+    let fault = match lived {
+        Ok(Ok(())) => return,
+        Ok(Err(fault)) => fault.0,
+        Err(panic) => format!("the engine panicked: {}", panic_text(panic.as_ref())),
+    };
+    tracing::error!(fault, "worker fault");
+    let _ = replies.send(ToScheduler::Fault(fault));
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message")
+}
+
+fn run<S: Stepper>(
+    incoming: &mut Incoming,
+    load: impl FnOnce(&mut dyn FnMut(LoadProgress)) -> Result<S, WorkerFault>,
+) -> Result<(), WorkerFault> {
+    let replies = incoming.replies.clone();
+    let mut engine = load(&mut |progress| say(&replies, ToScheduler::Loading(progress)))?;
+    say(&replies, ToScheduler::Hello(engine.hello()));
+    let mut life: Option<Incarnation> = None;
+    while let Some(command) = incoming.commands.blocking_recv() {
+        let command = command.map_err(|malformed| WorkerFault::from_error(&malformed))?;
+        match command {
+            ToWorker::Configure(configure) => {
+                if life.is_some() {
+                    return Err(WorkerFault("configured twice".into()));
+                }
+                engine.configure(&configure)?;
+                life = Some(configure.incarnation);
+                say(&replies, ToScheduler::Ready(configure.incarnation));
+            }
+            ToWorker::Upload(upload) => {
+                expect_life(life, upload.incarnation)?;
+                engine.upload(&upload)?;
+            }
+            ToWorker::Forget(incarnation, request) => {
+                expect_life(life, incarnation)?;
+                engine.forget(request);
+            }
+            ToWorker::Step(plan) => {
+                expect_life(life, plan.incarnation)?;
+                say(&replies, ToScheduler::Outcome(engine.step(&plan)?));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn expect_life(life: Option<Incarnation>, named: Incarnation) -> Result<(), WorkerFault> {
+    match life {
+        Some(life) if life == named => Ok(()),
+        Some(life) => Err(WorkerFault(format!(
+            "a command names incarnation {named}, this worker lives in {life}"
+        ))),
+        None => Err(WorkerFault("a command came before the configuration".into())),
+    }
+}
+
+fn say(replies: &UnboundedSender<ToScheduler>, reply: ToScheduler) {
+    // A scheduler that is gone also ends the commands, which ends the loop.
+    let _ = replies.send(reply);
+}
