@@ -1,1 +1,26 @@
-//! Checkpoints: safetensors reading, random weights, hub download.
+//! Checkpoints: safetensors files read as they lie in the page cache, the same tensors made of a
+//! seeded generator, and the download of a model from a hub.
+//!
+//! It knows tensors by name, type and shape; what a tensor means to a model, and which tensors a
+//! model has, is the `model` crate's business. It runs no code found beside weights and reads no
+//! format that could carry any.
+//!
+//! Invariant: no byte of a tensor is handed out before the file that holds it has been checked
+//! whole (lengths, offsets, overlaps, names), and every refusal names file, tensor and offset.
+#![deny(unsafe_code)]
+
+mod checkpoint;
+mod error;
+mod header;
+#[allow(unsafe_code, reason = "the one memory map of the workspace")]
+mod map_file;
+mod slice;
+
+pub use checkpoint::{Checkpoint, TensorView};
+pub use error::{CheckpointError, Defect};
+pub use map_file::MappedFile;
+pub use safetensors::Dtype;
+pub use slice::{Buffer, Slice};
+
+#[cfg(target_endian = "big")]
+compile_error!("safetensors are little-endian and are used as they lie in the file");

@@ -1,0 +1,86 @@
+//! Weights as typed numbers: borrowed as they lie in the file, or owned where they had to be made.
+//!
+//! It computes nothing. Invariant: a [`Slice`] is aligned for its element type.
+
+use half::{bf16, f16};
+use zerocopy::FromBytes;
+
+/// The elements of a weight, row-major, in the type they are stored in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Slice<'a> {
+    /// IEEE single precision.
+    F32(&'a [f32]),
+    /// The upper half of a single.
+    Bf16(&'a [bf16]),
+    /// IEEE half precision.
+    F16(&'a [f16]),
+}
+
+impl<'a> Slice<'a> {
+    /// Number of elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(data) => data.len(),
+            Self::Bf16(data) => data.len(),
+            Self::F16(data) => data.len(),
+        }
+    }
+
+    /// Whether there is no element.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// All elements widened to single precision, which is exact for each of the types.
+    #[must_use]
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self {
+            Self::F32(data) => data.to_vec(),
+            Self::Bf16(data) => data.iter().map(|x| x.to_f32()).collect(),
+            Self::F16(data) => data.iter().map(|x| x.to_f32()).collect(),
+        }
+    }
+}
+
+/// The elements of a weight that is not used as it lies in a file: dequantised, copied for
+/// alignment, or made by the generator.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Buffer {
+    /// IEEE single precision.
+    F32(Vec<f32>),
+    /// The upper half of a single.
+    Bf16(Vec<bf16>),
+    /// IEEE half precision.
+    F16(Vec<f16>),
+}
+
+impl Buffer {
+    /// The elements.
+    #[must_use]
+    pub fn slice(&self) -> Slice<'_> {
+        match self {
+            Self::F32(data) => Slice::F32(data),
+            Self::Bf16(data) => Slice::Bf16(data),
+            Self::F16(data) => Slice::F16(data),
+        }
+    }
+}
+
+/// Little-endian bytes as numbers, without a copy; none where they are not aligned.
+pub(crate) fn borrow<T>(bytes: &[u8]) -> Option<&[T]>
+where
+    T: FromBytes + zerocopy::Immutable,
+{
+    // Nothing is aligned wherever it lies.
+    if bytes.is_empty() { Some(&[]) } else { <[T]>::ref_from_bytes(bytes).ok() }
+}
+
+/// Little-endian bytes as numbers in memory of their own, whatever their alignment.
+pub(crate) fn copy<T: FromBytes>(bytes: &[u8]) -> Vec<T> {
+    bytes
+        .chunks_exact(size_of::<T>())
+        .map(|chunk| T::read_from_bytes(chunk).expect("a chunk is as long as the type"))
+        .collect()
+}
