@@ -1,1 +1,13 @@
-//! Devices: CPU buffers, threads.
+//! Devices. Today the CPU: a pool of threads that a step can use without allocating, buffers with
+//! the alignment that kernels want, and what the processor can do.
+//!
+//! No operation lives here and no model is known. Invariant: work given to the pool is over when
+//! the call returns, also when a piece of it panics.
+
+mod buffer;
+mod isa;
+mod pool;
+
+pub use buffer::AlignedVec;
+pub use isa::Isa;
+pub use pool::ThreadPool;
