@@ -1,0 +1,90 @@
+//! Buffers and where they lie: values whose lives do not overlap share memory.
+//!
+//! Widths are per token, so one plan serves every number of tokens: a buffer lies at
+//! `offset * tokens`. Invariant: two buffers that are alive in the same op are disjoint.
+
+use super::{BufferId, Op};
+
+/// How many rows a buffer has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// The tokens of this shard.
+    Shard,
+    /// The tokens of all of so many shards, padded to the bucket.
+    AllShards(usize),
+}
+
+/// `[rows, width]` of activations.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// For people.
+    pub name: &'static str,
+    /// Elements of a row.
+    pub width: usize,
+    /// Rows.
+    pub rows: Rows,
+    /// Where it lies, in elements per token.
+    pub offset: usize,
+}
+
+impl Buffer {
+    /// Elements per token of this shard.
+    #[must_use]
+    pub const fn per_token(&self) -> usize {
+        match self.rows {
+            Rows::Shard => self.width,
+            Rows::AllShards(shards) => self.width * shards,
+        }
+    }
+}
+
+/// Gives every buffer that `ops` write, and every one of `inputs`, a place; `result` lives to the
+/// end. Returns the elements per token of the whole arena.
+pub(super) fn plan(
+    ops: &[Op],
+    inputs: &[BufferId],
+    result: BufferId,
+    buffers: &mut [Buffer],
+) -> usize {
+    let mut last_use = vec![0_usize; buffers.len()];
+    for (at, op) in ops.iter().enumerate() {
+        let uses = op.uses();
+        for buffer in uses.reads.into_iter().chain(uses.writes) {
+            last_use[buffer.0] = at;
+        }
+    }
+    last_use[result.0] = usize::MAX;
+
+    let mut live: Vec<BufferId> = Vec::new();
+    let mut width = 0;
+    let place = |buffer: BufferId, live: &mut Vec<BufferId>, buffers: &mut [Buffer]| {
+        let offset = first_fit(buffers[buffer.0].per_token(), live, buffers);
+        buffers[buffer.0].offset = offset;
+        live.push(buffer);
+        live.sort_by_key(|live| buffers[live.0].offset);
+        offset + buffers[buffer.0].per_token()
+    };
+    for &input in inputs {
+        width = width.max(place(input, &mut live, buffers));
+    }
+    for (at, op) in ops.iter().enumerate() {
+        if let Some(made) = op.uses().writes {
+            width = width.max(place(made, &mut live, buffers));
+        }
+        live.retain(|buffer| last_use[buffer.0] > at);
+    }
+    width
+}
+
+/// The lowest gap among `live` (sorted by offset) that takes `size`.
+fn first_fit(size: usize, live: &[BufferId], buffers: &[Buffer]) -> usize {
+    let mut end = 0;
+    for buffer in live {
+        let buffer = &buffers[buffer.0];
+        if buffer.offset >= end + size {
+            break;
+        }
+        end = end.max(buffer.offset + buffer.per_token());
+    }
+    end
+}
