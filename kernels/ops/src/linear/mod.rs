@@ -1,0 +1,183 @@
+//! `out = x W^T + bias` for weights as checkpoints hold them.
+//!
+//! `x` is `[tokens, in]`, each part of `w` is `[out_i, in]`, `out` is `[tokens, sum of out_i]`:
+//! merged projections are parts side by side, never copied together. Few tokens stream the weights
+//! once, row by row, at memory speed; many tokens go through packed panels at arithmetic speed.
+//! A token's result depends on the variant chosen by the number of tokens, within f32 rounding,
+//! and on nothing else of the batch.
+
+#[cfg(target_arch = "x86_64")]
+mod gemm_avx512;
+#[cfg(target_arch = "x86_64")]
+mod gemv_avx512;
+#[cfg(test)]
+mod reference;
+mod rows;
+#[cfg(test)]
+mod tests;
+
+use crate::Matrix;
+use crate::share::Shared;
+use device::{Isa, ThreadPool};
+
+/// Outputs that one item of the parallel loop computes; a multiple of every kernel's tile.
+const ROWS_PER_ITEM: usize = 64;
+
+/// Up to this many tokens the weights' bytes cost more than the arithmetic.
+const GEMV_MAX_TOKENS: usize = 12;
+
+/// How a product is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variant {
+    /// Weights streamed once through registers, AVX-512.
+    GemvAvx512,
+    /// Packed panels, AVX-512.
+    GemmAvx512,
+    /// A dot product per output and token, any processor.
+    Rows,
+}
+
+/// The variant for a number of tokens on a processor.
+#[must_use]
+pub fn select(isa: Isa, tokens: usize) -> Variant {
+    match isa {
+        Isa::Avx512 if tokens <= GEMV_MAX_TOKENS => Variant::GemvAvx512,
+        Isa::Avx512 => Variant::GemmAvx512,
+        Isa::Avx2 | Isa::Scalar => Variant::Rows,
+    }
+}
+
+/// Elements of scratch that [`linear`] needs for inputs of `cols`: one packed panel per thread.
+#[must_use]
+pub fn scratch_len(pool: &ThreadPool, cols: usize) -> usize {
+    PANEL * cols * pool.threads()
+}
+
+/// Outputs of one packed panel.
+const PANEL: usize = 32;
+
+/// Computes the product on the best variant of this processor.
+///
+/// # Panics
+/// When a length does not fit the shapes; those are the model compiler's promise.
+pub fn linear(
+    pool: &ThreadPool,
+    x: &[f32],
+    tokens: usize,
+    w: &[Matrix<'_>],
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+    scratch: &mut [f32],
+) {
+    linear_on(Isa::detect(), pool, x, tokens, w, bias, out, scratch);
+}
+
+/// As [`linear`], on a given instruction set; for tests and measurements.
+///
+/// # Panics
+/// As [`linear`].
+#[allow(clippy::too_many_arguments, reason = "the operands of a product")]
+pub fn linear_on(
+    isa: Isa,
+    pool: &ThreadPool,
+    x: &[f32],
+    tokens: usize,
+    w: &[Matrix<'_>],
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+    scratch: &mut [f32],
+) {
+    let cols = w.first().map_or(0, |part| part.cols);
+    let width: usize = w.iter().map(|part| part.rows).sum();
+    assert!(w.iter().all(|part| part.cols == cols), "parts of one product share their inputs");
+    assert_eq!(x.len(), tokens * cols, "x is [{tokens}, {cols}]");
+    assert_eq!(out.len(), tokens * width, "out is [{tokens}, {width}]");
+    assert!(bias.is_none_or(|bias| bias.len() == width), "bias is [{width}]");
+    if tokens == 0 || width == 0 {
+        return;
+    }
+    let variant = select(isa, tokens);
+    if variant == Variant::GemmAvx512 {
+        assert!(scratch.len() >= scratch_len(pool, cols), "scratch for one panel per thread");
+    }
+    let out = Shared::new(out);
+    let panels = Panels::new(scratch, PANEL * cols);
+    let mut offset = 0;
+    for part in w {
+        let items = part.rows.div_ceil(ROWS_PER_ITEM);
+        pool.run(items, &|item| {
+            let rows = item * ROWS_PER_ITEM..((item + 1) * ROWS_PER_ITEM).min(part.rows);
+            let tile = Tile {
+                x,
+                tokens,
+                w: part.rows(rows.clone()),
+                bias,
+                width,
+                column: offset + rows.start,
+            };
+            match variant {
+                Variant::Rows => rows::run(isa, &tile, &out),
+                #[cfg(target_arch = "x86_64")]
+                Variant::GemvAvx512 => gemv_avx512::run(&tile, &out),
+                #[cfg(target_arch = "x86_64")]
+                Variant::GemmAvx512 => panels.with(|panel| gemm_avx512::run(&tile, &out, panel)),
+                #[cfg(not(target_arch = "x86_64"))]
+                Variant::GemvAvx512 | Variant::GemmAvx512 => rows::run(isa, &tile, &out),
+            }
+        });
+        offset += part.rows;
+    }
+}
+
+/// One item: some outputs of one part for all tokens. Writes columns
+/// `column..column + w.rows` of every row of the output and nothing else.
+struct Tile<'a> {
+    x: &'a [f32],
+    tokens: usize,
+    w: Matrix<'a>,
+    bias: Option<&'a [f32]>,
+    /// Columns of the whole output.
+    width: usize,
+    /// First column of this tile.
+    column: usize,
+}
+
+impl Tile<'_> {
+    fn bias(&self, row: usize) -> f32 {
+        self.bias.map_or(0.0, |bias| bias[self.column + row])
+    }
+}
+
+/// Scratch cut into one panel per thread; an item takes a free one for its time.
+struct Panels<'a> {
+    memory: Shared<'a, f32>,
+    len: usize,
+    taken: [std::sync::atomic::AtomicBool; MAX_PANELS],
+    count: usize,
+}
+
+/// Threads that can pack at once; more share.
+const MAX_PANELS: usize = 256;
+
+impl<'a> Panels<'a> {
+    fn new(scratch: &'a mut [f32], len: usize) -> Self {
+        let count = scratch.len().checked_div(len).unwrap_or(0).min(MAX_PANELS);
+        let taken = [const { std::sync::atomic::AtomicBool::new(false) }; MAX_PANELS];
+        Self { memory: Shared::new(scratch), len, taken, count }
+    }
+
+    fn with(&self, work: impl FnOnce(&mut [f32])) {
+        use std::sync::atomic::Ordering;
+        loop {
+            for (index, taken) in self.taken[..self.count].iter().enumerate() {
+                if !taken.swap(true, Ordering::Acquire) {
+                    // SAFETY: the flag makes this thread the only holder of panel `index`.
+                    work(unsafe { self.memory.part(index * self.len, self.len) });
+                    taken.store(false, Ordering::Release);
+                    return;
+                }
+            }
+            std::hint::spin_loop();
+        }
+    }
+}
