@@ -1,4 +1,4 @@
-//! `out = x W^T + bias` for weights as checkpoints hold them.
+//! `out = x W^T + b` for weights as checkpoints hold them.
 //!
 //! `x` is `[tokens, in]`, each part of `w` is `[out_i, in]`, `out` is `[tokens, sum of out_i]`:
 //! merged projections are parts side by side, never copied together. Few tokens stream the weights
@@ -65,11 +65,11 @@ pub fn linear(
     x: &[f32],
     tokens: usize,
     w: &[Matrix<'_>],
-    bias: Option<&[f32]>,
+    biases: &[&[f32]],
     out: &mut [f32],
     scratch: &mut [f32],
 ) {
-    linear_on(Isa::detect(), pool, x, tokens, w, bias, out, scratch);
+    linear_on(Isa::detect(), pool, x, tokens, w, biases, out, scratch);
 }
 
 /// As [`linear`], on a given instruction set; for tests and measurements.
@@ -83,7 +83,7 @@ pub fn linear_on(
     x: &[f32],
     tokens: usize,
     w: &[Matrix<'_>],
-    bias: Option<&[f32]>,
+    biases: &[&[f32]],
     out: &mut [f32],
     scratch: &mut [f32],
 ) {
@@ -92,7 +92,8 @@ pub fn linear_on(
     assert!(w.iter().all(|part| part.cols == cols), "parts of one product share their inputs");
     assert_eq!(x.len(), tokens * cols, "x is [{tokens}, {cols}]");
     assert_eq!(out.len(), tokens * width, "out is [{tokens}, {width}]");
-    assert!(bias.is_none_or(|bias| bias.len() == width), "bias is [{width}]");
+    let one_each = biases.len() == w.len() && biases.iter().zip(w).all(|(b, w)| b.len() == w.rows);
+    assert!(biases.is_empty() || one_each, "one bias per part, or none");
     if tokens == 0 || width == 0 {
         return;
     }
@@ -103,7 +104,8 @@ pub fn linear_on(
     let out = Shared::new(out);
     let panels = Panels::new(scratch, PANEL * cols);
     let mut offset = 0;
-    for part in w {
+    for (index, part) in w.iter().enumerate() {
+        let bias = biases.get(index).copied();
         let items = part.rows.div_ceil(ROWS_PER_ITEM);
         pool.run(items, &|item| {
             let rows = item * ROWS_PER_ITEM..((item + 1) * ROWS_PER_ITEM).min(part.rows);
@@ -111,7 +113,7 @@ pub fn linear_on(
                 x,
                 tokens,
                 w: part.rows(rows.clone()),
-                bias,
+                bias: bias.map(|bias| &bias[rows.clone()]),
                 width,
                 column: offset + rows.start,
             };
@@ -135,6 +137,7 @@ struct Tile<'a> {
     x: &'a [f32],
     tokens: usize,
     w: Matrix<'a>,
+    /// Of this tile's outputs.
     bias: Option<&'a [f32]>,
     /// Columns of the whole output.
     width: usize,
@@ -144,7 +147,7 @@ struct Tile<'a> {
 
 impl Tile<'_> {
     fn bias(&self, row: usize) -> f32 {
-        self.bias.map_or(0.0, |bias| bias[self.column + row])
+        self.bias.map_or(0.0, |bias| bias[row])
     }
 }
 

@@ -17,7 +17,9 @@ fn check(case: &Case, threads: usize) {
     let pool = ThreadPool::new(threads);
     let x = random.vector(case.tokens * case.cols);
     let width: usize = case.rows.iter().sum();
-    let bias = case.bias.then(|| random.vector(width));
+    let biases: Vec<Vec<f32>> = case.rows.iter().map(|r| random.vector(*r)).collect();
+    let biases: Vec<&[f32]> =
+        if case.bias { biases.iter().map(|b| &b[..]).collect() } else { vec![] };
     let f32s: Vec<Vec<f32>> = case.rows.iter().map(|r| random.vector(r * case.cols)).collect();
     let bf16s: Vec<Vec<bf16>> =
         f32s.iter().map(|v| v.iter().map(|x| bf16::from_f32(*x)).collect()).collect();
@@ -38,11 +40,11 @@ fn check(case: &Case, threads: usize) {
             .zip(&case.rows)
             .map(|(data, rows)| Matrix::new(data, *rows, case.cols))
             .collect();
-        let expected = reference::linear(&x, case.tokens, &parts, bias.as_deref());
+        let expected = reference::linear(&x, case.tokens, &parts, &biases);
         for isa in Isa::available() {
             let mut out = poisoned(case.tokens * width);
             let mut scratch = poisoned(scratch_len(&pool, case.cols));
-            linear_on(isa, &pool, &x, case.tokens, &parts, bias.as_deref(), &mut out, &mut scratch);
+            linear_on(isa, &pool, &x, case.tokens, &parts, &biases, &mut out, &mut scratch);
             let what = format!("{isa} kind {kind} tokens {} cols {}", case.tokens, case.cols);
             assert_close(&what, &out, &expected, 2e-5 * (case.cols as f64).sqrt());
         }
@@ -86,7 +88,7 @@ fn a_nan_stays_in_its_token() {
         x[cols + 4] = f32::NAN;
         let mut out = poisoned(tokens * rows);
         let mut scratch = poisoned(scratch_len(&pool, cols));
-        linear(&pool, &x, tokens, &parts, None, &mut out, &mut scratch);
+        linear(&pool, &x, tokens, &parts, &[], &mut out, &mut scratch);
         for (i, y) in out.iter().enumerate() {
             assert_eq!(y.is_nan(), i / rows == 1, "token {}", i / rows);
         }
@@ -102,10 +104,10 @@ fn a_few_tokens_each_get_what_one_alone_gets() {
     let parts = [Matrix::new(WeightSlice::F32(&w), rows, cols)];
     let x = random.vector(GEMV_MAX_TOKENS * cols);
     let mut all = poisoned(GEMV_MAX_TOKENS * rows);
-    linear(&pool, &x, GEMV_MAX_TOKENS, &parts, None, &mut all, &mut []);
+    linear(&pool, &x, GEMV_MAX_TOKENS, &parts, &[], &mut all, &mut []);
     for token in 0..GEMV_MAX_TOKENS {
         let mut one = poisoned(rows);
-        linear(&pool, &x[token * cols..(token + 1) * cols], 1, &parts, None, &mut one, &mut []);
+        linear(&pool, &x[token * cols..(token + 1) * cols], 1, &parts, &[], &mut one, &mut []);
         assert_eq!(one[..], all[token * rows..(token + 1) * rows], "bit for bit");
     }
 }
