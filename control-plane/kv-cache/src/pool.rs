@@ -351,6 +351,12 @@ impl KvCache {
         self.groups[group.index()].kind
     }
 
+    /// Whether any group reads only a window of the past.
+    #[must_use]
+    pub fn slides(&self) -> bool {
+        self.groups.iter().any(|g| g.kind != GroupKind::Full)
+    }
+
     /// Super-blocks needed to hold this many blocks of each group at once.
     #[must_use]
     pub fn supers_for(&self, blocks: &[Blocks]) -> u64 {

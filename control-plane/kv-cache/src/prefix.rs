@@ -64,6 +64,19 @@ impl KvCache {
         }
     }
 
+    /// Blocks of a hit that count as mintable in the group, because nobody references them.
+    #[must_use]
+    pub fn evictable_of(&self, group: GroupId, hashes: &[BlockHash], hit: Hit) -> Blocks {
+        let g = &self.groups[group.index()];
+        let first = first_live(g.kind, hit.boundary.tokens());
+        let taken = hashes.get(first.as_usize()..hit.boundary.as_usize()).unwrap_or_default();
+        let evictable = |hash: &&BlockHash| {
+            let block = g.index.get(**hash);
+            block.is_some_and(|b| g.metas[b.index()].state == State::Evictable)
+        };
+        Blocks(u32::try_from(taken.iter().filter(evictable).count()).unwrap_or(u32::MAX))
+    }
+
     /// Takes the blocks of a hit, one prefix per group.
     pub fn acquire(&mut self, hashes: &[BlockHash], hit: Hit) -> Vec<Prefix> {
         let boundary = hit.boundary.as_usize().min(hashes.len());

@@ -1,0 +1,240 @@
+//! Who leaves the queue: the first in line, when slot, blocks and room for a chunk are there.
+//!
+//! Strictly in order, so that nobody is overtaken and waiting is bounded by those before. A request
+//! is admitted only when its whole known sequence could be held beside what the running need next,
+//! so that admission is not soon undone. Invariant: an admitted request runs at least one token in
+//! the step that admits it.
+
+use crate::job::Rank;
+use crate::life::Life;
+use crate::output::Output;
+use crate::plan::{Chunk, Draft};
+use crate::preempt::worst_behind;
+use crate::report::Waits;
+use crate::request::{Live, Seat};
+use crate::scheduler::{Scheduler, count};
+use crate::slab::Key;
+use crate::tables::{Tables, group_id, peak};
+use ids::{BlockHash, Blocks, GroupId, StepSeq, Tokens};
+use kv_cache::{Hit, first_live};
+use step::{Admit, SlotOp};
+
+impl Scheduler {
+    pub(crate) fn admit_waiting(&mut self, life: &mut Life, draft: &mut Draft) {
+        self.head = None;
+        while let Some((rank, key)) = self.waiting.first_key_value() {
+            let (rank, key) = (*rank, *key);
+            match self.try_admit(life, draft, rank, key) {
+                Ok(()) => draft.report.admitted += 1,
+                Err(waits) => {
+                    self.head = self.requests.get(key).map(|live| (live.job().id, waits));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn try_admit(
+        &mut self,
+        life: &mut Life,
+        draft: &mut Draft,
+        rank: Rank,
+        key: Key,
+    ) -> Result<(), Waits> {
+        let Some(live) = self.requests.get_mut(key) else { return Err(Waits::Worker) };
+        let job = live.job_mut();
+        if !self.outbox.left(job.upload) {
+            return Err(Waits::Upload);
+        }
+        let alone = life.isolated || life.frugal || job.suspect();
+        if alone && !life.running.is_empty() {
+            return Err(Waits::Isolation);
+        }
+        if draft.room.is_zero() {
+            return Err(self.no_room(draft));
+        }
+        self.secure_slot(life, draft, rank)?;
+        if let Some(waits) = self.still_blocked(life, rank, key) {
+            return Err(waits);
+        }
+        let (hashes, hit) = self.find_prefix(life, key);
+        self.secure_blocks(life, draft, rank, key, &hashes, hit)?;
+        self.take_seat(life, draft, key, &hashes, hit)
+    }
+
+    /// Waits for a slot on its way, else takes one from the end of the line.
+    fn secure_slot(&mut self, life: &mut Life, draft: &mut Draft, rank: Rank) -> Result<(), Waits> {
+        if life.slots.free() > 0 {
+            return Ok(());
+        }
+        let arriving = life.slots.arriving() + life.closing.len();
+        if arriving == 0
+            && let Some(victim) = worst_behind(life, rank)
+        {
+            self.preempt(life, victim);
+            draft.report.preempted += 1;
+        }
+        if life.slots.free() > 0 {
+            return Ok(());
+        }
+        let arriving = count(life.slots.arriving() + life.closing.len());
+        Err(Waits::Slot { rows: self.config.max_running, arriving })
+    }
+
+    /// What the last attempt found short, while it still is and nobody can be made to give it:
+    /// a long prompt is not looked up again in every step that it waits.
+    fn still_blocked(&self, life: &Life, rank: Rank, key: Key) -> Option<Waits> {
+        let (blocked, group, need) = self.blocked?;
+        let mintable = life.cache.mintable(group);
+        if blocked != key || mintable >= need {
+            return None;
+        }
+        let arriving = life.arriving(group);
+        let hopeless = arriving >= need - mintable || worst_behind(life, rank).is_none();
+        hopeless.then_some(Waits::Blocks { group, need, mintable, arriving })
+    }
+
+    /// The longest cached prefix that leaves a token to compute.
+    fn find_prefix(&mut self, life: &Life, key: Key) -> (Vec<BlockHash>, Hit) {
+        let nothing = (Vec::new(), Hit { boundary: Blocks::ZERO });
+        let Some(live) = self.requests.get_mut(key) else { return nothing };
+        let job = live.job_mut();
+        if !self.config.prefix_caching || job.logprobs_due().is_some() {
+            return nothing;
+        }
+        let most = Tokens(job.known().0 - 1).blocks_full();
+        let hashes = job.hashes(&self.config.hash_key, most.as_usize());
+        let hit = life.cache.lookup(&hashes);
+        (hashes, hit)
+    }
+
+    /// Makes sure that the whole known sequence could be held, beside the rest of prompts under
+    /// way and one more block for each running request.
+    fn secure_blocks(
+        &mut self,
+        life: &mut Life,
+        draft: &mut Draft,
+        rank: Rank,
+        key: Key,
+        hashes: &[BlockHash],
+        hit: Hit,
+    ) -> Result<(), Waits> {
+        self.blocked = None;
+        let Some(live) = self.requests.get(key) else { return Err(Waits::Worker) };
+        let peaks = peak(&life.cache, live.job().known());
+        for (i, most) in peaks.iter().enumerate() {
+            let group = group_id(i);
+            let live_from = first_live(life.cache.kind(group), hit.boundary.tokens());
+            let hits = hit.boundary.saturating_sub(live_from);
+            loop {
+                let own = most.saturating_sub(hits);
+                let hits_counted = life.cache.evictable_of(group, hashes, hit);
+                let need = own + hits_counted + self.spoken_for(life, group);
+                let mintable = life.cache.mintable(group);
+                if mintable >= need {
+                    break;
+                }
+                let missing = need - mintable;
+                let arriving = life.arriving(group);
+                let victim = if arriving >= missing { None } else { worst_behind(life, rank) };
+                let Some(victim) = victim else {
+                    self.blocked = Some((key, group, need));
+                    return Err(Waits::Blocks { group, need, mintable, arriving });
+                };
+                self.preempt(life, victim);
+                draft.report.preempted += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Blocks of a group that running requests will take before this one may grow.
+    fn spoken_for(&self, life: &Life, group: GroupId) -> Blocks {
+        let rest = |key: &Key| {
+            let live = self.requests.get(*key)?;
+            let most = peak(&life.cache, live.job().known()).get(group.index()).copied()?;
+            Some(most.saturating_sub(live.seat()?.tables.held(group)))
+        };
+        let prompts: Blocks = life.prefilling.values().filter_map(rest).sum();
+        prompts + Blocks(count(life.running.len()))
+    }
+
+    fn take_seat(
+        &mut self,
+        life: &mut Life,
+        draft: &mut Draft,
+        key: Key,
+        hashes: &[BlockHash],
+        hit: Hit,
+    ) -> Result<(), Waits> {
+        let Some(live) = self.requests.get(key) else { return Err(Waits::Worker) };
+        let (known, limit) = (live.job().known(), live.job().limit());
+        let cached = hit.boundary.tokens();
+        let size = self.chunk_size(life, draft, known, cached);
+        let Some(slot) = life.slots.take(key) else {
+            return Err(Waits::Slot { rows: self.config.max_running, arriving: 0 });
+        };
+        let prefixes = life.cache.acquire(hashes, hit);
+        let mut tables = Tables::new(prefixes, limit.blocks_ceil());
+        let shared = tables.admit();
+        let mut blocks = Vec::new();
+        let extended = tables.extend(&mut life.cache, cached + size, life.frugal, &mut blocks);
+        let seat = Seat::new(slot, tables, cached);
+        if let Err(short) = extended
+            && seat.capacity <= cached
+        {
+            // No plan has named slot or blocks yet, so they go back as if nothing had been.
+            let Seat { slot, mut tables, .. } = seat;
+            tables.release_tail(&mut life.cache, u32::MAX);
+            life.slots.give_back(slot, StepSeq::ZERO, &life.cache.proof());
+            let (group, need) = (short.group, size.blocks_ceil());
+            let (mintable, arriving) = (life.cache.mintable(group), life.arriving(group));
+            return Err(Waits::Blocks { group, need, mintable, arriving });
+        }
+        let tokens = seat.capacity.min(cached + size) - cached;
+        let at = seat.slot.at();
+        let request = match self.requests.take(key) {
+            Some(Live::Queued(request)) => {
+                self.left_queue(request.job.prompt_tokens());
+                request.admit(seat)
+            }
+            Some(Live::Preempted(request)) => request.admit(seat),
+            // Only these two wait in line.
+            Some(other @ (Live::Prefilling(_) | Live::Decoding(_) | Live::Closing(_))) => {
+                self.requests.put(key, other);
+                return Err(Waits::Worker);
+            }
+            None => return Err(Waits::Worker),
+        };
+        let mut request = request;
+        let job = &mut request.job;
+        job.reserve_output();
+        life.ops.push(SlotOp::Admit(Box::new(Admit {
+            slot: at,
+            request: job.id,
+            known,
+            prompt: job.prompt_tokens(),
+            cached,
+            tables: shared,
+            sampling: job.sampling.clone(),
+            prompt_logprobs: job.logprobs_due(),
+        })));
+        if !blocks.is_empty() {
+            life.ops.push(SlotOp::Extend { slot: at.slot, blocks });
+        }
+        self.counters.prefix_query_tokens += u64::from(known.0);
+        self.counters.prefix_hit_tokens += u64::from(cached.0);
+        if job.cached.is_none() {
+            job.cached = Some(cached);
+            self.outbox.say(Output::Started { request: job.id, cached });
+        }
+        life.isolated |= job.suspect();
+        self.waiting.remove(&job.rank);
+        life.running.insert(job.rank, key);
+        life.prefilling.insert(job.rank, key);
+        self.requests.put(key, Live::Prefilling(request));
+        draft.room -= tokens;
+        draft.chunks.push(Chunk { key, tokens });
+        Ok(())
+    }
+}

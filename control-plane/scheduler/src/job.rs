@@ -1,0 +1,176 @@
+//! What a request is, whatever state it is in: its tokens, limits and place in line.
+//!
+//! Holds no slot and no block; those belong to states. Invariant: `output` only holds confirmed
+//! tokens that were streamed, in order.
+
+use crate::event::Submit;
+use crate::output::{FinishReason, Ticket, Usage};
+use ids::{BLOCK_TOKENS, BlockHash, HashKey, RequestId, Timestamp, TokenId, Tokens};
+use std::sync::Arc;
+use step::Sampling;
+
+/// Place in line: priority, then arrival, then order of submission. Smaller runs first; the
+/// largest is preempted first. Total, so that no two requests can preempt each other in turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Rank {
+    pub(crate) priority: i32,
+    pub(crate) arrival: Timestamp,
+    pub(crate) order: u64,
+}
+
+/// A request's own data.
+#[derive(Debug)]
+pub struct Job {
+    pub(crate) id: RequestId,
+    pub(crate) rank: Rank,
+    pub(crate) prompt: Arc<[TokenId]>,
+    pub(crate) output: Vec<TokenId>,
+    prompt_hashes: Arc<[BlockHash]>,
+    /// Hashes after those of `prompt_hashes`.
+    grown: Vec<BlockHash>,
+    root: BlockHash,
+    pub(crate) sampling: Arc<Sampling>,
+    max_tokens: Tokens,
+    end_tokens: Arc<[TokenId]>,
+    ignore_eos: bool,
+    stop_tokens: Arc<[TokenId]>,
+    prompt_logprobs: Option<u8>,
+    /// First prompt position whose log-probability was not delivered.
+    pub(crate) logprobs_from: Tokens,
+    pub(crate) deadline: Option<Timestamp>,
+    /// Prompt tokens found in the cache at first admission.
+    pub(crate) cached: Option<Tokens>,
+    /// The upload that must have left before admission.
+    pub(crate) upload: Ticket,
+    /// Deaths of a worker that was running this request, since it last got further.
+    pub(crate) deaths: u32,
+    /// How far it might have come when a worker last died.
+    pub(crate) danger: Tokens,
+}
+
+impl Job {
+    pub(crate) fn new(submit: Submit, order: u64) -> Self {
+        let full = submit.prompt.len() / BLOCK_TOKENS as usize;
+        let prompt_hashes = if submit.prompt_hashes.len() > full {
+            submit.prompt_hashes[..full].into()
+        } else {
+            submit.prompt_hashes
+        };
+        Self {
+            id: submit.request,
+            rank: Rank { priority: submit.priority, arrival: submit.arrival, order },
+            prompt: submit.prompt,
+            output: Vec::new(),
+            prompt_hashes,
+            grown: Vec::new(),
+            root: submit.root,
+            sampling: submit.sampling,
+            max_tokens: submit.max_tokens,
+            end_tokens: submit.end_tokens,
+            ignore_eos: submit.ignore_eos,
+            stop_tokens: submit.stop_tokens,
+            prompt_logprobs: submit.prompt_logprobs,
+            logprobs_from: Tokens(1),
+            deadline: submit.deadline,
+            cached: None,
+            upload: Ticket::default(),
+            deaths: 0,
+            danger: Tokens::ZERO,
+        }
+    }
+
+    pub(crate) fn prompt_tokens(&self) -> Tokens {
+        tokens(self.prompt.len())
+    }
+
+    /// Prompt and confirmed output.
+    pub(crate) fn known(&self) -> Tokens {
+        tokens(self.prompt.len() + self.output.len())
+    }
+
+    /// KV positions the request can ever need: the last output token is never run.
+    pub(crate) fn limit(&self) -> Tokens {
+        Tokens(self.prompt_tokens().0 + self.max_tokens.0.max(1) - 1)
+    }
+
+    /// The log-probabilities that are still to be delivered.
+    pub(crate) fn logprobs_due(&self) -> Option<u8> {
+        self.prompt_logprobs.filter(|_| self.logprobs_from < self.prompt_tokens())
+    }
+
+    /// Hashes of the first `blocks` full blocks of what is known.
+    pub(crate) fn hashes(&mut self, key: &HashKey, blocks: usize) -> Vec<BlockHash> {
+        if blocks > 0 {
+            self.hash(key, blocks - 1);
+        }
+        let given = self.prompt_hashes.iter().chain(&self.grown);
+        given.take(blocks).copied().collect()
+    }
+
+    /// The hash of full block `i`; extends the chain as far as needed.
+    pub(crate) fn hash(&mut self, key: &HashKey, i: usize) -> BlockHash {
+        let given = self.prompt_hashes.len();
+        while given + self.grown.len() <= i {
+            let next = given + self.grown.len();
+            let last = self.grown.last().or(self.prompt_hashes.last());
+            let parent = last.copied().unwrap_or(self.root);
+            let start = next * BLOCK_TOKENS as usize;
+            let mut block = [TokenId(0); BLOCK_TOKENS as usize];
+            for (at, token) in (start..).zip(&mut block) {
+                *token = self.token(at);
+            }
+            self.grown.push(key.chain(parent, &block));
+        }
+        if i < given { self.prompt_hashes[i] } else { self.grown[i - given] }
+    }
+
+    fn token(&self, at: usize) -> TokenId {
+        let output = |at: usize| self.output.get(at - self.prompt.len());
+        let token = self.prompt.get(at).or_else(|| output(at)).copied();
+        debug_assert!(token.is_some(), "only confirmed tokens are hashed");
+        token.unwrap_or_default()
+    }
+
+    /// Makes room for the whole output, so that no step allocates for it.
+    pub(crate) fn reserve_output(&mut self) {
+        // A limit far beyond what is usual is grown into, not reserved.
+        const RESERVED: usize = 8192;
+        let wanted = self.max_tokens.as_usize().min(RESERVED);
+        self.output.reserve(wanted.saturating_sub(self.output.len()));
+    }
+
+    /// Whether the output ends with the token just added.
+    pub(crate) fn verdict(&self, token: TokenId) -> Option<FinishReason> {
+        let generated = tokens(self.output.len());
+        if generated >= self.sampling.min_tokens {
+            let end = !self.ignore_eos && self.end_tokens.contains(&token);
+            if end || self.stop_tokens.contains(&token) {
+                return Some(FinishReason::Stop(token));
+            }
+        }
+        (generated >= self.max_tokens).then_some(FinishReason::Length)
+    }
+
+    /// Whether a token may be generated at all.
+    pub(crate) fn generates(&self) -> bool {
+        !self.max_tokens.is_zero()
+    }
+
+    pub(crate) fn usage(&self) -> Usage {
+        Usage {
+            prompt: self.prompt_tokens(),
+            cached: self.cached.unwrap_or_default(),
+            output: tokens(self.output.len()),
+        }
+    }
+
+    /// Whether it may only run alone: two workers died under it.
+    pub(crate) fn suspect(&self) -> bool {
+        self.deaths >= 2
+    }
+}
+
+/// Lengths of sequences are bounded by `Config::max_context` at submission.
+fn tokens(n: usize) -> Tokens {
+    Tokens(u32::try_from(n).unwrap_or(u32::MAX))
+}

@@ -1,0 +1,180 @@
+//! One step, composed and launched.
+//!
+//! Decoding comes first, then running prefills, then the queue, each in order of rank. Composing
+//! changes tables and seats but launches nothing: only `launch` numbers a step and moves requests
+//! along. Invariant: a plan names every slot it runs once, and the number of tokens is bounded by
+//! `max_step_tokens`.
+
+use crate::life::{Flight, Life};
+use crate::policy::bucket::bucket;
+use crate::policy::cost::Load;
+use crate::report::{PlanReport, Planned};
+use crate::request::Live;
+use crate::scheduler::{Scheduler, count};
+use crate::slab::Key;
+use ids::{Blocks, Timestamp, Tokens};
+use step::{DecodeDelta, PrefillRun, Section, StepPlan};
+
+/// A prompt chunk that the step will run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chunk {
+    pub(crate) key: Key,
+    pub(crate) tokens: Tokens,
+}
+
+/// A step being composed.
+#[derive(Debug, Default)]
+pub(crate) struct Draft {
+    pub(crate) chunks: Vec<Chunk>,
+    /// Decoding slots that can run, and the context they attend to.
+    pub(crate) load: Load,
+    /// Prompt tokens that the step still takes.
+    pub(crate) room: Tokens,
+    /// Whether the decode budget, not the step's size, set the room.
+    pub(crate) by_budget: bool,
+    /// Blocks on their way that a stalled request counts on.
+    pub(crate) claimed: Blocks,
+    pub(crate) report: PlanReport,
+}
+
+impl Draft {
+    fn is_idle(&self) -> bool {
+        self.load.decode == 0 && self.chunks.is_empty()
+    }
+}
+
+impl Scheduler {
+    pub(crate) fn plan(&mut self, life: &mut Life, now: Timestamp) -> Option<Planned> {
+        let ahead = if life.frugal { 0 } else { self.config.depth };
+        if life.condemned || count(life.flights.len()) > ahead {
+            return None;
+        }
+        life.slice = self.config.release_slice;
+        life.drain();
+        let mut draft = self.compose(life);
+        if draft.is_idle() && life.flights.is_empty() {
+            if !life.draining.is_empty() {
+                // Nothing else to do: there is no step to keep short.
+                life.slice = u32::MAX;
+                life.drain();
+                draft = self.compose(life);
+            }
+            if draft.is_idle() && !life.running.is_empty() {
+                self.unjam(life);
+                draft = self.compose(life);
+            }
+        }
+        if draft.is_idle() {
+            return None;
+        }
+        Some(self.launch(life, draft, now))
+    }
+
+    fn compose(&mut self, life: &mut Life) -> Draft {
+        let mut draft = Draft::default();
+        self.stalls.clear();
+        self.plan_decodes(life, &mut draft);
+        self.set_room(life, &mut draft);
+        self.plan_prefills(life, &mut draft);
+        self.admit_waiting(life, &mut draft);
+        draft
+    }
+
+    /// Nothing runs, nothing is in flight, and a seat is held: blocks of one group keep
+    /// super-blocks from another. Start over with one request and an empty pool, which
+    /// `Refusal::CacheTooSmall` promised is enough.
+    fn unjam(&mut self, life: &mut Life) {
+        self.counters.purges += 1;
+        let seated: Vec<Key> = life.running.values().copied().collect();
+        for key in seated {
+            self.preempt(life, key);
+        }
+        life.slice = u32::MAX;
+        life.drain();
+        life.cache.purge();
+        life.frugal = true;
+    }
+
+    fn launch(&mut self, life: &mut Life, draft: Draft, now: Timestamp) -> Planned {
+        let mut flight = life.spare.pop().unwrap_or_default();
+        flight.samplers.clear();
+        flight.chunks.clear();
+        flight.seq = life.cache.launch();
+        let mut section = Section {
+            ops: core::mem::take(&mut life.ops),
+            prefill: Vec::with_capacity(draft.chunks.len()),
+            decode: DecodeDelta { join: Vec::new(), leave: core::mem::take(&mut life.leaving) },
+        };
+        let mut load = self.launch_decodes(life, &mut flight, &mut section.decode);
+        let mut prefill_tokens = Tokens::ZERO;
+        for chunk in &draft.chunks {
+            prefill_tokens += chunk.tokens;
+            section.prefill.extend(self.launch_chunk(
+                life,
+                *chunk,
+                &mut flight,
+                &mut section.decode,
+            ));
+        }
+        load.prefill = prefill_tokens.0;
+        flight.load = load;
+        let tokens = Tokens(load.decode) + prefill_tokens;
+        let report = PlanReport {
+            seq: flight.seq,
+            decode: load.decode,
+            chunks: count(draft.chunks.len()),
+            prefill_tokens,
+            stalled: count(self.stalls.len()),
+            running: count(life.running.len()),
+            waiting: count(self.waiting.len()),
+            head: self.head,
+            predicted: self.cost.predict(load),
+            cache_usage: life.cache.usage(),
+            ..draft.report
+        };
+        let plan = StepPlan {
+            seq: flight.seq,
+            incarnation: life.incarnation,
+            bucket: bucket(tokens),
+            shard_tokens: vec![tokens],
+            sections: vec![section],
+        };
+        if life.flights.is_empty() {
+            life.head_since = now;
+        }
+        life.flights.push_back(flight);
+        self.counters.steps += 1;
+        Planned { plan, report }
+    }
+
+    fn launch_chunk(
+        &mut self,
+        life: &mut Life,
+        chunk: Chunk,
+        flight: &mut Flight,
+        decode: &mut DecodeDelta,
+    ) -> Option<PrefillRun> {
+        let (job, seat) = self.requests.get_mut(chunk.key)?.seated()?;
+        seat.planned += chunk.tokens;
+        let at = seat.slot.at();
+        flight.chunks.push((at, seat.planned));
+        let sample = seat.planned == job.known();
+        if sample {
+            flight.samplers.push(at);
+            let (rank, goes_on) = (job.rank, seat.planned < job.limit());
+            match self.requests.take(chunk.key) {
+                Some(Live::Prefilling(request)) => {
+                    let mut request = request.decode(life.decoding.len());
+                    request.state.in_set = goes_on;
+                    decode.join.extend(goes_on.then_some(at.slot));
+                    life.prefilling.remove(&rank);
+                    life.decoding.push(chunk.key);
+                    self.requests.put(chunk.key, Live::Decoding(request));
+                }
+                Some(other) => self.requests.put(chunk.key, other),
+                None => {}
+            }
+        }
+        Some(PrefillRun { slot: at.slot, tokens: chunk.tokens, sample })
+    }
+}
