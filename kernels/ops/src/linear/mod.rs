@@ -17,7 +17,7 @@ mod rows;
 mod tests;
 
 use crate::Matrix;
-use crate::share::Shared;
+use crate::share::{PerThread, Shared};
 use device::{Isa, ThreadPool};
 
 /// Outputs that one item of the parallel loop computes; a multiple of every kernel's tile.
@@ -102,7 +102,7 @@ pub fn linear_on(
         assert!(scratch.len() >= scratch_len(pool, cols), "scratch for one panel per thread");
     }
     let out = Shared::new(out);
-    let panels = Panels::new(scratch, PANEL * cols);
+    let panels = PerThread::new(scratch, PANEL * cols);
     let mut offset = 0;
     for (index, part) in w.iter().enumerate() {
         let bias = biases.get(index).copied();
@@ -148,39 +148,5 @@ struct Tile<'a> {
 impl Tile<'_> {
     fn bias(&self, row: usize) -> f32 {
         self.bias.map_or(0.0, |bias| bias[row])
-    }
-}
-
-/// Scratch cut into one panel per thread; an item takes a free one for its time.
-struct Panels<'a> {
-    memory: Shared<'a, f32>,
-    len: usize,
-    taken: [std::sync::atomic::AtomicBool; MAX_PANELS],
-    count: usize,
-}
-
-/// Threads that can pack at once; more share.
-const MAX_PANELS: usize = 256;
-
-impl<'a> Panels<'a> {
-    fn new(scratch: &'a mut [f32], len: usize) -> Self {
-        let count = scratch.len().checked_div(len).unwrap_or(0).min(MAX_PANELS);
-        let taken = [const { std::sync::atomic::AtomicBool::new(false) }; MAX_PANELS];
-        Self { memory: Shared::new(scratch), len, taken, count }
-    }
-
-    fn with(&self, work: impl FnOnce(&mut [f32])) {
-        use std::sync::atomic::Ordering;
-        loop {
-            for (index, taken) in self.taken[..self.count].iter().enumerate() {
-                if !taken.swap(true, Ordering::Acquire) {
-                    // SAFETY: the flag makes this thread the only holder of panel `index`.
-                    work(unsafe { self.memory.part(index * self.len, self.len) });
-                    taken.store(false, Ordering::Release);
-                    return;
-                }
-            }
-            std::hint::spin_loop();
-        }
     }
 }
