@@ -54,8 +54,10 @@ pub struct TensorView<'a> {
     pub shape: &'a [usize],
     /// Row-major little-endian elements, with no promise of alignment.
     pub bytes: &'a [u8],
-    /// The file it lies in, for messages.
+    /// The file it lies in.
     pub file: &'a Path,
+    /// Where in the file it starts, in bytes.
+    pub offset: usize,
 }
 
 impl Checkpoint {
@@ -164,6 +166,12 @@ impl Checkpoint {
         Ok(self.view(name, place))
     }
 
+    /// The file that holds a tensor of this checkpoint, kept open, and its place there.
+    pub(crate) fn mapped(&self, view: &TensorView<'_>) -> (Arc<MappedFile>, Range<usize>) {
+        let place = &self.tensors[view.name];
+        (Arc::clone(&self.files[place.file]), place.bytes.clone())
+    }
+
     fn view<'a>(&'a self, name: &'a str, place: &'a Place) -> TensorView<'a> {
         let file = &self.files[place.file];
         TensorView {
@@ -172,6 +180,7 @@ impl Checkpoint {
             shape: &place.shape,
             bytes: &file.bytes()[place.bytes.clone()],
             file: file.path(),
+            offset: place.bytes.start,
         }
     }
 }
@@ -197,9 +206,9 @@ impl<'a> TensorView<'a> {
     /// [`CheckpointError::WrongDtype`] for types other than F32, BF16 and F16.
     pub fn to_buffer(&self) -> Result<Buffer, CheckpointError> {
         match self.dtype {
-            Dtype::F32 => Ok(Buffer::F32(slice::copy(self.bytes))),
-            Dtype::BF16 => Ok(Buffer::Bf16(slice::copy(self.bytes))),
-            Dtype::F16 => Ok(Buffer::F16(slice::copy(self.bytes))),
+            Dtype::F32 => Ok(Buffer::F32(slice::numbers(self.bytes).collect())),
+            Dtype::BF16 => Ok(Buffer::Bf16(slice::numbers(self.bytes).collect())),
+            Dtype::F16 => Ok(Buffer::F16(slice::numbers(self.bytes).collect())),
             _ => Err(self.wrong_dtype("F32, BF16 or F16")),
         }
     }
@@ -230,6 +239,13 @@ impl<'a> TensorView<'a> {
             found: self.shape.to_vec(),
             wanted: wanted.to_vec(),
         })
+    }
+
+    /// The refusal of an element that is no number, by its place in the tensor.
+    pub(crate) fn no_number(&self, element: usize) -> CheckpointError {
+        let at = self.offset as u64 + (element * self.dtype.bitsize() / 8) as u64;
+        let defect = Defect::NotANumber { tensor: self.name.to_owned(), element, at };
+        CheckpointError::Damaged { file: self.file.to_owned(), defect }
     }
 
     pub(crate) fn wrong_dtype(&self, wanted: &'static str) -> CheckpointError {

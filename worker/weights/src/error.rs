@@ -77,6 +77,17 @@ pub enum CheckpointError {
         /// What could be used.
         wanted: &'static str,
     },
+    /// FP8 codes that no block size says how to scale.
+    #[error(
+        "{file}: tensor `{tensor}` is FP8, which is read as matrices with one scale per block; \
+         config.json gives no quantization_config.weight_block_size, or this is no matrix"
+    )]
+    NoBlockSize {
+        /// The file.
+        file: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+    },
     /// A tensor whose shape is not the one asked for.
     #[error(
         "{file}: tensor `{tensor}` has shape {found:?}, but config.json makes it {wanted:?}; weights \
@@ -174,6 +185,16 @@ pub enum Defect {
         end: u64,
         /// The file's length.
         len: u64,
+    },
+    /// A code or a scale that is no number.
+    #[error("element {element} of tensor `{tensor}`, at offset {at}, is no number; {FETCH_AGAIN}")]
+    NotANumber {
+        /// The tensor's name.
+        tensor: String,
+        /// Which element, row-major.
+        element: usize,
+        /// Its place in the file.
+        at: u64,
     },
     /// The index sends a tensor to something that is not a file beside it.
     #[error(

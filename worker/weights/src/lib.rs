@@ -11,15 +11,25 @@
 
 mod checkpoint;
 mod error;
+mod fp8;
 mod header;
+mod load;
 #[allow(unsafe_code, reason = "the one memory map of the workspace")]
 mod map_file;
+mod parallel;
+pub mod progress;
+pub mod random;
+mod set;
 mod slice;
 
 pub use checkpoint::{Checkpoint, TensorView};
 pub use error::{CheckpointError, Defect};
+pub use load::LoadOptions;
 pub use map_file::MappedFile;
+pub use parallel::available_threads;
+pub use progress::Progress;
 pub use safetensors::Dtype;
+pub use set::{Float, Weight, Weights};
 pub use slice::{Buffer, Slice};
 
 #[cfg(target_endian = "big")]

@@ -3,7 +3,47 @@
 //! It computes nothing. Invariant: a [`Slice`] is aligned for its element type.
 
 use half::{bf16, f16};
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// A type that weights are stored in.
+pub(crate) trait Element:
+    Copy + Default + Send + Sync + FromBytes + IntoBytes + Immutable
+{
+    /// Rounds to nearest, ties to even.
+    fn round(value: f32) -> Self;
+    /// The same value in single precision.
+    fn widen(self) -> f32;
+}
+
+impl Element for f32 {
+    fn round(value: f32) -> Self {
+        value
+    }
+
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Element for bf16 {
+    fn round(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Element for f16 {
+    fn round(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
 
 /// The elements of a weight, row-major, in the type they are stored in.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,6 +64,16 @@ impl<'a> Slice<'a> {
             Self::F32(data) => data.len(),
             Self::Bf16(data) => data.len(),
             Self::F16(data) => data.len(),
+        }
+    }
+
+    /// Number of bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::F32(data) => size_of_val(*data) as u64,
+            Self::Bf16(data) => size_of_val(*data) as u64,
+            Self::F16(data) => size_of_val(*data) as u64,
         }
     }
 
@@ -69,18 +119,14 @@ impl Buffer {
 }
 
 /// Little-endian bytes as numbers, without a copy; none where they are not aligned.
-pub(crate) fn borrow<T>(bytes: &[u8]) -> Option<&[T]>
-where
-    T: FromBytes + zerocopy::Immutable,
-{
+pub(crate) fn borrow<T: Element>(bytes: &[u8]) -> Option<&[T]> {
     // Nothing is aligned wherever it lies.
     if bytes.is_empty() { Some(&[]) } else { <[T]>::ref_from_bytes(bytes).ok() }
 }
 
-/// Little-endian bytes as numbers in memory of their own, whatever their alignment.
-pub(crate) fn copy<T: FromBytes>(bytes: &[u8]) -> Vec<T> {
+/// Little-endian bytes as numbers, one by one, whatever their alignment.
+pub(crate) fn numbers<T: Element>(bytes: &[u8]) -> impl Iterator<Item = T> {
     bytes
         .chunks_exact(size_of::<T>())
         .map(|chunk| T::read_from_bytes(chunk).expect("a chunk is as long as the type"))
-        .collect()
 }

@@ -1,0 +1,234 @@
+//! From a checkpoint to [`Weights`]: which tensors can be used as they lie, and how the others are
+//! made.
+//!
+//! It asks for the tensors it is told to and knows no model. Invariant: nothing is converted before
+//! every tensor asked for is known to be there, in the right shape and of a type that can be used.
+
+use crate::checkpoint::{Checkpoint, TensorView};
+use crate::error::CheckpointError;
+use crate::fp8::Quantised;
+use crate::parallel;
+use crate::progress::{Progress, Stage, Tally};
+use crate::set::{Data, Entry, Float, Weights};
+use crate::slice::{self, Buffer, Element};
+use half::{bf16, f16};
+use safetensors::Dtype;
+use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
+use std::hint::black_box;
+
+/// Bytes that one job reads ahead.
+const READ_CHUNK: usize = 4 << 20;
+/// Elements that one job converts.
+const CONVERT_CHUNK: usize = 1 << 20;
+/// One touch per page brings it in; pages are never smaller.
+const PAGE: usize = 4096;
+/// What the name of a quantised weight's scales adds to the weight's.
+const SCALE_SUFFIX: &str = "_scale_inv";
+/// What a weight may be stored as.
+const READABLE: &str = "F32, BF16, F16 or F8_E4M3 with block scales";
+
+/// How a checkpoint becomes weights.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// Type that matrices are brought to (`--dtype`). None keeps what is stored, which needs no
+    /// memory, and makes BF16 of FP8. Vectors (norms, biases) keep their type always: they are small
+    /// and their precision shows.
+    pub matrices: Option<Float>,
+    /// Rows and columns per FP8 scale (`quantization_config.weight_block_size`).
+    pub fp8_block: Option<(usize, usize)>,
+    /// Whether mapped weights are read into the page cache now, with progress, rather than at first
+    /// use.
+    pub read_ahead: bool,
+    /// Threads that convert and read.
+    pub threads: usize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            matrices: None,
+            fp8_block: None,
+            read_ahead: true,
+            threads: parallel::available_threads(),
+        }
+    }
+}
+
+impl Weights {
+    /// Takes the tensors named, each held to its shape, out of a checkpoint.
+    ///
+    /// # Errors
+    /// The first tensor that is absent, of another shape, of a type that cannot be used, or that
+    /// holds FP8 codes or scales that are no numbers.
+    pub fn load<'a>(
+        checkpoint: &Checkpoint,
+        wanted: impl IntoIterator<Item = (&'a str, &'a [usize])>,
+        options: &LoadOptions,
+        progress: &dyn Progress,
+    ) -> Result<Self, CheckpointError> {
+        let mut used = BTreeSet::new();
+        let mut views = Vec::new();
+        for (name, shape) in wanted {
+            let view = checkpoint.tensor(name)?.expect_shape(shape)?;
+            used.insert(view.name);
+            let plan = Plan::of(checkpoint, view, options)?;
+            if let Plan::Dequantise { scales, .. } = &plan {
+                used.insert(scales.name);
+            }
+            views.push((view, plan));
+        }
+        let made_bytes = views
+            .iter()
+            .filter(|(_, plan)| !matches!(plan, Plan::Map(_)))
+            .map(|(view, _)| view.bytes.len() as u64)
+            .sum();
+        let tally = (made_bytes > 0).then(|| Tally::new(progress, Stage::Convert, made_bytes));
+        let mut entries = BTreeMap::new();
+        for (view, plan) in views {
+            let data = match plan {
+                Plan::Map(float) => {
+                    let (file, bytes) = checkpoint.mapped(&view);
+                    Data::Mapped { file, bytes, float }
+                }
+                _ => {
+                    let made = plan.make(&view, options)?;
+                    if let Some(tally) = &tally {
+                        tally.add(view.bytes.len() as u64);
+                    }
+                    Data::Made(made)
+                }
+            };
+            entries.insert(view.name.to_owned(), Entry { shape: view.shape.to_vec(), data });
+        }
+        let unused = checkpoint
+            .tensors()
+            .filter(|view| !used.contains(view.name))
+            .map(|view| view.name.to_owned())
+            .collect();
+        let weights = Self { entries, unused };
+        if options.read_ahead {
+            weights.read_ahead(options.threads, progress);
+        }
+        Ok(weights)
+    }
+
+    fn read_ahead(&self, threads: usize, progress: &dyn Progress) {
+        let mapped: Vec<&[u8]> = self.entries.values().filter_map(|e| e.data.mapped()).collect();
+        let total: u64 = mapped.iter().map(|bytes| bytes.len() as u64).sum();
+        if total == 0 {
+            return;
+        }
+        let tally = Tally::new(progress, Stage::Read, total);
+        let chunks = mapped.into_iter().flat_map(|bytes| bytes.chunks(READ_CHUNK));
+        let Ok(()) = parallel::for_each(threads, chunks, |chunk: &[u8]| {
+            black_box(chunk.iter().step_by(PAGE).fold(0u8, |sum, &byte| sum ^ byte));
+            tally.add(chunk.len() as u64);
+            Ok::<(), Infallible>(())
+        });
+    }
+}
+
+/// What has to be done to a stored tensor before it can be computed with.
+enum Plan<'a> {
+    /// Nothing.
+    Map(Float),
+    /// Its elements brought to another type, or copied to where they are aligned.
+    Convert(Float),
+    /// Numbers made of its codes.
+    Dequantise { to: Float, scales: TensorView<'a>, block: (usize, usize) },
+}
+
+impl<'a> Plan<'a> {
+    fn of(
+        checkpoint: &'a Checkpoint,
+        view: TensorView<'a>,
+        options: &LoadOptions,
+    ) -> Result<Self, CheckpointError> {
+        if view.dtype == Dtype::F8_E4M3 {
+            return Self::dequantise(checkpoint, view, options);
+        }
+        let stored = Float::of(view.dtype).ok_or_else(|| view.wrong_dtype(READABLE))?;
+        let to = options.matrices.filter(|_| view.shape.len() > 1).unwrap_or(stored);
+        let usable = to == stored && view.slice().is_some();
+        Ok(if usable { Self::Map(stored) } else { Self::Convert(to) })
+    }
+
+    fn dequantise(
+        checkpoint: &'a Checkpoint,
+        view: TensorView<'a>,
+        options: &LoadOptions,
+    ) -> Result<Self, CheckpointError> {
+        let (&[rows, cols], Some(block)) = (view.shape, options.fp8_block) else {
+            return Err(CheckpointError::NoBlockSize {
+                file: view.file.to_owned(),
+                tensor: view.name.to_owned(),
+            });
+        };
+        assert!(block.0 > 0 && block.1 > 0, "a block of no rows or columns");
+        let scales = checkpoint
+            .tensor(&format!("{}{SCALE_SUFFIX}", view.name))?
+            .expect_shape(&[rows.div_ceil(block.0), cols.div_ceil(block.1)])?;
+        Ok(Self::Dequantise { to: options.matrices.unwrap_or(Float::Bf16), scales, block })
+    }
+
+    fn make(
+        &self,
+        view: &TensorView<'_>,
+        options: &LoadOptions,
+    ) -> Result<Buffer, CheckpointError> {
+        let (&Self::Map(to) | &Self::Convert(to) | &Self::Dequantise { to, .. }) = self;
+        Ok(match to {
+            Float::F32 => Buffer::F32(self.make_as(view, options)?),
+            Float::Bf16 => Buffer::Bf16(self.make_as(view, options)?),
+            Float::F16 => Buffer::F16(self.make_as(view, options)?),
+        })
+    }
+
+    fn make_as<T: Element>(
+        &self,
+        view: &TensorView<'_>,
+        options: &LoadOptions,
+    ) -> Result<Vec<T>, CheckpointError> {
+        let Self::Dequantise { scales, block, .. } = self else {
+            return Ok(convert(view, options.threads));
+        };
+        let scale_values = scales.to_f32()?;
+        if let Some(i) = scale_values.iter().position(|scale| !scale.is_finite()) {
+            return Err(scales.no_number(i));
+        }
+        let cols = view.shape.last().copied().unwrap_or(1);
+        let codes = Quantised { codes: view.bytes, cols, scales: &scale_values, block: *block };
+        let mut out = vec![T::default(); view.bytes.len()];
+        if !out.is_empty() {
+            let rows_each = (CONVERT_CHUNK / cols).max(1);
+            let jobs = out.chunks_mut(rows_each * cols).enumerate();
+            parallel::for_each(options.threads, jobs, |(job, out)| {
+                codes
+                    .dequantise(job * rows_each, out)
+                    .map_err(|(row, col)| view.no_number(row * cols + col))
+            })?;
+        }
+        Ok(out)
+    }
+}
+
+/// Elements of a stored tensor in another type, rounded to nearest, ties to even.
+fn convert<T: Element>(view: &TensorView<'_>, threads: usize) -> Vec<T> {
+    fn widen<S: Element, T: Element>(bytes: &[u8], threads: usize) -> Vec<T> {
+        let mut out = vec![T::default(); bytes.len() / size_of::<S>()];
+        let jobs = bytes.chunks(CONVERT_CHUNK * size_of::<S>()).zip(out.chunks_mut(CONVERT_CHUNK));
+        let Ok(()) = parallel::for_each(threads, jobs, |(bytes, out): (&[u8], &mut [T])| {
+            for (x, value) in out.iter_mut().zip(slice::numbers::<S>(bytes)) {
+                *x = T::round(value.widen());
+            }
+            Ok::<(), Infallible>(())
+        });
+        out
+    }
+    match view.dtype {
+        Dtype::F32 => widen::<f32, T>(view.bytes, threads),
+        Dtype::BF16 => widen::<bf16, T>(view.bytes, threads),
+        _ => widen::<f16, T>(view.bytes, threads),
+    }
+}
