@@ -142,7 +142,7 @@ fn block<const M: usize>(
             _mm512_storeu_ps(line.as_mut_ptr(), sums[0]);
             _mm512_storeu_ps(line.as_mut_ptr().add(LANES), sums[1]);
         }
-        let at = (token + m) * tile.width + tile.column + row;
+        let at = tile.at + (token + m) * tile.width + row;
         // SAFETY: items write disjoint columns; each (token, panel) is visited once.
         let cells = unsafe { out.part(at, rows) };
         for (r, (cell, sum)) in cells.iter_mut().zip(line).enumerate() {

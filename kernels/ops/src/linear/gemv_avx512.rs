@@ -116,7 +116,7 @@ fn block<E: Load, const T: usize>(
     }
     for (r, sums) in sums.iter().enumerate().take(rows) {
         for (t, sum) in sums.iter().enumerate() {
-            let at = (token + t) * tile.width + tile.column + row + r;
+            let at = tile.at + (token + t) * tile.width + row + r;
             // SAFETY: items write disjoint columns; each (token, row) is visited once.
             let cell = unsafe { out.part(at, 1) };
             cell[0] = _mm512_reduce_add_ps(*sum) + tile.bias(row + r);

@@ -21,7 +21,7 @@ use crate::share::{PerThread, Shared};
 use device::{Isa, ThreadPool};
 
 /// Outputs that one item of the parallel loop computes; a multiple of every kernel's tile.
-const ROWS_PER_ITEM: usize = 64;
+pub(crate) const ROWS_PER_ITEM: usize = 64;
 
 /// Up to this many tokens the weights' bytes cost more than the arithmetic.
 const GEMV_MAX_TOKENS: usize = 12;
@@ -54,7 +54,7 @@ pub fn scratch_len(pool: &ThreadPool, cols: usize) -> usize {
 }
 
 /// Outputs of one packed panel.
-const PANEL: usize = 32;
+pub(crate) const PANEL: usize = 32;
 
 /// Computes the product on the best variant of this processor.
 ///
@@ -114,38 +114,52 @@ pub fn linear_on(
                 tokens,
                 w: part.rows(rows.clone()),
                 bias: bias.map(|bias| &bias[rows.clone()]),
+                at: offset + rows.start,
                 width,
-                column: offset + rows.start,
             };
-            match variant {
-                Variant::Rows => rows::run(isa, &tile, &out),
-                #[cfg(target_arch = "x86_64")]
-                Variant::GemvAvx512 => gemv_avx512::run(&tile, &out),
-                #[cfg(target_arch = "x86_64")]
-                Variant::GemmAvx512 => panels.with(|panel| gemm_avx512::run(&tile, &out, panel)),
-                #[cfg(not(target_arch = "x86_64"))]
-                Variant::GemvAvx512 | Variant::GemmAvx512 => rows::run(isa, &tile, &out),
-            }
+            tile.run(isa, variant, &out, &panels);
         });
         offset += part.rows;
     }
 }
 
-/// One item: some outputs of one part for all tokens. Writes columns
-/// `column..column + w.rows` of every row of the output and nothing else.
-struct Tile<'a> {
-    x: &'a [f32],
-    tokens: usize,
-    w: Matrix<'a>,
+/// Some outputs of one matrix for all tokens: what one item of a parallel loop computes. Writes
+/// `w.rows` elements from `at + token * width` on for each token, and nothing else.
+pub(crate) struct Tile<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) tokens: usize,
+    pub(crate) w: Matrix<'a>,
     /// Of this tile's outputs.
-    bias: Option<&'a [f32]>,
-    /// Columns of the whole output.
-    width: usize,
-    /// First column of this tile.
-    column: usize,
+    pub(crate) bias: Option<&'a [f32]>,
+    /// Element of the output where the first token's first output goes.
+    pub(crate) at: usize,
+    /// Elements of a row of the output.
+    pub(crate) width: usize,
 }
 
 impl Tile<'_> {
+    /// Computes the tile.
+    pub(crate) fn run(
+        &self,
+        isa: Isa,
+        variant: Variant,
+        out: &Shared<'_, f32>,
+        panels: &PerThread<'_>,
+    ) {
+        match variant {
+            Variant::Rows => rows::run(isa, self, out),
+            #[cfg(target_arch = "x86_64")]
+            Variant::GemvAvx512 => gemv_avx512::run(self, out),
+            #[cfg(target_arch = "x86_64")]
+            Variant::GemmAvx512 => panels.with(|panel| gemm_avx512::run(self, out, panel)),
+            #[cfg(not(target_arch = "x86_64"))]
+            Variant::GemvAvx512 | Variant::GemmAvx512 => {
+                let _ = panels;
+                rows::run(isa, self, out);
+            }
+        }
+    }
+
     fn bias(&self, row: usize) -> f32 {
         self.bias.map_or(0.0, |bias| bias[row])
     }

@@ -18,7 +18,7 @@ pub(super) fn run(isa: Isa, tile: &Tile<'_>, out: &Shared<'_, f32>) {
                 WeightSlice::F16(w) => dot(isa, x, w),
             };
             // SAFETY: items write disjoint columns, and each (token, row) is visited once.
-            let cell = unsafe { out.part(token * tile.width + tile.column + row, 1) };
+            let cell = unsafe { out.part(tile.at + token * tile.width + row, 1) };
             cell[0] = sum + tile.bias(row);
         }
     }
