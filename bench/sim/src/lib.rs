@@ -1,1 +1,15 @@
-//! Seeded simulation of the scheduler with fake workers.
+//! The shipped scheduler in a seeded world: virtual time, clients that come, stop and leave, and a
+//! worker that follows plans to the letter while it checks every read and write.
+//!
+//! Nothing here is used in production. The world has no threads and asks no clock, so a seed is a
+//! run. Invariant: the first thing that is wrong ends the run with the seed that shows it.
+
+pub mod client;
+pub mod planner_bench;
+pub mod rng;
+pub mod scenario;
+pub mod worker;
+pub mod world;
+
+pub use scenario::Scenario;
+pub use world::{Figures, Violation, World};

@@ -373,6 +373,12 @@ impl KvCache {
         self.supers.count()
     }
 
+    /// Super-blocks in which nothing is held or cached.
+    #[must_use]
+    pub fn unbound(&self) -> u32 {
+        self.supers.unbound()
+    }
+
     /// Share of the cache's memory that live requests or limbo hold, between 0 and 1.
     #[must_use]
     pub fn usage(&self) -> f64 {

@@ -19,6 +19,15 @@ use ids::{BlockHash, Blocks, GroupId, StepSeq, Tokens};
 use kv_cache::{Hit, first_live};
 use step::{Admit, SlotOp};
 
+/// Where and when admission last found blocks short.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Blocked {
+    key: Key,
+    group: GroupId,
+    need: Blocks,
+    running: usize,
+}
+
 impl Scheduler {
     pub(crate) fn admit_waiting(&mut self, life: &mut Life, draft: &mut Draft) {
         self.head = None;
@@ -71,8 +80,7 @@ impl Scheduler {
         if arriving == 0
             && let Some(victim) = worst_behind(life, rank)
         {
-            self.preempt(life, victim);
-            draft.report.preempted += 1;
+            self.sacrifice(life, draft, victim);
         }
         if life.slots.free() > 0 {
             return Ok(());
@@ -84,9 +92,10 @@ impl Scheduler {
     /// What the last attempt found short, while it still is and nobody can be made to give it:
     /// a long prompt is not looked up again in every step that it waits.
     fn still_blocked(&self, life: &Life, rank: Rank, key: Key) -> Option<Waits> {
-        let (blocked, group, need) = self.blocked?;
+        let Blocked { key: blocked, group, need, running } = self.blocked?;
         let mintable = life.cache.mintable(group);
-        if blocked != key || mintable >= need {
+        // What the running are promised is part of the need, and goes with them.
+        if blocked != key || mintable >= need || life.running.len() < running {
             return None;
         }
         let arriving = life.arriving(group);
@@ -138,11 +147,11 @@ impl Scheduler {
                 let arriving = life.arriving(group);
                 let victim = if arriving >= missing { None } else { worst_behind(life, rank) };
                 let Some(victim) = victim else {
-                    self.blocked = Some((key, group, need));
+                    let running = life.running.len();
+                    self.blocked = Some(Blocked { key, group, need, running });
                     return Err(Waits::Blocks { group, need, mintable, arriving });
                 };
-                self.preempt(life, victim);
-                draft.report.preempted += 1;
+                self.sacrifice(life, draft, victim);
             }
         }
         Ok(())

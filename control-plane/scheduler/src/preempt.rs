@@ -128,9 +128,24 @@ impl Scheduler {
                 let mintable = life.cache.mintable(group);
                 return Err(Waits::Blocks { group, need: Blocks(1), mintable, arriving });
             };
-            self.preempt(life, victim);
-            draft.report.preempted += 1;
+            self.sacrifice(life, draft, victim);
         }
+    }
+
+    /// Preempts a request while a step is composed, which may run it already.
+    pub(crate) fn sacrifice(&mut self, life: &mut Life, draft: &mut Draft, victim: Key) {
+        if let Some(Live::Decoding(request)) = self.requests.get(victim)
+            && request.state.ready
+        {
+            let context = u64::from(request.state.seat.planned.0);
+            draft.load.decode = draft.load.decode.saturating_sub(1);
+            draft.load.context = draft.load.context.saturating_sub(context);
+        }
+        if let Some(at) = draft.chunks.iter().position(|chunk| chunk.key == victim) {
+            draft.room += draft.chunks.remove(at).tokens;
+        }
+        self.preempt(life, victim);
+        draft.report.preempted += 1;
     }
 
     /// Takes a decoding request out of its lane; the last one moves there.

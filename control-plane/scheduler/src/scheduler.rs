@@ -4,6 +4,7 @@
 //! Planning, outcomes and the worker's comings and goings have files of their own.
 //! Invariant: an event that does not fit changes nothing but a counter.
 
+use crate::admit::Blocked;
 use crate::config::{Config, ConfigError};
 use crate::event::{Event, Submit};
 use crate::job::{Job, Rank};
@@ -14,7 +15,7 @@ use crate::report::{Gauges, Planned, Unfit, Waits};
 use crate::request::{Live, Request};
 use crate::slab::{Key, Slab};
 use crate::tables::peak;
-use ids::{Blocks, GroupId, Incarnation, RequestId, Timestamp, Tokens};
+use ids::{Incarnation, RequestId, Timestamp, Tokens};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Decides what every step of one data-parallel shard does.
@@ -38,8 +39,8 @@ pub struct Scheduler {
     /// What the first in line waits for, and running requests that the last plan left out.
     pub(crate) head: Option<(RequestId, Waits)>,
     pub(crate) stalls: Vec<(RequestId, Waits)>,
-    /// The request, group and need at which admission last found blocks short.
-    pub(crate) blocked: Option<(Key, GroupId, Blocks)>,
+    /// What the first in line was last short of.
+    pub(crate) blocked: Option<Blocked>,
     /// Set when planning changed something that another attempt may use once outputs have left.
     pub(crate) replan: bool,
 }

@@ -79,6 +79,9 @@ impl Scheduler {
 
     /// Voids every handle of a life. Returns the requests that had a seat, now preempted.
     pub(crate) fn end_life(&mut self, life: Life) -> Vec<Key> {
+        self.blocked = None;
+        self.head = None;
+        self.stalls.clear();
         let buried = life.cache.bury();
         life.draining.into_iter().for_each(|tables| tables.void(&buried));
         let mut unseated = Vec::new();

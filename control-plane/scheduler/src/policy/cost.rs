@@ -102,12 +102,13 @@ fn solve(mut a: [[f64; FEATURES]; FEATURES], mut b: [f64; FEATURES]) -> [f64; FE
         let pivot = (col..FEATURES).max_by(larger).unwrap_or(col);
         a.swap(col, pivot);
         b.swap(col, pivot);
+        let (pivot, moment) = (a[col], b[col]);
         for row in col + 1..FEATURES {
-            let factor = a[row][col] / a[col][col];
-            for k in col..FEATURES {
-                a[row][k] -= factor * a[col][k];
+            let factor = a[row][col] / pivot[col];
+            for (x, p) in a[row].iter_mut().zip(pivot) {
+                *x -= factor * p;
             }
-            b[row] -= factor * b[col];
+            b[row] -= factor * moment;
         }
     }
     let mut w = [0.0; FEATURES];

@@ -1,0 +1,152 @@
+//! What kind of world a seed makes: the cache's shape, the scheduler's limits, how often things
+//! go wrong. Drawn from the seed, so that every seed is another corner.
+//!
+//! It runs nothing. Invariant: every scenario is one in which all requests can end.
+
+use crate::rng::Rng;
+use core::time::Duration;
+use ids::{Bytes, GroupId, HashKey, Tokens};
+use kv_cache::{CarveError, carve};
+use scheduler::Config;
+use step::{Carving, GroupKind, GroupSpec};
+
+/// A world's parameters. A rate of `n` means one in `n`; 0 is never.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// Everything else random follows from it.
+    pub seed: u64,
+    /// Events after which no more requests come.
+    pub events: u64,
+    /// Cache groups.
+    pub groups: Vec<GroupSpec>,
+    /// Their carving.
+    pub carving: Carving,
+    /// The scheduler's limits.
+    pub config: Config,
+    /// Longest prompt.
+    pub prompt_most: u32,
+    /// Most output tokens.
+    pub output_most: u32,
+    /// Mean time between requests.
+    pub pause: Duration,
+    /// Requests that the client aborts.
+    pub aborts: u64,
+    /// Requests that end at a stop string.
+    pub stops: u64,
+    /// Requests with a deadline.
+    pub deadlines: u64,
+    /// Requests with prompt log-probabilities.
+    pub prompt_logprobs: u64,
+    /// Events at which a running request is preempted by force.
+    pub preemptions: u64,
+    /// Outcomes that come again.
+    pub repeats: u64,
+    /// Outcomes that come before their predecessor, and again after it.
+    pub reorders: u64,
+    /// Outcomes that take much longer.
+    pub lates: u64,
+    /// Outcomes that never come.
+    pub losses: u64,
+    /// Outcomes that lack a sample or name a slot of their own.
+    pub lies: u64,
+    /// Steps in which the worker dies.
+    pub deaths: u64,
+}
+
+/// Which groups the model has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Model {
+    /// Full attention.
+    Full,
+    /// Sliding window in every layer.
+    Sliding,
+    /// Full and sliding layers, with blocks of different size.
+    Mixed,
+}
+
+impl Scenario {
+    /// The world of a seed: crowded, faulty, with little cache.
+    ///
+    /// # Errors
+    /// When the model's cache cannot be carved, which no seed brings about.
+    pub fn storm(seed: u64, events: u64, depth: u32, model: Model) -> Result<Self, CarveError> {
+        let mut rng = Rng::new(seed ^ 0x5EED);
+        let kind = |sliding: bool, rng: &mut Rng| {
+            let windows = [1, 2, 63, 64, 65, 66, 128, 129, 200];
+            let window = Tokens(windows[rng.below(windows.len() as u64) as usize]);
+            if sliding { GroupKind::Sliding { window } } else { GroupKind::Full }
+        };
+        let spec = |group, kind, bytes| GroupSpec { group: GroupId(group), kind, block_bytes: Bytes(bytes) };
+        let groups = match model {
+            Model::Full => vec![spec(0, kind(false, &mut rng), 64)],
+            Model::Sliding => vec![spec(0, kind(true, &mut rng), 64)],
+            Model::Mixed => {
+                let (full, sliding) = (kind(false, &mut rng), kind(true, &mut rng));
+                // Both orders, and super-blocks that hold several blocks of one group.
+                if rng.one_in(2) {
+                    vec![spec(0, full, 64), spec(1, sliding, 192)]
+                } else {
+                    vec![spec(0, sliding, 64), spec(1, full, 256)]
+                }
+            }
+        };
+        let unit: u64 = groups.iter().map(|g| g.block_bytes.0).sum();
+        let cache_bytes = Bytes(unit * (10 + rng.below(30)));
+        let carving = carve(&groups, cache_bytes, Bytes(64))?;
+        let chunks = [1, 7, 63, 64, 65, 100, 512, 512];
+        let max_chunk = chunks[rng.below(chunks.len() as u64) as usize];
+        let max_running = 1 + rng.below_u32(12);
+        let config = Config {
+            max_running,
+            max_step_tokens: Tokens(max_running + 1 + rng.below_u32(400)),
+            max_chunk: Tokens(max_chunk),
+            max_context: Tokens(1024),
+            depth,
+            decode_budget: Duration::from_micros(500 + rng.below(20_000)),
+            prefix_caching: !rng.one_in(5),
+            queue_requests: 20,
+            queue_tokens: 4000,
+            step_timeout: Duration::from_secs(2),
+            release_slice: 1 + rng.below_u32(6),
+            ..Config::with_key(HashKey::derive("sim", b""))
+        };
+        Ok(Self {
+            seed,
+            events,
+            groups,
+            carving,
+            config,
+            // A prompt takes a bounded number of chunks, or nobody gets past forced preemptions.
+            prompt_most: if max_chunk < 60 { 70 } else { 330 },
+            output_most: 90,
+            pause: Duration::from_micros(20_000 + rng.below(150_000)),
+            aborts: 8,
+            stops: 6,
+            deadlines: 10,
+            prompt_logprobs: 12,
+            preemptions: 40,
+            repeats: 50,
+            reorders: 60,
+            lates: 80,
+            losses: 3000,
+            lies: 3000,
+            deaths: 1500,
+        })
+    }
+
+    /// The same world without anything that goes wrong.
+    #[must_use]
+    pub fn calm(mut self) -> Self {
+        self.aborts = 0;
+        self.stops = 0;
+        self.deadlines = 0;
+        self.preemptions = 0;
+        self.repeats = 0;
+        self.reorders = 0;
+        self.lates = 0;
+        self.losses = 0;
+        self.lies = 0;
+        self.deaths = 0;
+        self
+    }
+}
