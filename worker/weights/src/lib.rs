@@ -21,6 +21,7 @@ pub mod progress;
 pub mod random;
 mod set;
 mod slice;
+mod write;
 
 pub use checkpoint::{Checkpoint, TensorView};
 pub use error::{CheckpointError, Defect};
@@ -31,6 +32,7 @@ pub use progress::Progress;
 pub use safetensors::Dtype;
 pub use set::{Float, Weight, Weights};
 pub use slice::{Buffer, Slice};
+pub use write::{DEFAULT_SHARD_BYTES, WriteError, WriteOptions, Written, write_random};
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors are little-endian and are used as they lie in the file");

@@ -2,6 +2,7 @@
 //!
 //! It computes nothing. Invariant: a [`Slice`] is aligned for its element type.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -11,6 +12,10 @@ pub(crate) trait Element:
 {
     /// Rounds to nearest, ties to even.
     fn round(value: f32) -> Self;
+    /// Rounds all of `from` into `to`, which is as long.
+    fn round_all(from: &[f32], to: &mut [Self]) {
+        to.iter_mut().zip(from).for_each(|(x, &value)| *x = Self::round(value));
+    }
     /// The same value in single precision.
     fn widen(self) -> f32;
 }
@@ -27,7 +32,11 @@ impl Element for f32 {
 
 impl Element for bf16 {
     fn round(value: f32) -> Self {
-        Self::from_f32(value)
+        // What `from_f32` does, as a choice instead of a branch: loops of it become vectors.
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
+        let quiet = (bits >> 16) | 0x40;
+        Self::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
     }
 
     fn widen(self) -> f32 {
@@ -38,6 +47,11 @@ impl Element for bf16 {
 impl Element for f16 {
     fn round(value: f32) -> Self {
         Self::from_f32(value)
+    }
+
+    fn round_all(from: &[f32], to: &mut [Self]) {
+        // Uses the processor's conversion where there is one.
+        to.convert_from_f32_slice(from);
     }
 
     fn widen(self) -> f32 {
@@ -129,4 +143,25 @@ pub(crate) fn numbers<T: Element>(bytes: &[u8]) -> impl Iterator<Item = T> {
     bytes
         .chunks_exact(size_of::<T>())
         .map(|chunk| T::read_from_bytes(chunk).expect("a chunk is as long as the type"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All exponents and signs, mantissas around every tie, infinities and NaN.
+    #[test]
+    fn rounding_is_the_librarys() {
+        let edges =
+            [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1_7FFF, 0x1_8000, 0x7F_8000, 0x7F_FFFF];
+        let values: Vec<f32> = (0..512u32)
+            .flat_map(|high| edges.map(|low| f32::from_bits((high << 23) | low)))
+            .collect();
+        let mut halves = vec![f16::ZERO; values.len()];
+        f16::round_all(&values, &mut halves);
+        for (&value, half) in values.iter().zip(halves) {
+            assert_eq!(bf16::round(value).to_bits(), bf16::from_f32(value).to_bits(), "{value:e}");
+            assert_eq!(half.to_bits(), f16::from_f32(value).to_bits(), "{value:e}");
+        }
+    }
 }

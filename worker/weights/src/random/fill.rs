@@ -5,6 +5,9 @@
 use super::{Generator, Law, RandomError, RandomModel, TensorSpec, router};
 use crate::slice::Element;
 
+/// Values made at once, small enough for the first-level cache.
+const BATCH: usize = 1024;
+
 /// The values of one tensor, ready to be made.
 #[derive(Clone, Debug)]
 pub(crate) struct Fill {
@@ -44,9 +47,11 @@ impl Fill {
     pub(crate) fn fill<T: Element>(&self, start: usize, out: &mut [T]) {
         match &self.values {
             Values::Normal { mean, std } => {
-                for (i, x) in out.iter_mut().enumerate() {
-                    let z = self.generator.normal((start + i) as u64);
-                    *x = T::round((mean + std * z) as f32);
+                let mut singles = [0.0; BATCH];
+                for (batch, out) in out.chunks_mut(BATCH).enumerate() {
+                    let singles = &mut singles[..out.len()];
+                    self.generator.normals((start + batch * BATCH) as u64, *mean, *std, singles);
+                    T::round_all(singles, out);
                 }
             }
             Values::Constant(value) => out.fill(T::round(*value)),

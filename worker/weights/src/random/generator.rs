@@ -45,16 +45,41 @@ impl Generator {
         mix(self.key.wrapping_add(j.wrapping_add(1).wrapping_mul(GAMMA)))
     }
 
-    /// Element `i`: a draw of mean 0 and variance 1.
-    #[must_use]
-    pub fn normal(self, i: u64) -> f64 {
+    /// Sum of the eight lanes of element `i`, from 0 to 8 * 65535.
+    fn lane_sum(self, i: u64) -> i32 {
         // Adding lanes pairwise keeps every partial sum within its 32 bits.
         let pairs = |word: u64| (word & LOW_LANES) + ((word >> 16) & LOW_LANES);
         let sums = pairs(self.word(i.wrapping_mul(2))) + pairs(self.word(i.wrapping_mul(2) + 1));
-        let sum = (sums as u32 + (sums >> 32) as u32) as i32;
-        // A lane has the variance of a uniform of width 65536 but for one part in 2^32.
-        f64::from(sum - CENTRE) / (65536.0 * (8.0f64 / 12.0).sqrt())
+        (sums as u32 + (sums >> 32) as u32) as i32
     }
+
+    /// Element `i`: a draw of mean 0 and variance 1.
+    #[must_use]
+    pub fn normal(self, i: u64) -> f64 {
+        standardise(self.lane_sum(i))
+    }
+
+    /// Elements `start..start + out.len()` of a given mean and standard deviation, in single
+    /// precision: the same as [`Generator::normal`] one by one. Integers first and numbers
+    /// after, so that the compiler can use vectors for the numbers.
+    pub(super) fn normals(self, start: u64, mean: f64, std: f64, out: &mut [f32]) {
+        let mut sums = [0i32; 256];
+        let mut at = start;
+        for out in out.chunks_mut(sums.len()) {
+            for sum in &mut sums[..out.len()] {
+                *sum = self.lane_sum(at);
+                at = at.wrapping_add(1);
+            }
+            for (x, &sum) in out.iter_mut().zip(&sums) {
+                *x = (mean + std * standardise(sum)) as f32;
+            }
+        }
+    }
+}
+
+fn standardise(sum: i32) -> f64 {
+    // A lane has the variance of a uniform of width 65536 but for one part in 2^32.
+    f64::from(sum - CENTRE) / (65536.0 * (8.0f64 / 12.0).sqrt())
 }
 
 #[cfg(test)]

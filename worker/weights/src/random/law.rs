@@ -76,6 +76,11 @@ impl RandomModel {
             (_, Kind::Head { fan_in } | Kind::Matrix { fan_in }) => per_root(1.0, fan_in),
         })
     }
+
+    /// Whether elements depend on each other, so that the tensor has to be made in one go.
+    pub(crate) fn made_whole(&self, spec: &TensorSpec) -> bool {
+        matches!(self.law(spec), Ok(Law::Router { .. }))
+    }
 }
 
 /// What a tensor is, by the names that published checkpoints use.
