@@ -1,1 +1,25 @@
-//! Executes step plans: slots, batches, the CPU backend, the sampler.
+//! Executes step plans on one rank: slots, batches, the CPU backend, the sampler.
+//!
+//! A library for a plain thread: no async, no network. The way of a step: `slots` applies the
+//! plan's ops, `batch` turns runs into rows and segments, an [`Executor`] runs the flat op list,
+//! `sampler` draws. Invariants: a plan that contradicts the state is an error by name, never a
+//! panic; what is sampled for a request depends neither on its batch nor on how it was chunked.
+
+mod batch;
+mod cpu;
+mod digest;
+mod engine;
+mod error;
+mod executor;
+mod options;
+mod sampler;
+mod slots;
+mod source;
+mod tables;
+
+pub use batch::{Batch, Purpose, Run, Wanted};
+pub use engine::Engine;
+pub use error::{EngineError, PlanError, WeightError};
+pub use executor::{Executor, TableView};
+pub use options::{KvDtype, MlaForm, Options};
+pub use source::WeightSource;

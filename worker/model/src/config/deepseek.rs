@@ -77,7 +77,9 @@ pub(super) fn read(
     fields.only("moe_layer_freq", &json!(1))?;
     // Multi-token prediction layers follow the model's own and are not part of a plain forward.
     fields.ignore(&["num_nextn_predict_layers", "num_mtp_layers"]);
-    let experts = fields.size("n_routed_experts")?;
+    let experts = fields
+        .opt_experts("n_routed_experts")?
+        .ok_or_else(|| ConfigError::Missing { field: "n_routed_experts".into() })?;
     let top_k = fields.size("num_experts_per_tok")?;
     let (groups, norm_topk) = read_router(fields, version, experts)?;
     let eligible = groups.map_or(experts, |(n, chosen)| experts / n * chosen);

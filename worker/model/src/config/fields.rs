@@ -9,6 +9,8 @@ use std::collections::BTreeSet;
 
 /// The largest width, count or size of one field; products of two widths fit 64 bits with room.
 pub(super) const MAX_SIZE: u64 = 1 << 24;
+/// The most routed experts; what the routers' fixed scratch holds.
+pub(super) const MAX_EXPERTS: u64 = 1024;
 /// The longest context a file may declare.
 pub(super) const MAX_CONTEXT: u64 = 1 << 31;
 
@@ -70,6 +72,11 @@ impl<'a> Fields<'a> {
     /// A positive size.
     pub(super) fn opt_size(&mut self, field: &str) -> Result<Option<usize>, ConfigError> {
         Ok(self.opt_number(field, 1, MAX_SIZE)?.map(|n| n as usize))
+    }
+
+    /// A number of routed experts.
+    pub(super) fn opt_experts(&mut self, field: &str) -> Result<Option<usize>, ConfigError> {
+        Ok(self.opt_number(field, 1, MAX_EXPERTS)?.map(|n| n as usize))
     }
 
     /// A positive size with the family's default.

@@ -59,9 +59,11 @@ pub(super) fn read_moe(fields: &mut Fields<'_>) -> Result<Qwen3Moe, ConfigError>
     }
     fields.ignore(&["sliding_window", "max_window_layers"]);
     let step = fields.size_or("decoder_sparse_step", 1)?;
-    let experts = match fields.opt_size("num_experts")? {
+    let experts = match fields.opt_experts("num_experts")? {
         Some(experts) => experts,
-        None => fields.size("num_local_experts")?,
+        None => fields
+            .opt_experts("num_local_experts")?
+            .ok_or_else(|| ConfigError::Missing { field: "num_experts".into() })?,
     };
     let top_k = fields.size("num_experts_per_tok")?;
     if top_k > experts {

@@ -50,6 +50,19 @@ pub struct Lowered {
     pub groups: Vec<GroupLayout>,
 }
 
+impl Lowered {
+    /// Every checkpoint tensor that this rank reads, with its whole shape.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, Vec<usize>)> {
+        self.weights.iter().flatten().map(|weight| {
+            let shape = match weight.region {
+                Region::Matrix { of, .. } => vec![of.0, of.1],
+                Region::Vector { of, .. } => vec![of],
+            };
+            (weight.name.as_str(), shape)
+        })
+    }
+}
+
 /// Why a program cannot be lowered for a mesh.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LowerError {

@@ -1,0 +1,255 @@
+//! Why an engine refuses: a model it cannot hold, a configuration that does not fit, a plan that
+//! contradicts its state. After a [`PlanError`] the engine's state is not to be trusted.
+
+use ids::{BlockId, Bytes, GroupId, RequestId, SlotGeneration, SlotId, StepSeq, Tokens};
+
+/// A weight that is not as the program needs it.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightError {
+    /// It was not loaded.
+    #[error("weight {name} was not loaded")]
+    Absent {
+        /// Name in the checkpoint.
+        name: String,
+    },
+    /// Another shape than the configuration implies.
+    #[error("weight {name} has shape {got:?}, config.json implies {wanted:?}")]
+    Shape {
+        /// Name in the checkpoint.
+        name: String,
+        /// Its shape.
+        got: Vec<usize>,
+        /// What the program needs.
+        wanted: Vec<usize>,
+    },
+    /// A vector where the program has a matrix, or the other way round; a mistake in a model file.
+    #[error("weight {name} is not used as it was declared")]
+    Kind {
+        /// Name in the checkpoint.
+        name: String,
+    },
+}
+
+/// Why an engine cannot be built or configured.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// A weight.
+    #[error(transparent)]
+    Weight(#[from] WeightError),
+    /// More than one rank: a CPU engine executes one.
+    #[error("the CPU engine executes one rank; this program is lowered for {ranks}")]
+    Ranks {
+        /// Ranks of the mesh.
+        ranks: usize,
+    },
+    /// A carving that does not fit the cache or the groups.
+    #[error("carving: {0}")]
+    Carving(String),
+    /// A limit of the configuration that cannot be met.
+    #[error("{what} = {got} must be {allowed}")]
+    Limit {
+        /// Field of the configuration.
+        what: &'static str,
+        /// Its value.
+        got: u64,
+        /// What would be accepted.
+        allowed: String,
+    },
+    /// Not enough memory for what the configuration needs.
+    #[error("cannot allocate {bytes} bytes for {what}")]
+    Memory {
+        /// What for.
+        what: &'static str,
+        /// How much.
+        bytes: Bytes,
+    },
+}
+
+/// What of a plan or upload contradicts the engine's state.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// Nothing was configured yet.
+    #[error("a command came before the configuration")]
+    NotConfigured,
+    /// Another life.
+    #[error("the command is for incarnation {got}, this engine lives in {lives}")]
+    Incarnation {
+        /// Named.
+        got: u64,
+        /// Lived.
+        lives: u64,
+    },
+    /// A step out of order.
+    #[error("step {got} follows step {last}")]
+    Sequence {
+        /// Named.
+        got: StepSeq,
+        /// The last executed.
+        last: StepSeq,
+    },
+    /// A plan without exactly one section for this engine's shard.
+    #[error("the plan has {got} sections, this engine is one shard of one")]
+    Sections {
+        /// Sections.
+        got: usize,
+    },
+    /// Tokens that do not continue what was uploaded.
+    #[error("upload of {request} starts at {offset}, {held} tokens are held")]
+    UploadGap {
+        /// Whose.
+        request: RequestId,
+        /// Where it starts.
+        offset: Tokens,
+        /// What is held.
+        held: Tokens,
+    },
+    /// A token outside of the vocabulary.
+    #[error("upload of {request} holds token {token}, the vocabulary has {vocab}")]
+    UnknownToken {
+        /// Whose.
+        request: RequestId,
+        /// The token.
+        token: u32,
+        /// Entries.
+        vocab: u32,
+    },
+    /// An admission whose tokens are not here.
+    #[error("{request} is admitted with {known} tokens, {held} were uploaded")]
+    NotUploaded {
+        /// Whose.
+        request: RequestId,
+        /// Named.
+        known: Tokens,
+        /// Held.
+        held: Tokens,
+    },
+    /// A slot outside of the table.
+    #[error("slot {slot} is outside of the table of {slots}")]
+    NoSlot {
+        /// Named.
+        slot: SlotId,
+        /// Rows.
+        slots: usize,
+    },
+    /// A slot that is free.
+    #[error("slot {slot} is not admitted")]
+    NotAdmitted {
+        /// Named.
+        slot: SlotId,
+    },
+    /// A slot admitted twice.
+    #[error("slot {slot} is admitted while {request} lives in it")]
+    Occupied {
+        /// Named.
+        slot: SlotId,
+        /// Who lives there.
+        request: RequestId,
+    },
+    /// A generation that is not newer than the last.
+    #[error("slot {slot} is admitted with generation {got} after {last}")]
+    StaleGeneration {
+        /// Named.
+        slot: SlotId,
+        /// Named.
+        got: SlotGeneration,
+        /// The last.
+        last: SlotGeneration,
+    },
+    /// A cache group the model does not have.
+    #[error("cache group {0} does not exist")]
+    NoGroup(GroupId),
+    /// A block outside of the cache.
+    #[error("block {block} of group {group} is outside of the cache")]
+    NoBlock {
+        /// Group.
+        group: GroupId,
+        /// Block.
+        block: BlockId,
+    },
+    /// Numbers of an admission that contradict each other.
+    #[error("slot {slot}: {what}")]
+    Admission {
+        /// Named.
+        slot: SlotId,
+        /// Which numbers.
+        what: &'static str,
+    },
+    /// More blocks than the longest context has.
+    #[error("slot {slot} has more blocks in group {group} than the longest context")]
+    TableFull {
+        /// Named.
+        slot: SlotId,
+        /// Group.
+        group: GroupId,
+    },
+    /// Tokens without a block to write to.
+    #[error("slot {slot} would reach {reach} tokens, group {group} has room for {room}")]
+    NoRoom {
+        /// Named.
+        slot: SlotId,
+        /// Group.
+        group: GroupId,
+        /// Tokens after the step.
+        reach: Tokens,
+        /// Tokens that the blocks hold.
+        room: Tokens,
+    },
+    /// A read of blocks that were given up.
+    #[error("slot {slot} would read block {needed} of group {group}, live ones start at {live}")]
+    Trimmed {
+        /// Named.
+        slot: SlotId,
+        /// Group.
+        group: GroupId,
+        /// First logical block read.
+        needed: u32,
+        /// First logical block kept.
+        live: u32,
+    },
+    /// A chunk that is empty, too long, or samples in the middle.
+    #[error("slot {slot}: a chunk of {tokens} after {computed} of {known} tokens{}", if *sample { ", sampling" } else { "" })]
+    Chunk {
+        /// Named.
+        slot: SlotId,
+        /// Chunk.
+        tokens: Tokens,
+        /// Tokens with KV.
+        computed: Tokens,
+        /// Tokens known.
+        known: Tokens,
+        /// Whether it samples.
+        sample: bool,
+    },
+    /// A slot in two runs of a step.
+    #[error("slot {slot} runs twice in one step")]
+    RunsTwice {
+        /// Named.
+        slot: SlotId,
+    },
+    /// A slot that decodes before its prompt is done.
+    #[error("slot {slot} decodes with {computed} of {known} tokens computed")]
+    NotReady {
+        /// Named.
+        slot: SlotId,
+        /// Tokens with KV.
+        computed: Tokens,
+        /// Tokens known.
+        known: Tokens,
+    },
+    /// A join of a slot in the set, or a leave of one outside.
+    #[error("slot {slot} is {} the decode set", if *inside { "already in" } else { "not in" })]
+    DecodeSet {
+        /// Named.
+        slot: SlotId,
+        /// Whether it is in the set.
+        inside: bool,
+    },
+    /// More tokens than the configuration allows.
+    #[error("a step of {got} tokens, at most {limit} are configured")]
+    TooManyTokens {
+        /// Planned.
+        got: usize,
+        /// Configured.
+        limit: usize,
+    },
+}

@@ -1,0 +1,49 @@
+//! What an operator chooses about a CPU engine.
+
+use ids::Bytes;
+
+/// Storage type of the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum KvDtype {
+    /// 32-bit floats: as exact as the activations.
+    #[default]
+    F32,
+    /// bfloat16: half the memory.
+    Bf16,
+}
+
+impl KvDtype {
+    /// Bytes of an element.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+/// Which form of latent attention runs; both are right for any length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum MlaForm {
+    /// By the length of the segment.
+    #[default]
+    Auto,
+    /// Queries into the latent space.
+    Absorbed,
+    /// Latents out into keys and values.
+    Expanded,
+}
+
+/// Options of an engine.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Threads that execute ops.
+    pub threads: usize,
+    /// Storage of the cache.
+    pub kv_dtype: KvDtype,
+    /// Bytes offered for the cache.
+    pub cache_bytes: Bytes,
+    /// Form of latent attention; only tests and measurements fix it.
+    pub mla_form: MlaForm,
+}

@@ -1,0 +1,132 @@
+//! Draws tokens and describes rows: a slot's parameters and counts meet its logits.
+//!
+//! The arithmetic is the op's; here is only what belongs to a request. Invariant: a draw depends on
+//! the row, the request's parameters, what it has seen and the number of its output token, which is
+//! what prompt and output determine, so a preemption changes nothing.
+
+use crate::slots::Life;
+use ids::{TokenId, Tokens};
+use ops::sample::{Fault, LogSoftmax, Params, Seen, Workspace, sample};
+use step::{Logprobs, SampleFault, Sampling, TokenLogprob};
+
+/// What a request's sampling needs beyond its parameters.
+#[derive(Debug, Default)]
+pub(crate) struct SamplerState {
+    /// Counted only where a penalty is on.
+    seen: Option<Seen>,
+    bias: Vec<(u32, f32)>,
+    banned: Vec<u32>,
+}
+
+impl SamplerState {
+    /// Rebuilt from all known tokens, of which the first `prompt` are the client's.
+    pub(crate) fn new(sampling: &Sampling, tokens: &[u32], prompt: usize) -> Self {
+        let seen = sampling.has_penalties().then(|| {
+            let mut seen = Seen::none();
+            let (prompt, output) = tokens.split_at(prompt.min(tokens.len()));
+            prompt.iter().for_each(|&token| seen.prompt(token));
+            output.iter().for_each(|&token| seen.output(token));
+            seen
+        });
+        Self {
+            seen,
+            bias: sampling.logit_bias.iter().map(|&(token, bias)| (token.0, bias)).collect(),
+            banned: sampling.banned_before_min.iter().map(|token| token.0).collect(),
+        }
+    }
+
+    /// Counts a token of the output.
+    pub(crate) fn record(&mut self, token: TokenId) {
+        if let Some(seen) = &mut self.seen {
+            seen.output(token.0);
+        }
+    }
+}
+
+/// What came of a row.
+pub(crate) struct Drawn {
+    pub(crate) token: Result<TokenId, SampleFault>,
+    pub(crate) logprobs: Option<Logprobs>,
+}
+
+/// Memory of draws, kept between steps.
+#[derive(Debug)]
+pub(crate) struct Sampler {
+    /// Rows of the tile at hand.
+    pub(crate) rows: Vec<u32>,
+    workspace: Workspace,
+    /// The raw row, kept where its log-probabilities are wanted after it was changed.
+    raw: Vec<f32>,
+    none: Seen,
+}
+
+impl Sampler {
+    pub(crate) fn new(vocab: usize) -> Self {
+        Self {
+            rows: Vec::new(),
+            workspace: Workspace::new(vocab),
+            raw: Vec::with_capacity(vocab),
+            none: Seen::none(),
+        }
+    }
+
+    /// Draws the next token of a request from its row, which is changed.
+    pub(crate) fn draw(&mut self, logits: &mut [f32], life: &Life) -> Drawn {
+        let sampling = &*life.sampling;
+        if sampling.logprobs.is_some() {
+            self.raw.clear();
+            self.raw.extend_from_slice(logits);
+        }
+        let output = life.known - life.prompt;
+        let state = &life.sampler;
+        let params = Params {
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            seed: sampling.seed,
+            choice: sampling.choice,
+            position: output.0,
+            repetition_penalty: sampling.repetition_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            presence_penalty: sampling.presence_penalty,
+            seen: state.seen.as_ref().unwrap_or(&self.none),
+            bias: &state.bias,
+            banned: banned(&state.banned, output, sampling.min_tokens),
+        };
+        let token = sample(logits, &params, &mut self.workspace);
+        let logprobs = match (&token, sampling.logprobs) {
+            (Ok(token), Some(top)) => Some(logprobs(&self.raw, *token, top)),
+            _ => None,
+        };
+        let token = token.map(TokenId).map_err(|fault| match fault {
+            Fault::NotANumber => SampleFault::NotANumber,
+            Fault::NothingAllowed => SampleFault::NothingAllowed,
+        });
+        Drawn { token, logprobs }
+    }
+
+    /// Describes the prompt token at `position` by the row before it.
+    pub(crate) fn describe(&self, logits: &[f32], life: &Life, position: u32) -> Logprobs {
+        logprobs(logits, life.token(position), life.prompt_logprobs.unwrap_or(0))
+    }
+}
+
+fn banned(tokens: &[u32], output: Tokens, min_tokens: Tokens) -> &[u32] {
+    if output < min_tokens { tokens } else { &[] }
+}
+
+fn logprobs(raw: &[f32], token: u32, top: u8) -> Logprobs {
+    let softmax = LogSoftmax::of(raw);
+    let convert = |one: ops::sample::TokenLogprob| TokenLogprob {
+        token: TokenId(one.token),
+        logprob: one.logprob,
+        rank: one.rank,
+    };
+    let mut likeliest = Vec::with_capacity(usize::from(top) + 1);
+    softmax.top(raw, usize::from(top), &mut likeliest);
+    Logprobs {
+        chosen: convert(softmax.token(raw, token)),
+        top: likeliest.into_iter().map(convert).collect(),
+    }
+}

@@ -1,0 +1,381 @@
+//! Tiny models of every family, and a hand that writes plans: the scheduler's part, without policy.
+
+#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
+
+pub mod naive;
+
+use engine::{Engine, KvDtype, MlaForm, Options};
+use ids::{
+    BLOCK_TOKENS, BlockId, Bytes, GroupId, Incarnation, RequestId, SlotGeneration, SlotId, StepSeq,
+    TokenId, Tokens,
+};
+use model::config::{self, ModelConfig};
+use model::lower::lower;
+use model::mesh::{Mesh, Rank};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use step::{
+    Admit, Carving, Configure, DecodeDelta, Outcome, PrefillRun, Sampling, Section, SlotOp,
+    SlotRef, StepPlan, Upload, WriteSlot,
+};
+use weights::Weights;
+use weights::progress::Silent;
+use weights::random::{Profile, RandomModel, TensorSpec};
+
+/// A base with the fields given laid over it.
+fn over(mut base: Value, fields: Value) -> Value {
+    for (key, value) in fields.as_object().expect("an object") {
+        base[key] = value.clone();
+    }
+    base
+}
+
+fn base(kind: &str) -> Value {
+    json!({
+        "model_type": kind, "architectures": ["Test"], "vocab_size": 97, "hidden_size": 48,
+        "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 56,
+        "max_position_embeddings": 512, "rope_theta": 1000.0
+    })
+}
+
+/// Every family, with each feature that changes the arithmetic at least once.
+pub fn families() -> Vec<(&'static str, Value)> {
+    let gqa = json!({"num_key_value_heads": 2, "head_dim": 16});
+    let mla = json!({"num_attention_heads": 3, "kv_lora_rank": 24, "q_lora_rank": null,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 12,
+        "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 20,
+        "first_k_dense_replace": 1});
+    let yarn = json!({"type": "yarn", "factor": 4.0, "beta_fast": 32, "beta_slow": 1,
+        "mscale": 0.707, "mscale_all_dim": 1.0, "original_max_position_embeddings": 128});
+    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64});
+    let v3 = json!({"q_lora_rank": 20, "n_group": 4, "topk_group": 2,
+        "norm_topk_prob": true, "routed_scaling_factor": 1.5});
+    vec![
+        ("llama", over(over(base("llama"), gqa.clone()), json!({"rope_scaling": llama3}))),
+        (
+            "llama, biases, tied",
+            over(
+                over(base("llama"), gqa.clone()),
+                json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": true}),
+            ),
+        ),
+        ("qwen3", over(base("qwen3"), gqa.clone())),
+        (
+            "qwen3, sliding",
+            over(
+                over(base("qwen3"), gqa.clone()),
+                json!({"use_sliding_window": true, "sliding_window": 70, "max_window_layers": 1}),
+            ),
+        ),
+        (
+            "qwen3_moe",
+            over(
+                over(base("qwen3_moe"), gqa),
+                json!({"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 20,
+                    "norm_topk_prob": true, "mlp_only_layers": [1]}),
+            ),
+        ),
+        (
+            "deepseek_v2",
+            over(over(base("deepseek_v2"), mla.clone()), json!({"rope_scaling": yarn})),
+        ),
+        (
+            "deepseek_v2, groups",
+            over(
+                over(base("deepseek_v2"), mla.clone()),
+                json!({"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2,
+                    "routed_scaling_factor": 4.0, "q_lora_rank": 20}),
+            ),
+        ),
+        (
+            "deepseek_v3",
+            over(
+                over(base("deepseek_v3"), mla.clone()),
+                over(v3.clone(), json!({"rope_scaling": yarn})),
+            ),
+        ),
+        (
+            "deepseek_v3, halves",
+            over(over(base("deepseek_v3"), mla), over(v3, json!({"rope_interleave": false}))),
+        ),
+    ]
+}
+
+/// A model with its weights, for as long as the test process lives.
+#[derive(Clone)]
+pub struct Model {
+    pub config: ModelConfig,
+    pub weights: &'static Weights,
+    program: model::program::Program,
+    lowered: model::lower::Lowered,
+}
+
+impl Model {
+    pub fn new(config: &Value, seed: u64) -> Self {
+        let config = config::parse(&config.to_string()).expect("a valid config").config;
+        let program = model::families::program(&config, false);
+        let lowered = lower(&program, Mesh::SINGLE, Rank(0), 64).expect("one rank");
+        let specs: Vec<_> = lowered
+            .tensors()
+            .map(|(name, shape)| TensorSpec {
+                name: name.to_owned(),
+                shape,
+                dtype: safetensors::Dtype::F32,
+            })
+            .collect();
+        let tied_embeddings = config.decoder().tied;
+        let random = RandomModel { seed, profile: Profile::Parity, tied_embeddings };
+        let weights = Weights::random(&random, &specs, 1, &Silent).expect("random weights");
+        Self { config, weights: Box::leak(Box::new(weights)), program, lowered }
+    }
+
+    pub fn session(&self, options: Setup) -> Session {
+        let engine_options = Options {
+            threads: 2,
+            kv_dtype: options.kv_dtype,
+            cache_bytes: Bytes(64 << 20),
+            mla_form: options.form,
+        };
+        let lowered = self.lowered.clone();
+        let mut engine = Engine::new(&self.program, lowered, self.weights, engine_options)
+            .expect("weights as the program wants them");
+        let hello = engine.hello();
+        let largest = hello.groups.iter().map(|g| g.block_bytes.0).max().expect("a group");
+        let super_bytes = largest * 3 + 64;
+        let supers = 90;
+        let per_super: Vec<u32> =
+            hello.groups.iter().map(|g| (super_bytes / g.block_bytes.0) as u32).collect();
+        // Super-blocks go round the groups; within a group, blocks come in a scattered order.
+        let groups = hello.groups.len() as u32;
+        let free = (0..groups).map(|g| {
+            let of = per_super[g as usize];
+            let mut ids: Vec<u32> = (0..supers)
+                .filter(|s| s % groups == g)
+                .flat_map(|s| s * of..(s + 1) * of)
+                .collect();
+            if options.scattered {
+                ids.sort_by_key(|id| id.wrapping_mul(2_654_435_761));
+            }
+            ids
+        });
+        let free = free.collect();
+        let configure = Configure {
+            incarnation: LIFE,
+            max_slots: 40,
+            max_step_tokens: Tokens(1024),
+            max_context: Tokens(512),
+            carving: Carving { super_bytes: Bytes(super_bytes), supers, per_super },
+        };
+        engine.configure(&configure).expect("a carving that fits");
+        Session {
+            engine,
+            seq: StepSeq::ZERO,
+            free,
+            slots: BTreeMap::new(),
+            ops: Vec::new(),
+            generations: 0,
+        }
+    }
+}
+
+pub const LIFE: Incarnation = Incarnation(7);
+
+#[derive(Clone, Copy)]
+pub struct Setup {
+    pub kv_dtype: KvDtype,
+    pub form: MlaForm,
+    pub scattered: bool,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { kv_dtype: KvDtype::F32, form: MlaForm::Auto, scattered: true }
+    }
+}
+
+/// What the hand knows of a slot.
+struct Known {
+    known: u32,
+    computed: u32,
+    blocks: u32,
+    decodes: bool,
+}
+
+pub struct Session {
+    pub engine: Engine<'static>,
+    seq: StepSeq,
+    free: Vec<Vec<u32>>,
+    slots: BTreeMap<u32, Known>,
+    ops: Vec<SlotOp>,
+    generations: u32,
+}
+
+impl Session {
+    /// Uploads and admits with the next step.
+    pub fn admit(&mut self, slot: u32, tokens: &[u32], prompt: usize, sampling: Sampling) {
+        self.generations += 1;
+        let request = RequestId(u64::from(self.generations));
+        let upload = |offset: usize, tokens: &[u32]| Upload {
+            incarnation: LIFE,
+            request,
+            offset: Tokens(offset as u32),
+            tokens: tokens.iter().copied().map(TokenId).collect(),
+        };
+        let (first, rest) = tokens.split_at(tokens.len() / 2);
+        self.engine.upload(&upload(0, first)).expect("first part");
+        self.engine.upload(&upload(first.len(), rest)).expect("second part");
+        self.ops.push(SlotOp::Admit(Box::new(Admit {
+            slot: SlotRef { slot: SlotId(slot), generation: SlotGeneration(self.generations) },
+            request,
+            known: Tokens(tokens.len() as u32),
+            prompt: Tokens(prompt as u32),
+            cached: Tokens(0),
+            tables: vec![],
+            sampling: Arc::new(sampling),
+            prompt_logprobs: Some(2),
+        })));
+        let known = tokens.len() as u32;
+        self.slots.insert(slot, Known { known, computed: 0, blocks: 0, decodes: false });
+    }
+
+    pub fn retire(&mut self, slot: u32) {
+        self.slots.remove(&slot);
+        self.ops.push(SlotOp::Retire { slot: SlotId(slot) });
+    }
+
+    /// One step: chunks of these lengths, and everything that decodes. A chunk that ends the known
+    /// tokens samples and joins the decode set.
+    pub fn step(&mut self, chunks: &[(u32, u32)]) -> Outcome {
+        let plan = self.plan(chunks);
+        self.engine.step(&plan).expect("a plan that fits")
+    }
+
+    pub fn plan(&mut self, chunks: &[(u32, u32)]) -> StepPlan {
+        let mut prefill = Vec::new();
+        let mut join = Vec::new();
+        let mut grow = Vec::new();
+        let decoding: Vec<u32> =
+            self.slots.iter().filter(|(_, known)| known.decodes).map(|(slot, _)| *slot).collect();
+        for slot in decoding {
+            grow.push((slot, 1));
+        }
+        for &(slot, tokens) in chunks {
+            grow.push((slot, tokens));
+            let known = self.slots.get_mut(&slot).expect("admitted");
+            let sample = known.computed + tokens == known.known;
+            prefill.push(PrefillRun { slot: SlotId(slot), tokens: Tokens(tokens), sample });
+            if sample {
+                known.decodes = true;
+                join.push(SlotId(slot));
+            }
+        }
+        for (slot, tokens) in grow {
+            let known = self.slots.get_mut(&slot).expect("admitted");
+            known.computed += tokens;
+            if known.computed == known.known {
+                known.known += 1;
+            }
+            let mut blocks = Vec::new();
+            while known.blocks * BLOCK_TOKENS < known.computed {
+                for (group, free) in self.free.iter_mut().enumerate() {
+                    let block = BlockId(free.pop().expect("a free block"));
+                    blocks.push(WriteSlot { group: GroupId(group as u8), block });
+                }
+                known.blocks += 1;
+            }
+            if !blocks.is_empty() {
+                self.ops.push(SlotOp::Extend { slot: SlotId(slot), blocks });
+            }
+        }
+        self.seq = self.seq.next();
+        StepPlan {
+            seq: self.seq,
+            incarnation: LIFE,
+            bucket: Tokens(64),
+            shard_tokens: vec![Tokens(1)],
+            sections: vec![Section {
+                ops: core::mem::take(&mut self.ops),
+                prefill,
+                decode: DecodeDelta { join, leave: vec![] },
+            }],
+        }
+    }
+
+    /// A request alone: its prompt in chunks of `chunk`, then decodes until `output` tokens.
+    pub fn complete(
+        &mut self,
+        prompt: &[u32],
+        chunk: usize,
+        output: usize,
+        sampling: Sampling,
+    ) -> Completion {
+        self.admit(0, prompt, prompt.len(), sampling);
+        let mut done = Completion::default();
+        for part in prompt.chunks(chunk) {
+            let outcome = self.step(&[(0, part.len() as u32)]);
+            done.take(outcome);
+        }
+        while done.tokens.len() < output {
+            let outcome = self.step(&[]);
+            done.take(outcome);
+        }
+        self.retire(0);
+        done
+    }
+}
+
+/// What came back for one request.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Completion {
+    pub tokens: Vec<u32>,
+    /// Of the sampled tokens, where asked for.
+    pub logprobs: Vec<f32>,
+    /// Of the prompt's tokens from the second on.
+    pub prompt: Vec<f32>,
+}
+
+impl Completion {
+    pub fn take(&mut self, outcome: Outcome) {
+        for part in outcome.prompt_logprobs {
+            assert_eq!(part.first.as_usize(), self.prompt.len() + 1, "parts come in order");
+            self.prompt.extend(part.entries.iter().map(|entry| entry.chosen.logprob));
+        }
+        for sampled in outcome.sampled {
+            assert_eq!(sampled.fault, None);
+            self.tokens.push(sampled.token.0);
+            self.logprobs.extend(sampled.logprobs.map(|logprobs| logprobs.chosen.logprob));
+        }
+    }
+
+    /// Same tokens, log-probabilities within `tolerance`.
+    #[track_caller]
+    pub fn assert_close(&self, other: &Self, tolerance: f32, what: &str) {
+        assert_eq!(self.tokens, other.tokens, "{what}: tokens");
+        for (name, a, b) in
+            [("prompt", &self.prompt, &other.prompt), ("output", &self.logprobs, &other.logprobs)]
+        {
+            assert_eq!(a.len(), b.len(), "{what}: {name}");
+            for (at, (a, b)) in a.iter().zip(b).enumerate() {
+                assert!((a - b).abs() <= tolerance, "{what}: {name} {at}: {a} against {b}");
+            }
+        }
+    }
+}
+
+/// Greedy with log-probabilities.
+pub fn greedy() -> Sampling {
+    Sampling { logprobs: Some(3), ..Sampling::default() }
+}
+
+/// A prompt of `n` tokens.
+pub fn prompt(n: usize, seed: u32) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(747_796_405).wrapping_add(1);
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 16) % 97
+        })
+        .collect()
+}
