@@ -1,0 +1,231 @@
+//! What the gateway needs from an engine, and all it knows of one.
+//!
+//! The gateway sends token ids and gets token ids back; it knows no scheduler, worker or block.
+//! It does not retry: a refusal or failure is reported as it is. Invariant: a [`Generation`] that
+//! is dropped before its end is aborted, so a client that goes away frees what it held.
+
+use ids::{TokenId, Tokens};
+use std::sync::Arc;
+use std::time::Duration;
+use step::{Logprobs, PromptLogprobs, Sampling};
+use tokio::sync::mpsc;
+
+/// One generation to run: one choice of one prompt. Everything in it has been checked.
+#[derive(Clone, Debug)]
+pub struct GenerateRequest {
+    /// At least one token, each below [`Limits::vocab`].
+    pub prompt: Arc<[TokenId]>,
+    /// Has passed [`Sampling::check`].
+    pub sampling: Arc<Sampling>,
+    /// The most tokens to generate; `prompt.len() + max_tokens <= Limits::max_context`.
+    /// Zero runs the prompt (for its log-probabilities) and samples nothing.
+    pub max_tokens: Tokens,
+    /// Generating one of these ends the generation once `sampling.min_tokens` were generated; the
+    /// token itself is still delivered and counted. Sorted, no token twice. The model's end tokens
+    /// are among them unless the client asked to ignore them.
+    pub stop_token_ids: Arc<[TokenId]>,
+    /// Report the log-probability of every prompt token but the first, with this many alternatives.
+    pub prompt_logprobs: Option<u8>,
+    /// Separates prefix-cache entries: requests share only under equal salts.
+    pub cache_salt: Option<Arc<str>>,
+    /// Lower runs earlier; 0 is normal.
+    pub priority: i32,
+    /// Give up this long after submission.
+    pub deadline: Option<Duration>,
+}
+
+/// What happens to a generation, in this order: `Started` once, all of `PromptLogprobs`, any number
+/// of `Tokens`, then exactly one of `Finished` and `Failed`. Preemption is not visible.
+#[derive(Debug)]
+pub enum GenerationEvent {
+    /// Left the queue. Comes with the first result, or earlier.
+    Started {
+        /// Prompt tokens whose KV was found in the prefix cache.
+        cached: Tokens,
+    },
+    /// Log-probabilities of consecutive prompt tokens; parts come in order and leave no gap.
+    PromptLogprobs(PromptLogprobs),
+    /// Tokens in generation order.
+    Tokens(Vec<GeneratedToken>),
+    /// The end. Nothing follows.
+    Finished(FinishReason),
+    /// The end of a generation that cannot go on. Nothing follows.
+    Failed(GenerationError),
+}
+
+/// One generated token.
+#[derive(Clone, Debug)]
+pub struct GeneratedToken {
+    /// The token.
+    pub token: TokenId,
+    /// Present when `sampling.logprobs` asked for it.
+    pub logprobs: Option<Box<Logprobs>>,
+}
+
+/// Why a generation ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The last delivered token is one of `stop_token_ids`.
+    Stop,
+    /// `max_tokens` were generated.
+    Length,
+}
+
+/// Why a generation ended without result.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GenerationError {
+    /// The request's deadline passed.
+    #[error("the request's deadline passed before it was done")]
+    DeadlineExceeded,
+    /// The model produced NaN for this request.
+    #[error("the model produced values that are not numbers for this request")]
+    NotANumber,
+    /// Bans and biases left no token to draw.
+    #[error("logit_bias and min_tokens leave no token that may be generated")]
+    NothingAllowed,
+    /// The worker died too often while this request was running.
+    #[error("the worker was lost while this request was running")]
+    WorkerLost,
+    /// The server is shutting down and its drain time is over.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    /// Anything else, in words for an operator.
+    #[error("{0}")]
+    Internal(String),
+}
+
+/// Why a request was not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// The queue holds as many requests or tokens as it may.
+    #[error("the queue is full; try again later")]
+    QueueFull {
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// There is no worker that could run it now.
+    #[error("the engine is not ready: {0}")]
+    NotReady(Readiness),
+    /// It can never fit: its KV needs more blocks than there are.
+    #[error(
+        "the request needs KV space for {needed} tokens and the cache holds {capacity}; \
+         shorten the prompt or lower max_tokens"
+    )]
+    TooLarge {
+        /// Prompt and `max_tokens`.
+        needed: Tokens,
+        /// What the cache can hold for one request.
+        capacity: Tokens,
+    },
+}
+
+/// Whether the engine serves. Readiness is progress, not a promise.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// Takes requests, and the last step with work queued is recent.
+    Ready,
+    /// Weights are on their way.
+    Loading {
+        /// Of the bytes to load, 0 to 100.
+        percent: u8,
+    },
+    /// The worker group is being restarted.
+    Restarting,
+    /// Work is queued and no step has ended for too long.
+    Stalled,
+    /// Asked to stop.
+    Draining,
+}
+
+impl std::fmt::Display for Readiness {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Ready => f.write_str("ready"),
+            Self::Loading { percent } => write!(f, "loading weights, {percent} % done"),
+            Self::Restarting => f.write_str("the worker is restarting"),
+            Self::Stalled => f.write_str("no step has ended for too long"),
+            Self::Draining => f.write_str("shutting down"),
+        }
+    }
+}
+
+/// What the engine can take. Constant over its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Token ids are below this.
+    pub vocab: u32,
+    /// Prompt and generated tokens of one request together.
+    pub max_context: Tokens,
+}
+
+/// An engine, as the gateway sees it. Implemented over the scheduler, and by fakes in tests.
+pub trait Engine: Send + Sync + 'static {
+    /// Queues one generation. Must not block; hashing the prompt here is fine.
+    ///
+    /// # Errors
+    /// When it is not taken; nothing of it remains then.
+    fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError>;
+
+    /// Whether requests are served now.
+    fn readiness(&self) -> Readiness;
+
+    /// What a request may ask for.
+    fn limits(&self) -> Limits;
+}
+
+/// How a generation reaches back into its engine. Each is called at most once, and only one of them.
+pub trait GenerationControl: Send + Sync + 'static {
+    /// A stop string ended the text: keep and bill the first `keep` generated tokens, drop the rest.
+    fn stop(&self, keep: Tokens);
+
+    /// Nobody waits for it any more.
+    fn abort(&self);
+}
+
+/// A generation under way. Dropping it before its last event aborts it.
+pub struct Generation {
+    events: mpsc::UnboundedReceiver<GenerationEvent>,
+    control: Option<Box<dyn GenerationControl>>,
+}
+
+impl Generation {
+    /// A generation whose events come from the sender of `events`. The channel is unbounded so that
+    /// the engine's thread never waits; it is bounded by `max_tokens`, and the gateway gives up on
+    /// a client that stops reading.
+    #[must_use]
+    pub fn new(
+        events: mpsc::UnboundedReceiver<GenerationEvent>,
+        control: Box<dyn GenerationControl>,
+    ) -> Self {
+        Self { events, control: Some(control) }
+    }
+
+    /// The next event. After the last one, and when the engine went away without saying why, a
+    /// failure: the caller never waits for ever and never sees a silent end.
+    pub async fn next(&mut self) -> GenerationEvent {
+        let event = self.events.recv().await.unwrap_or_else(|| {
+            GenerationEvent::Failed(GenerationError::Internal(
+                "the engine dropped the request".to_owned(),
+            ))
+        });
+        if matches!(event, GenerationEvent::Finished(_) | GenerationEvent::Failed(_)) {
+            self.control = None;
+        }
+        event
+    }
+
+    /// Ends the generation at a stop string, keeping the first `keep` generated tokens.
+    pub fn stop(mut self, keep: Tokens) {
+        if let Some(control) = self.control.take() {
+            control.stop(keep);
+        }
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if let Some(control) = self.control.take() {
+            control.abort();
+        }
+    }
+}
