@@ -4,7 +4,7 @@
 
 pub mod naive;
 
-use engine::{Engine, KvDtype, MlaForm, Options};
+use engine::{Engine, KvDtype, MlaForm, Options, WeightSource};
 use ids::{
     BLOCK_TOKENS, BlockId, Bytes, GroupId, Incarnation, RequestId, SlotGeneration, SlotId, StepSeq,
     TokenId, Tokens,
@@ -16,8 +16,8 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use step::{
-    Admit, Carving, Configure, DecodeDelta, Outcome, PrefillRun, Sampling, Section, SlotOp,
-    SlotRef, StepPlan, Upload, WriteSlot,
+    Admit, Carving, Configure, DecodeDelta, GroupTable, Outcome, PrefillRun, Sampling, Section,
+    SlotOp, SlotRef, StepPlan, Upload, WriteSlot,
 };
 use weights::Weights;
 use weights::progress::Silent;
@@ -132,6 +132,11 @@ impl Model {
     }
 
     pub fn session(&self, options: Setup) -> Session {
+        self.session_over(self.weights, options)
+    }
+
+    /// A session over other weights of the same shapes.
+    pub fn session_over(&self, weights: &'static dyn WeightSource, options: Setup) -> Session {
         let engine_options = Options {
             threads: 2,
             kv_dtype: options.kv_dtype,
@@ -139,7 +144,7 @@ impl Model {
             mla_form: options.form,
         };
         let lowered = self.lowered.clone();
-        let mut engine = Engine::new(&self.program, lowered, self.weights, engine_options)
+        let mut engine = Engine::new(&self.program, lowered, weights, engine_options)
             .expect("weights as the program wants them");
         let hello = engine.hello();
         let largest = hello.groups.iter().map(|g| g.block_bytes.0).max().expect("a group");
@@ -201,6 +206,7 @@ struct Known {
     computed: u32,
     blocks: u32,
     decodes: bool,
+    tables: Vec<Vec<BlockId>>,
 }
 
 pub struct Session {
@@ -213,8 +219,27 @@ pub struct Session {
 }
 
 impl Session {
+    /// Blocks of a slot as its tables have them, per group.
+    pub fn blocks(&self, slot: u32) -> Vec<Vec<BlockId>> {
+        self.slots[&slot].tables.clone()
+    }
+
     /// Uploads and admits with the next step.
     pub fn admit(&mut self, slot: u32, tokens: &[u32], prompt: usize, sampling: Sampling) {
+        let groups = self.free.len();
+        self.admit_shared(slot, tokens, prompt, sampling, vec![vec![]; groups], 0);
+    }
+
+    /// As `admit`, on shared blocks of which the group 1 leaves out the first `skipped`.
+    pub fn admit_shared(
+        &mut self,
+        slot: u32,
+        tokens: &[u32],
+        prompt: usize,
+        sampling: Sampling,
+        shared: Vec<Vec<BlockId>>,
+        skipped: u32,
+    ) {
         self.generations += 1;
         let request = RequestId(u64::from(self.generations));
         let upload = |offset: usize, tokens: &[u32]| Upload {
@@ -231,13 +256,21 @@ impl Session {
             request,
             known: Tokens(tokens.len() as u32),
             prompt: Tokens(prompt as u32),
-            cached: Tokens(0),
-            tables: vec![],
+            cached: Tokens(shared[0].len() as u32 * BLOCK_TOKENS),
+            tables: (0..)
+                .zip(&shared)
+                .map(|(group, blocks)| {
+                    let skipped = if group == 1 { skipped } else { 0 };
+                    let blocks = blocks[skipped as usize..].to_vec();
+                    GroupTable { group: GroupId(group), skipped, blocks }
+                })
+                .collect(),
             sampling: Arc::new(sampling),
             prompt_logprobs: Some(2),
         })));
-        let known = tokens.len() as u32;
-        self.slots.insert(slot, Known { known, computed: 0, blocks: 0, decodes: false });
+        let (known, blocks) = (tokens.len() as u32, shared[0].len() as u32);
+        let computed = blocks * BLOCK_TOKENS;
+        self.slots.insert(slot, Known { known, computed, blocks, decodes: false, tables: shared });
     }
 
     pub fn retire(&mut self, slot: u32) {
@@ -281,6 +314,7 @@ impl Session {
             while known.blocks * BLOCK_TOKENS < known.computed {
                 for (group, free) in self.free.iter_mut().enumerate() {
                     let block = BlockId(free.pop().expect("a free block"));
+                    known.tables[group].push(block);
                     blocks.push(WriteSlot { group: GroupId(group as u8), block });
                 }
                 known.blocks += 1;

@@ -10,6 +10,8 @@ use std::f64::consts::PI;
 use weights::Weights;
 
 type Rows = Vec<Vec<f64>>;
+/// From router logits to experts and their weights.
+type Choice<'a> = dyn Fn(&[f64]) -> Vec<(usize, f64)> + 'a;
 
 /// Log-probabilities after each token, `[tokens][vocab]`.
 pub fn logprobs(config: &ModelConfig, weights: &Weights, tokens: &[u32]) -> Rows {
@@ -226,7 +228,7 @@ impl Naive<'_> {
         self.linear(&gate, &format!("{name}.down_proj"))
     }
 
-    fn moe(&self, h: &Rows, name: &str, choose: &dyn Fn(&[f64]) -> Vec<(usize, f64)>) -> Rows {
+    fn moe(&self, h: &Rows, name: &str, choose: &Choice<'_>) -> Rows {
         let logits = self.linear(h, &format!("{name}.gate"));
         let row = |(h, logits): (&Vec<f64>, &Vec<f64>)| {
             let mut out = vec![0.0; h.len()];
