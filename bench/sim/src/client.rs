@@ -126,18 +126,17 @@ impl Client {
         let fair = match reason {
             FinishReason::Stop(_) | FinishReason::Length => {
                 let whole = self.got == self.expected.len();
-                let prompt_told = self.submit.prompt_logprobs.is_none()
-                    || self.prompt_logprobs == prompt - 1;
+                let prompt_told =
+                    self.submit.prompt_logprobs.is_none() || self.prompt_logprobs == prompt - 1;
                 reason == self.natural && whole && prompt_told && usage == billed(self.got())
             }
-            FinishReason::StopString => {
-                self.keeps.iter().any(|keep| usage == billed(*keep))
-            }
+            FinishReason::StopString => self.keeps.iter().any(|keep| usage == billed(*keep)),
             FinishReason::Aborted | FinishReason::Deadline => {
                 self.asked.contains(&reason) && usage == billed(self.got())
             }
             FinishReason::WorkerDied { deaths } => deaths == 3 && usage == billed(self.got()),
-            FinishReason::Fault(_) | FinishReason::Refused(_) => false,
+            FinishReason::Refused(_) => self.cached.is_none() && usage == billed(0),
+            FinishReason::Fault(_) => false,
         };
         if fair {
             return Ok(());

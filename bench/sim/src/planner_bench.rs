@@ -1,1 +1,326 @@
-//! placeholder
+//! How long the scheduler takes for a step, measured from outside: the caller passes the clock.
+//!
+//! One step is what the driver does between two outcomes: handle the outcome, drain what it says,
+//! plan the next step, drain again. Contexts are private from their first token on, so that tables
+//! are as large as they get. It encodes nothing: that is the wire's part.
+//! Invariant: every measured step decodes every request, and the stated number of blocks is sealed.
+
+use core::time::Duration;
+use ids::{
+    BLOCK_TOKENS, Bytes, GroupId, HashKey, Incarnation, RequestId, Timestamp, TokenId, Tokens,
+};
+use kv_cache::carve;
+use scheduler::{Config, Event, Output, Planned, Scheduler, Submit, WorkerReady};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use step::{
+    GroupKind, GroupSpec, Outcome, Sampled, Sampling, Section, SlotOp, SlotRef, StepTiming,
+};
+
+/// What the measured steps do besides decoding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Nothing.
+    Steady,
+    /// In each step one request of full context ends and one arrives.
+    Churn,
+}
+
+/// A case to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// Requests that decode.
+    pub requests: u32,
+    /// Tokens of each one's context.
+    pub context: Tokens,
+    /// What else happens.
+    pub kind: Kind,
+    /// Steps measured.
+    pub steps: u32,
+}
+
+/// What was measured, in microseconds per step.
+#[derive(Clone, Copy, Debug)]
+pub struct Timings {
+    /// The case.
+    pub case: Case,
+    /// Mean.
+    pub mean_us: f64,
+    /// Median.
+    pub p50_us: f64,
+    /// 99th percentile.
+    pub p99_us: f64,
+    /// Blocks sealed per step.
+    pub seals: f64,
+}
+
+/// Why a case could not be measured.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The scheduler's limits.
+    #[error("the limits of the case contradict each other")]
+    Config(#[from] scheduler::ConfigError),
+    /// The cache.
+    #[error("the cache of the case cannot be carved")]
+    Carve(#[from] kv_cache::CarveError),
+    /// The scheduler did not do what the case is about.
+    #[error("not the case that was to be measured: {0}")]
+    Strayed(String),
+}
+
+/// The smallest answer a worker can give: the right slots, token 1 for each.
+struct Echo {
+    decoding: BTreeMap<u32, SlotRef>,
+    generations: BTreeMap<u32, SlotRef>,
+    outcomes: VecDeque<Outcome>,
+}
+
+impl Echo {
+    fn step(&mut self, planned: &Planned, sections: &[Section]) {
+        let mut sampled = Vec::new();
+        for section in sections {
+            for op in &section.ops {
+                match op {
+                    SlotOp::Admit(admit) => {
+                        self.generations.insert(admit.slot.slot.0, admit.slot);
+                    }
+                    SlotOp::Retire { slot } => {
+                        self.decoding.remove(&slot.0);
+                    }
+                    SlotOp::Extend { .. } | SlotOp::Trim { .. } => {}
+                }
+            }
+            for slot in &section.decode.leave {
+                self.decoding.remove(&slot.0);
+            }
+            let ran = section.prefill.iter().filter(|run| run.sample).map(|run| run.slot);
+            let first = ran.filter_map(|slot| self.generations.get(&slot.0).copied());
+            sampled.extend(first.chain(self.decoding.values().copied()).map(answer));
+            for slot in &section.decode.join {
+                if let Some(at) = self.generations.get(&slot.0) {
+                    self.decoding.insert(slot.0, *at);
+                }
+            }
+        }
+        let tokens = planned.plan.shard_tokens.iter().copied().sum::<Tokens>().0;
+        let prefill_tokens = planned.report.prefill_tokens.0;
+        // The engine's time is not measured; a fixed one keeps the cost model calm.
+        let timing =
+            StepTiming { total_ns: 10_000_000, model_ns: 9_000_000, tokens, prefill_tokens };
+        self.outcomes.push_back(Outcome {
+            seq: planned.plan.seq,
+            incarnation: planned.plan.incarnation,
+            sampled,
+            prompt_logprobs: Vec::new(),
+            timing,
+            digest: 0,
+        });
+    }
+}
+
+fn answer(at: SlotRef) -> Sampled {
+    let SlotRef { slot, generation } = at;
+    Sampled { slot, generation, token: TokenId(1), fault: None, logprobs: None }
+}
+
+/// Measures a case. `clock` says how long ago an origin of the caller's choice was.
+///
+/// # Errors
+/// When the scheduler does not settle into the case.
+pub fn measure(case: Case, mut clock: impl FnMut() -> Duration) -> Result<Timings, BenchError> {
+    let mut bench = Bench::new(case)?;
+    bench.settle()?;
+    let mut spent = Vec::with_capacity(case.steps as usize);
+    let sealed_before = bench.sealed();
+    for _ in 0..case.steps {
+        if case.kind == Kind::Churn {
+            bench.replace_one();
+        }
+        let Some(outcome) = bench.echo.outcomes.pop_front() else {
+            return Err(BenchError::Strayed("no outcome is due".into()));
+        };
+        let begun = clock();
+        bench.scheduler.handle(bench.now, Event::Outcome(outcome));
+        bench.drain();
+        let planned = bench.scheduler.plan_step(bench.now);
+        bench.drain();
+        spent.push(clock().saturating_sub(begun));
+        bench.now = bench.now.after(Duration::from_millis(10));
+        let Some(planned) = planned else {
+            return Err(BenchError::Strayed("nothing was planned".into()));
+        };
+        if case.kind == Kind::Steady && planned.report.decode != case.requests {
+            return Err(BenchError::Strayed(format!("{} decode", planned.report.decode)));
+        }
+        bench.echo.step(&planned, &planned.plan.sections);
+    }
+    let seals = f64::from(bench.sealed().saturating_sub(sealed_before)) / f64::from(case.steps);
+    spent.sort_unstable();
+    let us = |duration: Duration| duration.as_secs_f64() * 1e6;
+    let at = |percent: usize| {
+        spent.get((spent.len() * percent / 100).min(spent.len().saturating_sub(1)))
+    };
+    Ok(Timings {
+        case,
+        mean_us: us(spent.iter().sum::<Duration>()) / f64::from(case.steps.max(1)),
+        p50_us: at(50).copied().map_or(0.0, us),
+        p99_us: at(99).copied().map_or(0.0, us),
+        seals,
+    })
+}
+
+struct Bench {
+    case: Case,
+    scheduler: Scheduler,
+    echo: Echo,
+    now: Timestamp,
+    document: Vec<TokenId>,
+    hashes: Vec<ids::BlockHash>,
+    root: ids::BlockHash,
+    next: u64,
+    oldest: u64,
+}
+
+impl Bench {
+    fn new(case: Case) -> Result<Self, BenchError> {
+        let spec = GroupSpec { group: GroupId(0), kind: GroupKind::Full, block_bytes: Bytes(64) };
+        // Every request could hold its context alone, with room for output.
+        let blocks = u64::from(case.requests + 8)
+            * u64::from(case.context.blocks_ceil().0 + case.steps / BLOCK_TOKENS + 8);
+        let carving = carve(&[spec], Bytes(64 * blocks), Bytes(64))?;
+        let key = HashKey::derive("bench", b"");
+        let config = Config {
+            max_running: case.requests + 4,
+            max_step_tokens: Tokens(16_384),
+            max_chunk: Tokens(16_384),
+            max_context: Tokens(case.context.0 + case.steps + 4096),
+            queue_tokens: u64::MAX / 2,
+            ..Config::with_key(key.clone())
+        };
+        let mut scheduler = Scheduler::new(config)?;
+        let ready = WorkerReady { incarnation: Incarnation(1), groups: vec![spec], carving };
+        scheduler.handle(Timestamp::ZERO, Event::WorkerReady(Box::new(ready)));
+        let document: Vec<_> = (0..case.context.0).map(TokenId).collect();
+        let root = key.root(b"");
+        let hashes = key.chain_all(root, &document);
+        let echo = Echo {
+            decoding: BTreeMap::new(),
+            generations: BTreeMap::new(),
+            outcomes: VecDeque::new(),
+        };
+        let now = Timestamp::ZERO;
+        Ok(Self { case, scheduler, echo, now, document, hashes, root, next: 1, oldest: 1 })
+    }
+
+    /// Brings all requests to decoding, their contexts private: each differs from its first token,
+    /// so nothing is shared and tables are as large as they can be.
+    fn settle(&mut self) -> Result<(), BenchError> {
+        for _ in 0..self.case.requests {
+            self.submit();
+        }
+        // Prompts run in chunks of the step's size; then a few steps for the last to join.
+        let chunks = u64::from(self.case.context.0) * u64::from(self.case.requests) / 16_000 + 64;
+        let mut steady = 0;
+        for _ in 0..4 * chunks {
+            self.drain();
+            while let Some(planned) = self.scheduler.plan_step(self.now) {
+                self.drain();
+                steady += u32::from(planned.report.decode == self.case.requests);
+                self.echo.step(&planned, &planned.plan.sections);
+                // By then every prompt's outcome is in.
+                if steady > 8 {
+                    return Ok(());
+                }
+            }
+            if let Some(outcome) = self.echo.outcomes.pop_front() {
+                self.scheduler.handle(self.now, Event::Outcome(outcome));
+            }
+            self.now = self.now.after(Duration::from_millis(10));
+        }
+        let running = self.scheduler.gauges().running;
+        Err(BenchError::Strayed(format!("{running} requests run")))
+    }
+
+    fn submit(&mut self) {
+        let request = RequestId(self.next);
+        self.next += 1;
+        let mut prompt = self.document.clone();
+        // Lengths differ by a token, so that block boundaries are spread evenly over steps:
+        // requests / 64 seals in each.
+        let shorter = (self.next % u64::from(BLOCK_TOKENS)) as usize;
+        prompt.truncate(prompt.len().saturating_sub(shorter).max(1));
+        let churns = self.case.kind == Kind::Churn;
+        let hashes = if churns && self.next > u64::from(self.case.requests) + 1 {
+            // Arrivals while measuring find the document in the cache, as an agent's next turn.
+            self.hashes[..prompt.len() / BLOCK_TOKENS as usize].to_vec()
+        } else {
+            if self.next > 2 {
+                prompt[0] = TokenId(self.next as u32);
+            }
+            let key = &self.scheduler.config().hash_key;
+            key.chain_all(self.root, &prompt)
+        };
+        let submit = Submit {
+            request,
+            prompt: prompt.into(),
+            prompt_hashes: hashes.into(),
+            root: self.root,
+            sampling: Arc::new(Sampling::default()),
+            max_tokens: Tokens(self.case.steps + 2048),
+            end_tokens: [].into(),
+            ignore_eos: true,
+            stop_tokens: [].into(),
+            prompt_logprobs: None,
+            priority: 0,
+            deadline: None,
+            arrival: self.now,
+        };
+        self.scheduler.handle(self.now, Event::Submit(Box::new(submit)));
+    }
+
+    fn replace_one(&mut self) {
+        self.scheduler.handle(self.now, Event::Abort(RequestId(self.oldest)));
+        self.oldest += 1;
+        self.submit();
+        self.drain();
+    }
+
+    fn drain(&mut self) {
+        while let Some(output) = self.scheduler.poll_output() {
+            if let Output::Token { token, .. } = output {
+                core::hint::black_box(token);
+            }
+        }
+    }
+
+    fn sealed(&self) -> u32 {
+        let counts = self.scheduler.cache().map(|cache| cache.counts(GroupId(0)));
+        counts.map_or(0, |counts| counts.shared.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A clock that ticks once per reading: enough to run the cases.
+    fn ticks() -> impl FnMut() -> Duration {
+        let mut at = 0;
+        move || {
+            at += 1;
+            Duration::from_micros(at)
+        }
+    }
+
+    #[test]
+    fn the_cases_are_what_they_say() {
+        for kind in [Kind::Steady, Kind::Churn] {
+            let case = Case { requests: 256, context: Tokens(700), kind, steps: 256 };
+            let timings = measure(case, ticks()).expect("measures");
+            assert!((timings.mean_us - 1.0).abs() < 1e-6);
+            if kind == Kind::Steady {
+                assert!((timings.seals - 4.0).abs() < 0.5, "{} seals a step", timings.seals);
+            }
+        }
+    }
+}

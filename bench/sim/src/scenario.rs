@@ -76,7 +76,11 @@ impl Scenario {
             let window = Tokens(windows[rng.below(windows.len() as u64) as usize]);
             if sliding { GroupKind::Sliding { window } } else { GroupKind::Full }
         };
-        let spec = |group, kind, bytes| GroupSpec { group: GroupId(group), kind, block_bytes: Bytes(bytes) };
+        let spec = |group, kind, bytes| GroupSpec {
+            group: GroupId(group),
+            kind,
+            block_bytes: Bytes(bytes),
+        };
         let groups = match model {
             Model::Full => vec![spec(0, kind(false, &mut rng), 64)],
             Model::Sliding => vec![spec(0, kind(true, &mut rng), 64)],
@@ -91,7 +95,7 @@ impl Scenario {
             }
         };
         let unit: u64 = groups.iter().map(|g| g.block_bytes.0).sum();
-        let cache_bytes = Bytes(unit * (10 + rng.below(30)));
+        let cache_bytes = Bytes(unit * (4 + rng.below(if rng.clone().one_in(2) { 8 } else { 36 })));
         let carving = carve(&groups, cache_bytes, Bytes(64))?;
         let chunks = [1, 7, 63, 64, 65, 100, 512, 512];
         let max_chunk = chunks[rng.below(chunks.len() as u64) as usize];

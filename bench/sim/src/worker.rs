@@ -328,11 +328,11 @@ impl Worker {
             // Exactly the positions that the first query and all later ones read.
             let from = match spec.kind {
                 step::GroupKind::Full => 0,
-                step::GroupKind::Sliding { window } => (start + 1).saturating_sub(window.0 as usize),
+                step::GroupKind::Sliding { window } => {
+                    (start + 1).saturating_sub(window.0 as usize)
+                }
             };
-            debug_assert!(
-                from >= first_live(spec.kind, Tokens(start as u32)).tokens().as_usize()
-            );
+            debug_assert!(from >= first_live(spec.kind, Tokens(start as u32)).tokens().as_usize());
             let mut position = from;
             while position < end {
                 let (block, _) = block_of(position)?;

@@ -10,7 +10,7 @@ use crate::scenario::Scenario;
 use crate::worker::Worker;
 use core::time::Duration;
 use ids::{Incarnation, RequestId, StepSeq, Timestamp, TokenId, Tokens};
-use scheduler::{Event, FinishReason, Gauges, Output, Scheduler, Submit, WorkerReady};
+use scheduler::{Event, FinishReason, Gauges, Output, Refusal, Scheduler, Submit, WorkerReady};
 use std::collections::{BTreeMap, BTreeSet};
 use step::{Outcome, Sampling, SlotOp, StepPlan};
 
@@ -77,13 +77,18 @@ pub struct World {
     scheduler: Scheduler,
     worker: Option<Worker>,
     incarnation: Incarnation,
+    launched: StepSeq,
     retired: StepSeq,
+    /// Outcomes refused because an earlier one is missing.
+    early: BTreeMap<StepSeq, Outcome>,
     busy_until: Timestamp,
     clients: BTreeMap<RequestId, Client>,
     /// Ranks of requests that were never admitted.
     unstarted: BTreeSet<(i32, Timestamp, RequestId)>,
     documents: Vec<Vec<TokenId>>,
     next_request: u64,
+    /// Whether this life's worker gave reason to distrust it.
+    misbehaved: bool,
     figures: Figures,
 }
 
@@ -97,9 +102,8 @@ impl World {
     pub fn new(scenario: Scenario) -> Result<Self, scheduler::ConfigError> {
         let mut rng = Rng::new(scenario.seed);
         let scheduler = Scheduler::new(scenario.config.clone())?;
-        let documents = (0..4)
-            .map(|_| (0..scenario.prompt_most).map(|_| token(&mut rng)).collect())
-            .collect();
+        let documents =
+            (0..4).map(|_| (0..scenario.prompt_most).map(|_| token(&mut rng)).collect()).collect();
         let mut world = Self {
             scenario,
             rng,
@@ -109,12 +113,15 @@ impl World {
             scheduler,
             worker: None,
             incarnation: Incarnation(0),
+            launched: StepSeq::ZERO,
             retired: StepSeq::ZERO,
+            early: BTreeMap::new(),
             busy_until: Timestamp::ZERO,
             clients: BTreeMap::new(),
             unstarted: BTreeSet::new(),
             documents,
             next_request: 1,
+            misbehaved: false,
             figures: Figures::default(),
         };
         world.after(Duration::ZERO, Happening::Arrive);
@@ -151,7 +158,8 @@ impl World {
                 }
             }
             if self.figures.events > self.scenario.events.saturating_mul(PATIENCE) + 100_000 {
-                return Err(format!("{} requests never end", self.clients.len()));
+                let waits = self.scheduler.explain();
+                return Err(format!("{} requests never end: {waits:?}", self.clients.len()));
             }
         }
     }
@@ -182,6 +190,7 @@ impl World {
             Happening::Die(incarnation) if incarnation != self.incarnation => Ok(()),
             Happening::Die(incarnation) => {
                 if self.worker.take().is_some() {
+                    self.misbehaved = true;
                     self.after(Duration::from_millis(50), Happening::Ready);
                     // Sometimes only the next life tells that the last is over.
                     if !self.rng.one_in(4) {
@@ -196,7 +205,10 @@ impl World {
 
     fn begin_life(&mut self) -> Check {
         self.incarnation = self.incarnation.next();
+        self.launched = StepSeq::ZERO;
         self.retired = StepSeq::ZERO;
+        self.early.clear();
+        self.misbehaved = false;
         self.busy_until = self.now;
         let (groups, carving) = (self.scenario.groups.clone(), self.scenario.carving.clone());
         let slots = self.scenario.config.max_running;
@@ -206,17 +218,19 @@ impl World {
     }
 
     fn deliver(&mut self, outcome: Outcome) -> Check {
-        if outcome.incarnation == self.incarnation && outcome.seq > self.retired.next() {
-            // The transport tries again after a refusal.
-            let again = Box::new(outcome.clone());
-            self.after(Duration::from_millis(40), Happening::Deliver(again));
-        }
-        let due = outcome.incarnation == self.incarnation
-            && self.worker.is_some()
-            && outcome.seq == self.retired.next();
-        if due {
-            // Taken, or a lie that ends this life.
-            self.retired = outcome.seq;
+        let due = self.retired.next();
+        if outcome.incarnation == self.incarnation && self.worker.is_some() {
+            if outcome.seq > due && outcome.seq <= self.launched {
+                // The transport tries again, once what was missing is there.
+                self.early.insert(outcome.seq, outcome.clone());
+            }
+            if outcome.seq == due {
+                // Taken, or a lie that ends this life.
+                self.retired = due;
+                if let Some(next) = self.early.remove(&due.next()) {
+                    self.after(Duration::ZERO, Happening::Deliver(Box::new(next)));
+                }
+            }
         }
         self.handle(Event::Outcome(outcome))
     }
@@ -226,7 +240,8 @@ impl World {
         self.figures.events += 1;
         self.scheduler.handle(self.now, event);
         self.drain()?;
-        if self.rng.one_in(self.scenario.preemptions) {
+        let faulty = self.figures.events < self.scenario.events;
+        if faulty && self.rng.one_in(self.scenario.preemptions) {
             let nth = self.rng.below(self.clients.len() as u64);
             if let Some(request) = self.clients.keys().nth(nth as usize).copied() {
                 self.figures.events += 1;
@@ -267,6 +282,7 @@ impl World {
             }
         }
         self.figures.steps += 1;
+        self.launched = plan.seq;
         self.count_full();
         self.travel(outcome);
         Ok(())
@@ -274,10 +290,8 @@ impl World {
 
     /// How and when, if at all, an outcome gets back.
     fn travel(&mut self, mut outcome: Outcome) {
-        let (decode, prefill) = (
-            outcome.timing.tokens - outcome.timing.prefill_tokens,
-            outcome.timing.prefill_tokens,
-        );
+        let (decode, prefill) =
+            (outcome.timing.tokens - outcome.timing.prefill_tokens, outcome.timing.prefill_tokens);
         let ns = 2_000_000 + 100_000 * u64::from(decode) + 10_000 * u64::from(prefill);
         let ns = ns * (80 + self.rng.below(40)) / 100;
         outcome.timing.total_ns = ns;
@@ -290,9 +304,11 @@ impl World {
             self.after(delay / 2, Happening::Die(incarnation));
         }
         if faulty && self.rng.one_in(self.scenario.losses) {
+            self.misbehaved = true;
             return;
         }
         if faulty && self.rng.one_in(self.scenario.lies) {
+            self.misbehaved = true;
             match outcome.sampled.pop() {
                 Some(mut sampled) if self.rng.one_in(2) => {
                     sampled.generation = sampled.generation.next();
@@ -300,6 +316,8 @@ impl World {
                 }
                 _ => {}
             }
+            let never = Outcome { seq: StepSeq(outcome.seq.0 + 100), ..outcome.clone() };
+            self.after(delay, Happening::Deliver(Box::new(never)));
         }
         if faulty && self.rng.one_in(self.scenario.reorders) {
             delay += Duration::from_nanos(3 * ns);
@@ -359,6 +377,10 @@ impl World {
                 if let Some((_, keep)) = due {
                     let delay = Duration::from_micros(self.rng.below(20_000));
                     self.after(delay, Happening::Stop(request, keep));
+                    if self.rng.one_in(8) {
+                        // More tokens than it can have got: must change nothing.
+                        self.after(delay / 2, Happening::Stop(request, 5000));
+                    }
                 }
                 Ok(())
             }
@@ -379,6 +401,10 @@ impl World {
                     FinishReason::Aborted => 2,
                     FinishReason::Deadline => 3,
                     FinishReason::WorkerDied { .. } => 4,
+                    FinishReason::Refused(Refusal::CacheTooSmall { .. }) => {
+                        self.figures.refused += 1;
+                        return Ok(());
+                    }
                     FinishReason::Fault(_) | FinishReason::Refused(_) => {
                         return Err(format!("{request} ended {reason:?}"));
                     }
@@ -393,7 +419,10 @@ impl World {
                 self.figures.refused += 1;
                 Ok(())
             }
-            Output::RestartWorker { incarnation, .. } => {
+            Output::RestartWorker { incarnation, reason } => {
+                if !self.misbehaved {
+                    return Err(format!("an honest worker is to be restarted: {reason}"));
+                }
                 self.after(Duration::from_millis(1), Happening::Die(incarnation));
                 Ok(())
             }
@@ -461,7 +490,12 @@ impl World {
         if abort {
             self.after(delay, Happening::Abort(request));
         }
-        self.handle(Event::Submit(Box::new(submit)))
+        self.handle(Event::Submit(Box::new(submit.clone())))?;
+        if self.rng.one_in(50) && self.clients.contains_key(&request) {
+            // The id of a live request again: must change nothing.
+            self.handle(Event::Submit(Box::new(submit)))?;
+        }
+        Ok(())
     }
 
     fn make_request(&mut self, request: RequestId) -> Submit {
@@ -527,7 +561,9 @@ impl World {
                     SlotOp::Extend { slot, blocks } => {
                         for grant in blocks {
                             let block = u64::from(grant.block.0);
-                            self.note(u64::from(slot.0) << 40 | u64::from(grant.group.0) << 32 | block);
+                            self.note(
+                                u64::from(slot.0) << 40 | u64::from(grant.group.0) << 32 | block,
+                            );
                         }
                     }
                     SlotOp::Trim { slot, first_live, .. } => {
@@ -547,7 +583,9 @@ impl World {
 
     fn note_output(&mut self, output: &Output) {
         match output {
-            Output::Upload(upload) => self.note(upload.request.0 << 32 | upload.tokens.len() as u64),
+            Output::Upload(upload) => {
+                self.note(upload.request.0 << 32 | upload.tokens.len() as u64)
+            }
             Output::Token { request, token, .. } => self.note(request.0 << 32 | u64::from(token.0)),
             Output::Finished { request, usage, .. } => {
                 self.note(request.0 << 32 | u64::from(usage.output.0));
