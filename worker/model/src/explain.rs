@@ -3,7 +3,7 @@
 //! Layers that repeat exactly are shown once. It computes nothing that the lowering has not decided.
 
 use crate::lower::{BufferId, LocalAttention, Lowered, Op, Region, Rows};
-use crate::memory::{ACTIVATION_BYTES, activation_bytes, block_bytes, replicated_elements};
+use crate::memory::{ACTIVATION_BYTES, activation_bytes, block_bytes, replica_bytes, weight_bytes};
 use crate::mesh::{Axis, Mesh};
 use crate::program::{CacheKind, WeightId};
 use ids::Bytes;
@@ -151,12 +151,11 @@ fn fold_layers(body: &[Op], lowered: &Lowered) -> Vec<(usize, Option<(usize, usi
 }
 
 fn totals(text: &mut String, lowered: &Lowered, storage: Storage) {
-    let all: Vec<_> = (0..lowered.weights.len()).map(WeightId).collect();
-    let weights = held_bytes(lowered, &all, storage);
-    let replicas = replicated_elements(lowered) * storage.weight as u64;
+    let weights = weight_bytes(lowered, |_| storage.weight);
+    let replicas = replica_bytes(lowered, |_| storage.weight);
     let _ = writeln!(text, "\nweights          {weights:>16} bytes");
     if lowered.mesh.world() > 1 {
-        let _ = writeln!(text, "  of it replicas {replicas:>16} bytes (at most)");
+        let _ = writeln!(text, "  on other ranks {replicas:>16} bytes, replicated");
     }
     for (number, group) in lowered.groups.iter().enumerate() {
         let kind = match group.kind {
@@ -190,3 +189,6 @@ fn totals(text: &mut String, lowered: &Lowered, storage: Storage) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

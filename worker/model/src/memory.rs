@@ -3,7 +3,7 @@
 //! Bytes of weights depend on how tensors are stored, which the caller passes; scratch of single
 //! ops belongs to whoever runs them. Invariant: every sum is checked and saturates at the top.
 
-use crate::lower::{GroupLayout, Lowered, Region};
+use crate::lower::{GroupLayout, LocalWeight, Lowered, Region};
 use ids::{Blocks, Bytes};
 
 /// Bytes of an activation element on every backend so far.
@@ -13,7 +13,20 @@ pub const ACTIVATION_BYTES: usize = 4;
 /// vectors are held in 32-bit floats.
 #[must_use]
 pub fn weight_bytes(lowered: &Lowered, element: impl Fn(&str) -> usize) -> Bytes {
-    let bytes = lowered.weights.iter().flatten().map(|weight| {
+    held_bytes(lowered.weights.iter().flatten(), element)
+}
+
+/// Bytes of those weights that other ranks hold too.
+#[must_use]
+pub fn replica_bytes(lowered: &Lowered, element: impl Fn(&str) -> usize) -> Bytes {
+    held_bytes(lowered.weights.iter().flatten().filter(|weight| weight.copies > 1), element)
+}
+
+fn held_bytes<'a>(
+    weights: impl Iterator<Item = &'a LocalWeight>,
+    element: impl Fn(&str) -> usize,
+) -> Bytes {
+    let bytes = weights.map(|weight| {
         let each = match weight.region {
             Region::Matrix { .. } => element(&weight.name),
             Region::Vector { .. } => 4,
@@ -21,13 +34,6 @@ pub fn weight_bytes(lowered: &Lowered, element: impl Fn(&str) -> usize) -> Bytes
         weight.region.elements() as u64 * each as u64
     });
     Bytes(bytes.fold(0, u64::saturating_add))
-}
-
-/// Weight elements that other ranks of the shard hold too.
-#[must_use]
-pub fn replicated_elements(lowered: &Lowered) -> u64 {
-    let whole = lowered.weights.iter().flatten().filter(|weight| weight.region.is_whole());
-    whole.map(|weight| weight.region.elements() as u64).fold(0, u64::saturating_add)
 }
 
 /// Bytes of one block of a group at `element` bytes each.

@@ -19,6 +19,8 @@ pub struct LocalWeight {
     pub name: String,
     /// Which elements.
     pub region: Region,
+    /// Ranks of the mesh that hold these very elements, this one included.
+    pub copies: usize,
 }
 
 /// Elements of a tensor.
@@ -49,15 +51,6 @@ impl Region {
         match self {
             Self::Matrix { rows, cols, .. } => rows.len() * cols.len(),
             Self::Vector { range, .. } => range.len(),
-        }
-    }
-
-    /// Whether all of the tensor is held.
-    #[must_use]
-    pub fn is_whole(&self) -> bool {
-        match self {
-            Self::Matrix { rows, cols, of } => rows.len() == of.0 && cols.len() == of.1,
-            Self::Vector { range, of } => range.len() == *of,
         }
     }
 }
@@ -129,7 +122,16 @@ impl Local {
                 Region::Vector { range, of: len.total() }
             }
         };
-        Ok(Some(LocalWeight { name: weight.name.clone(), region }))
+        let copies = match (cut, weight.shape) {
+            (Cut::Whole, _) => self.mesh.world(),
+            (Cut::Expert { .. }, _) => 1,
+            (Cut::Out, Shape::Matrix { out: extent, .. } | Shape::Vector(extent)) => {
+                // Units fewer than ranks are held by several of a shard.
+                self.mesh.dp * (self.mesh.tp / extent.count.clamp(1, self.mesh.tp))
+            }
+            (Cut::In | Cut::First, _) => self.mesh.dp,
+        };
+        Ok(Some(LocalWeight { name: weight.name.clone(), region, copies }))
     }
 
     pub(super) fn group(&self, group: &CacheGroup) -> Result<GroupLayout, LowerError> {
