@@ -128,14 +128,14 @@ pub enum Defect {
         limit: u64,
     },
     /// The header or the index is not the JSON it should be.
-    #[error("the JSON at offset {at} is not a {what}; {FETCH_AGAIN}")]
+    #[error("the JSON at offset {at} is not a {what}: {reason}; {FETCH_AGAIN}")]
     Json {
         /// Where the JSON starts.
         at: u64,
         /// What it should be.
         what: &'static str,
-        /// The parser's reason, with line and column.
-        source: serde_json::Error,
+        /// The parser's, with line and column.
+        reason: serde_json::Error,
     },
     /// Shape and type do not multiply to the bytes set aside.
     #[error(

@@ -43,10 +43,10 @@ pub(crate) fn parse(file: &[u8]) -> Result<Vec<Entry>, Defect> {
         .filter(|_| header <= MAX_HEADER)
         .and_then(|header| rest.get(..header))
         .ok_or(Defect::HeaderLength { header, len, limit: MAX_HEADER })?;
-    let Header(tensors) = serde_json::from_slice(json).map_err(|source| Defect::Json {
+    let Header(tensors) = serde_json::from_slice(json).map_err(|reason| Defect::Json {
         at: LENGTH_BYTES,
         what: "safetensors header",
-        source,
+        reason,
     })?;
     let data = LENGTH_BYTES + header;
     let mut entries: Vec<(String, TensorInfo)> = tensors.into_iter().collect();
@@ -133,10 +133,10 @@ pub(crate) struct Index {
 
 impl Index {
     pub(crate) fn parse(text: &[u8]) -> Result<Self, Defect> {
-        let index: Self = serde_json::from_slice(text).map_err(|source| Defect::Json {
+        let index: Self = serde_json::from_slice(text).map_err(|reason| Defect::Json {
             at: 0,
             what: "safetensors index with a weight_map",
-            source,
+            reason,
         })?;
         match index.weight_map.iter().find(|(_, file)| !is_plain(file)) {
             Some((tensor, target)) => {

@@ -13,6 +13,7 @@ mod checkpoint;
 mod error;
 mod fp8;
 mod header;
+pub mod hub;
 mod load;
 #[allow(unsafe_code, reason = "the one memory map of the workspace")]
 mod map_file;

@@ -99,8 +99,8 @@ fn headers_that_lie_are_refused() {
         ("F32", "[2.5]", "[0,8]"),
     ] {
         let defect = refusal(file(&entry(dtype, shape, offsets), &data));
-        let Defect::Json { source, .. } = &defect else { panic!("{defect}") };
-        assert!(source.to_string().contains("a.weight"), "{source}");
+        let Defect::Json { reason, .. } = &defect else { panic!("{defect}") };
+        assert!(reason.to_string().contains("a.weight"), "{reason}");
     }
     for (dtype, shape, offsets) in [
         ("BF16", "[2]", "[0,8]"),
@@ -141,8 +141,8 @@ fn layouts_that_do_not_tile_the_file_are_refused() {
 fn a_name_may_stand_once() {
     let one = r#""a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#;
     let defect = refusal(file(&format!("{{{one},{one}}}"), &[0; 4]));
-    let Defect::Json { source, .. } = &defect else { panic!("{defect}") };
-    assert!(source.to_string().contains("`a` stands twice"), "{source}");
+    let Defect::Json { reason, .. } = &defect else { panic!("{defect}") };
+    assert!(reason.to_string().contains("`a` stands twice"), "{reason}");
 }
 
 const ONE: &str = "model-00001-of-00002.safetensors";
