@@ -101,6 +101,13 @@ impl<'w> Engine<'w> {
         }
     }
 
+    /// Bytes that [`Engine::configure`] allocates beside the cache for steps of so many tokens:
+    /// activations, logits, and the scratch of ops.
+    #[must_use]
+    pub fn step_bytes(&self, max_step_tokens: Tokens) -> Bytes {
+        self.cpu.step_bytes(max_step_tokens.as_usize())
+    }
+
     /// Allocates everything that steps use, and begins a life.
     ///
     /// # Errors
@@ -118,7 +125,7 @@ impl<'w> Engine<'w> {
         limit("max_context", configure.max_context.0, self.max_context.0)?;
         let element = self.options.kv_dtype.bytes() as u64;
         let (carving, cache) = (&configure.carving, self.options.cache_bytes.0);
-        let carver = Carver::new(carving, &self.groups, cache, element)?;
+        let carver = Carver::new(carving, &self.groups, cache, ALIGNMENT, element)?;
         let max_step_tokens = configure.max_step_tokens.as_usize();
         let cache_bytes = carving.super_bytes.0 * u64::from(carving.supers);
         self.cpu.configure(max_step_tokens, cache_bytes)?;

@@ -31,6 +31,7 @@ impl Carver {
         carving: &Carving,
         groups: &[GroupSpec],
         cache_bytes: u64,
+        alignment: u64,
         element: u64,
     ) -> Result<Self, EngineError> {
         let wrong = |text: String| Err(EngineError::Carving(text));
@@ -46,8 +47,10 @@ impl Carver {
                 "{supers} super-blocks of {super_bytes} bytes exceed the cache of {cache_bytes}"
             ));
         }
-        if !super_bytes.is_multiple_of(element) {
-            return wrong(format!("super-blocks of {super_bytes} bytes hold no whole elements"));
+        if !super_bytes.is_multiple_of(alignment) {
+            return wrong(format!(
+                "super-blocks of {super_bytes} bytes are not aligned to {alignment}"
+            ));
         }
         let mut carved = Vec::with_capacity(groups.len());
         for (group, &per_super) in groups.iter().zip(&carving.per_super) {

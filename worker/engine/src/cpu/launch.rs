@@ -235,10 +235,19 @@ fn local_router(router: &model::program::Router) -> moe::Router<'static> {
 }
 
 impl Experts<'_> {
+    fn widths(&self) -> (usize, usize) {
+        self.gate.first().map_or((0, 0), |gate| (gate.cols, gate.rows))
+    }
+
     /// Memory for steps of up to `tokens`.
     pub(super) fn scratch(&self, pool: &ThreadPool, tokens: usize) -> moe::Scratch {
-        let (intermediate, hidden) =
-            self.gate.first().map_or((0, 0), |gate| (gate.rows, gate.cols));
+        let (hidden, intermediate) = self.widths();
         moe::Scratch::new(pool, tokens, self.top_k, self.gate.len(), hidden, intermediate)
+    }
+
+    /// Bytes of it.
+    pub(super) fn scratch_bytes(&self, tokens: usize) -> usize {
+        let (hidden, intermediate) = self.widths();
+        moe::Scratch::bytes(tokens, self.top_k, hidden, intermediate)
     }
 }

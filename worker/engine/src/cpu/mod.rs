@@ -5,23 +5,21 @@
 
 mod arena;
 mod launch;
+mod run;
 
 use crate::batch::Batch;
 use crate::executor::{Executor, TableView};
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use arena::Arena;
-use device::{Isa, ThreadPool};
+use device::ThreadPool;
 use half::bf16;
 use ids::Bytes;
-use launch::{Launch, Layer, Place, Resolver, Rotation};
+use launch::{Experts, Launch, Layer, Place, Resolver, Rotation};
 use model::lower::Lowered;
-use ops::mla::Form;
 use ops::moe;
 use ops::paged::{Kv, KvMut, Segment};
-use ops::rope::Rope;
+use run::Step;
 
-/// Parts of one merged projection, at most.
-const MAX_PARTS: usize = 4;
 /// Rows of logits computed at once, at most.
 const MAX_TILE: usize = 64;
 /// Elements of logits held at once, at most (but for one row).
@@ -131,16 +129,27 @@ impl<'w> Cpu<'w> {
         })
     }
 
+    /// Bytes that `configure` allocates beside the cache.
+    pub(crate) fn step_bytes(&self, tokens: usize) -> Bytes {
+        let elements = (self.body_width as u64)
+            .saturating_mul(tokens as u64)
+            .saturating_add(self.head_width as u64 * self.tile as u64)
+            .saturating_add(self.scratch_len(tokens) as u64)
+            .saturating_add(2 * self.choices(tokens) as u64);
+        let moe = self.experts().map_or(0, |experts| experts.scratch_bytes(tokens));
+        Bytes(elements.saturating_mul(size_of::<f32>() as u64).saturating_add(moe as u64))
+    }
+
     /// Allocates activations for `tokens` rows, scratch, and the cache.
     pub(crate) fn configure(&mut self, tokens: usize, cache_bytes: u64) -> Result<(), EngineError> {
-        let too_much = |what, elements: u128| EngineError::Memory {
-            what,
-            bytes: Bytes(u64::try_from(elements * 4).unwrap_or(u64::MAX)),
-        };
-        let body = self.body_width as u128 * tokens as u128;
-        let body = usize::try_from(body).map_err(|_| too_much("activations", body))?;
+        let body = self.body_width.checked_mul(tokens).ok_or_else(|| EngineError::Memory {
+            what: "activations",
+            bytes: self.step_bytes(tokens),
+        })?;
         let cache = usize::try_from(cache_bytes)
             .map_err(|_| EngineError::Memory { what: "the cache", bytes: Bytes(cache_bytes) })?;
+        let (scratch, choices) = (self.scratch_len(tokens), self.choices(tokens));
+        let moe = self.experts().map(|experts| experts.scratch(&self.pool, tokens));
         let memory = &mut self.memory;
         memory.arena.allocate(body);
         memory.head_arena.allocate(self.head_width * self.tile);
@@ -149,22 +158,34 @@ impl<'w> Cpu<'w> {
             KvMemory::F32(_) => KvMemory::F32(vec![0.0; cache / 4]),
             KvMemory::Bf16(_) => KvMemory::Bf16(vec![bf16::ZERO; cache / 2]),
         };
-        let launches = self.body.iter().chain(&self.head);
-        let scratch = launches.map(|launch| scratch_len(&self.pool, launch, tokens)).max();
-        memory.scratch = vec![0.0; scratch.unwrap_or(0)];
-        // The expert layers of a model have one shape.
-        memory.moe = self.body.iter().find_map(|launch| match launch {
-            Launch::Experts { experts, .. } => Some(experts.scratch(&self.pool, tokens)),
+        memory.scratch = vec![0.0; scratch];
+        memory.moe = moe;
+        memory.routing =
+            Routing { top_k: 0, experts: vec![0; choices], weights: vec![0.0; choices] };
+        Ok(())
+    }
+
+    /// The first expert layer; those of a model have one shape.
+    fn experts(&self) -> Option<&Experts<'w>> {
+        self.body.iter().find_map(|launch| match launch {
+            Launch::Experts { experts, .. } => Some(experts),
             _ => None,
-        });
+        })
+    }
+
+    /// Elements of scratch that the neediest op wants.
+    fn scratch_len(&self, tokens: usize) -> usize {
+        let launches = self.body.iter().chain(&self.head);
+        launches.map(|launch| scratch_len(&self.pool, launch, tokens)).max().unwrap_or(0)
+    }
+
+    /// Choices that a router makes for `tokens` tokens.
+    fn choices(&self, tokens: usize) -> usize {
         let choices = self.body.iter().map(|launch| match launch {
             Launch::Route { router, .. } => router.top_k,
             _ => 0,
         });
-        let choices = choices.max().unwrap_or(0) * tokens;
-        memory.routing =
-            Routing { top_k: 0, experts: vec![0; choices], weights: vec![0.0; choices] };
-        Ok(())
+        choices.max().unwrap_or(0) * tokens
     }
 }
 
@@ -221,118 +242,6 @@ impl Executor for Cpu<'_> {
 
     fn tile(&self) -> usize {
         self.tile
-    }
-}
-
-/// What every launch of a step sees.
-struct Step<'a> {
-    pool: &'a ThreadPool,
-    rotations: &'a [Rotation],
-    form: MlaForm,
-    ids: &'a [u32],
-}
-
-impl Step<'_> {
-    fn run(
-        &self,
-        launch: &Launch<'_>,
-        rows: usize,
-        positions: &[u32],
-        segments: &[Segment<'_>],
-        memory: &mut Memory,
-        in_head: bool,
-    ) {
-        let pool = self.pool;
-        let Memory { arena, head_arena, scratch, moe: moe_scratch, routing, kv, .. } = memory;
-        let arena = if in_head { head_arena } else { arena };
-        match launch {
-            Launch::Embed { table, first_row, out } => {
-                ops::embed::embed(pool, self.ids, *first_row, *table, arena.one(*out, rows));
-            }
-            Launch::Norm { x, weight, eps, out } => {
-                let [x, out] = arena.two([*x, *out], rows);
-                ops::norm::rms_norm(pool, x, weight, *eps, out);
-            }
-            Launch::AddNorm { delta, residual, weight, eps, out } => {
-                let [delta, residual, out] = arena.three([*delta, *residual, *out], rows);
-                ops::norm::add_rms_norm(pool, delta, residual, weight, *eps, out);
-            }
-            Launch::Add { x, target } => {
-                let [x, target] = arena.two([*x, *target], rows);
-                ops::act::add(pool, x, target);
-            }
-            Launch::HeadNorm { x, heads, weight, eps } => {
-                ops::norm::head_norm(pool, arena.one(*x, rows), heads, weight, *eps);
-            }
-            Launch::Rope { x, heads, rotation } => {
-                let Rotation { inv_freq, factor, pairing } = &self.rotations[*rotation];
-                let rope = Rope { inv_freq, factor: *factor, pairing: *pairing };
-                ops::rope::rope(pool, arena.one(*x, rows), heads, positions, &rope);
-            }
-            Launch::Linear { x, parts, biases, out } => {
-                let mut lent: [&[f32]; MAX_PARTS] = [&[]; MAX_PARTS];
-                lent.iter_mut().zip(biases).for_each(|(lent, bias)| *lent = bias);
-                let biases = &lent[..biases.len()];
-                let [x, out] = arena.two([*x, *out], rows);
-                ops::linear::linear(pool, x, rows, parts, biases, out, scratch);
-            }
-            Launch::WriteKv { rows: x, layer } => {
-                let x = arena.one(*x, rows);
-                ops::paged::write_kv(x, layer.kv, segments, &mut kv.write());
-            }
-            Launch::Gqa { q, shape, layer, out } => {
-                let [q, out] = arena.two([*q, *out], rows);
-                ops::gqa::attention(pool, q, shape, layer.kv, segments, kv.read(), out);
-            }
-            Launch::Mla { q, shape, kv_b, layer, out } => {
-                let [q, out] = arena.two([*q, *out], rows);
-                let (b, kv, layer) = (*kv_b, kv.read(), layer.kv);
-                let form = match self.form {
-                    MlaForm::Auto => {
-                        ops::mla::attention(pool, q, b, shape, layer, segments, kv, out, scratch);
-                        return;
-                    }
-                    MlaForm::Absorbed => Form::Absorbed,
-                    MlaForm::Expanded => Form::Expanded,
-                };
-                let isa = Isa::detect();
-                ops::mla::attention_as(
-                    form, isa, pool, q, b, shape, layer, segments, kv, out, scratch,
-                );
-            }
-            Launch::SiluMul { gate_up, out } => {
-                let n = out.width;
-                let [gate_up, out] = arena.two([*gate_up, *out], rows);
-                ops::act::silu_mul(pool, gate_up, n, out);
-            }
-            Launch::Route { logits, router, correction } => {
-                let router = moe::Router { correction: correction.as_deref(), ..*router };
-                let choices = rows * router.top_k;
-                let Routing { experts, weights, top_k } = routing;
-                *top_k = router.top_k;
-                let logits = arena.one(*logits, rows);
-                let (experts, weights) = (&mut experts[..choices], &mut weights[..choices]);
-                moe::route(pool, logits, &router, experts, weights);
-            }
-            Launch::Experts { x, experts, out } => {
-                let [x, out] = arena.two([*x, *out], rows);
-                let choices = rows * routing.top_k;
-                let chosen = moe::Routing {
-                    experts: &routing.experts[..choices],
-                    weights: &routing.weights[..choices],
-                    top_k: routing.top_k,
-                };
-                let weights = moe::ExpertWeights {
-                    first: experts.first,
-                    gate: &experts.gate,
-                    up: &experts.up,
-                    down: &experts.down,
-                };
-                if let Some(scratch) = moe_scratch {
-                    moe::experts(pool, x, &chosen, &weights, out, scratch);
-                }
-            }
-        }
     }
 }
 
