@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod planner_bench;
+pub mod replica;
 pub mod rng;
 pub mod scenario;
 pub mod worker;

@@ -1,7 +1,7 @@
 //! How long the scheduler takes for a step, measured from outside: the caller passes the clock.
 //!
-//! One step is what the driver does between two outcomes: handle the outcome, drain what it says,
-//! plan the next step, drain again. Contexts are private from their first token on, so that tables
+//! One step is what the driver does between two outcomes: handle the outcome (with churn also one
+//! abort and one submission), drain what is said, plan the next step, drain again. Contexts are private from their first token on, so that tables
 //! are as large as they get. It encodes nothing: that is the wire's part.
 //! Invariant: every measured step decodes every request, and the stated number of blocks is sealed.
 
@@ -133,14 +133,15 @@ pub fn measure(case: Case, mut clock: impl FnMut() -> Duration) -> Result<Timing
     let mut spent = Vec::with_capacity(case.steps as usize);
     let sealed_before = bench.sealed();
     for _ in 0..case.steps {
-        if case.kind == Kind::Churn {
-            bench.replace_one();
-        }
+        let arrival = (case.kind == Kind::Churn).then(|| bench.make_request());
         let Some(outcome) = bench.echo.outcomes.pop_front() else {
             return Err(BenchError::Strayed("no outcome is due".into()));
         };
         let begun = clock();
         bench.scheduler.handle(bench.now, Event::Outcome(outcome));
+        if let Some(submit) = arrival {
+            bench.replace_one(submit);
+        }
         bench.drain();
         let planned = bench.scheduler.plan_step(bench.now);
         bench.drain();
@@ -216,7 +217,8 @@ impl Bench {
     /// so nothing is shared and tables are as large as they can be.
     fn settle(&mut self) -> Result<(), BenchError> {
         for _ in 0..self.case.requests {
-            self.submit();
+            let submit = self.make_request();
+            self.scheduler.handle(self.now, Event::Submit(submit));
         }
         // Prompts run in chunks of the step's size; then a few steps for the last to join.
         let chunks = u64::from(self.case.context.0) * u64::from(self.case.requests) / 16_000 + 64;
@@ -241,7 +243,7 @@ impl Bench {
         Err(BenchError::Strayed(format!("{running} requests run")))
     }
 
-    fn submit(&mut self) {
+    fn make_request(&mut self) -> Box<Submit> {
         let request = RequestId(self.next);
         self.next += 1;
         let mut prompt = self.document.clone();
@@ -260,7 +262,7 @@ impl Bench {
             let key = &self.scheduler.config().hash_key;
             key.chain_all(self.root, &prompt)
         };
-        let submit = Submit {
+        Box::new(Submit {
             request,
             prompt: prompt.into(),
             prompt_hashes: hashes.into(),
@@ -274,15 +276,13 @@ impl Bench {
             priority: 0,
             deadline: None,
             arrival: self.now,
-        };
-        self.scheduler.handle(self.now, Event::Submit(Box::new(submit)));
+        })
     }
 
-    fn replace_one(&mut self) {
+    fn replace_one(&mut self, submit: Box<Submit>) {
         self.scheduler.handle(self.now, Event::Abort(RequestId(self.oldest)));
         self.oldest += 1;
-        self.submit();
-        self.drain();
+        self.scheduler.handle(self.now, Event::Submit(submit));
     }
 
     fn drain(&mut self) {

@@ -90,6 +90,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
+    use std::collections::btree_map::Entry;
 
     proptest! {
         #[test]
@@ -98,18 +99,18 @@ mod tests {
             let mut model: BTreeMap<u128, u32> = BTreeMap::new();
             for (block, hash) in ops {
                 // Few distinct low bits, so that runs collide and wrap.
-                let hash = hash << 62 | hash % 3;
+                let hash = (hash << 62) | (hash % 3);
                 let named = model.iter().find(|(_, b)| **b == block).map(|(h, _)| *h);
                 if let Some(old) = named {
                     index.remove(BlockId(block));
                     model.remove(&old);
-                } else if !model.contains_key(&hash) {
+                } else if let Entry::Vacant(entry) = model.entry(hash) {
                     index.insert(BlockHash(hash), BlockId(block));
-                    model.insert(hash, block);
+                    entry.insert(block);
                 }
                 prop_assert_eq!(index.len() as usize, model.len());
                 for h in 0_u128..40 {
-                    let h = h << 62 | h % 3;
+                    let h = (h << 62) | (h % 3);
                     prop_assert_eq!(index.get(BlockHash(h)).map(|b| b.0), model.get(&h).copied());
                 }
             }

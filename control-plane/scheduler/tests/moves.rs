@@ -9,8 +9,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const STATES: [&str; 6] =
-    ["Queued", "Preempted", "Prefilling", "Decoding", "Closing", "Finished"];
+const STATES: [&str; 6] = ["Queued", "Preempted", "Prefilling", "Decoding", "Closing", "Finished"];
 
 /// A move and how it is written.
 const MOVES: [(&str, &str); 6] = [
