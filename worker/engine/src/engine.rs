@@ -15,7 +15,7 @@ use ids::{Bytes, GroupId, Incarnation, RequestId, StepSeq, Tokens};
 use model::lower::Lowered;
 use model::memory;
 use model::program::{CacheKind, Program};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use step::{
     Configure, GroupKind, GroupSpec, Hello, Logprobs, Outcome, PromptLogprobs, Sampled, StepPlan,
     StepTiming, Upload,
@@ -186,11 +186,11 @@ impl<'w> Engine<'w> {
             timing: StepTiming::default(),
             digest: 0,
         };
-        configured.finish(&mut self.cpu, &mut outcome)?;
+        let head = configured.finish(&mut self.cpu, &mut outcome)?;
         outcome.digest = digest.with_sampled(&outcome.sampled);
         outcome.timing = StepTiming {
             total_ns: began.elapsed().as_nanos() as u64,
-            model_ns: forwarded.as_nanos() as u64,
+            model_ns: (forwarded + head).as_nanos() as u64,
             tokens: configured.batch.ids.len() as u32,
             prefill_tokens: configured.batch.prefill_tokens as u32,
         };
@@ -215,17 +215,21 @@ impl<'w> Engine<'w> {
 }
 
 impl Configured {
-    /// Logits of the wanted rows in tiles, and what each is wanted for.
+    /// Logits of the wanted rows in tiles, and what each is wanted for. Returns the time that the
+    /// logits took.
     fn finish(
         &mut self,
         executor: &mut impl Executor,
         outcome: &mut Outcome,
-    ) -> Result<(), PlanError> {
+    ) -> Result<Duration, PlanError> {
+        let mut spent = Duration::ZERO;
         let Self { slots, batch, sampler, .. } = self;
         for tile in batch.wanted.chunks(executor.tile()) {
             sampler.rows.clear();
             sampler.rows.extend(tile.iter().map(|wanted| wanted.row));
+            let began = Instant::now();
             let logits = executor.logits(&sampler.rows);
+            spent += began.elapsed();
             let vocab = logits.len() / tile.len();
             for (wanted, row) in tile.iter().zip(logits.chunks_exact_mut(vocab)) {
                 let Wanted { slot, purpose, .. } = *wanted;
@@ -249,7 +253,7 @@ impl Configured {
                 }
             }
         }
-        Ok(())
+        Ok(spent)
     }
 }
 
