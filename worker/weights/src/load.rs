@@ -61,6 +61,9 @@ impl Weights {
     /// # Errors
     /// The first tensor that is absent, of another shape, of a type that cannot be used, or that
     /// holds FP8 codes or scales that are no numbers.
+    ///
+    /// # Panics
+    /// On an FP8 block of no rows or columns, which reading `config.json` refuses.
     pub fn load<'a>(
         checkpoint: &Checkpoint,
         wanted: impl IntoIterator<Item = (&'a str, &'a [usize])>,
@@ -169,6 +172,7 @@ impl<'a> Plan<'a> {
         let scales = checkpoint
             .tensor(&format!("{}{SCALE_SUFFIX}", view.name))?
             .expect_shape(&[rows.div_ceil(block.0), cols.div_ceil(block.1)])?;
+        Float::of(scales.dtype).ok_or_else(|| scales.wrong_dtype("F32, BF16 or F16"))?;
         Ok(Self::Dequantise { to: options.matrices.unwrap_or(Float::Bf16), scales, block })
     }
 

@@ -23,6 +23,8 @@ where
     J: Send,
     E: Send,
 {
+    // A thread per job at most: most tensors of a model are one.
+    let threads = jobs.size_hint().1.map_or(threads, |most| threads.min(most));
     let state = Mutex::new((jobs, None));
     let lock = || state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let work = || {

@@ -163,6 +163,21 @@ mod tests {
     }
 
     #[test]
+    fn a_bar_follows_its_stage() {
+        let bar = Bar::default();
+        let state = |bar: &Bar| {
+            let guard = bar.0.lock().expect("no thread panicked");
+            guard.as_ref().map(|(stage, bar)| (*stage, bar.position(), bar.is_finished()))
+        };
+        bar.report(Stage::Download, 3, 10);
+        assert_eq!(state(&bar), Some((Stage::Download, 3, false)));
+        bar.report(Stage::Read, 10, 10);
+        assert_eq!(state(&bar), Some((Stage::Read, 10, true)));
+        bar.report(Stage::Read, 1, 5);
+        assert_eq!(state(&bar), Some((Stage::Read, 1, false)));
+    }
+
+    #[test]
     fn a_tally_adds_up_over_threads() {
         struct Last(Mutex<(u64, u64)>);
         impl Progress for Last {

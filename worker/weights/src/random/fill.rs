@@ -78,6 +78,42 @@ mod tests {
         Fill::new(&model, &spec).expect("a law")
     }
 
+    /// Bits computed by the rules of the module's page in numpy, far into a tensor too.
+    #[test]
+    fn bits_are_the_numpy_twins() {
+        let cases: [(u64, &str, &[usize], [u32; 5]); 3] = [
+            (
+                0,
+                "model.embed_tokens.weight",
+                &[1, 96],
+                [0xBFAE_1D5D, 0x3F50_8F87, 0x3D08_7B86, 0xBE2A_A433, 0x3F8B_BA83],
+            ),
+            (
+                42,
+                "model.layers.0.input_layernorm.weight",
+                &[96],
+                [0x3F7D_717F, 0x3F45_B3FE, 0x3FAA_23EC, 0x3F87_459D, 0x3F7F_B77F],
+            ),
+            (
+                u64::MAX,
+                "lm_head.weight",
+                &[1, 96],
+                [0x3D8D_C600, 0x3E8D_A180, 0xBCDA_2800, 0x3DEA_8A00, 0xBDD4_8000],
+            ),
+        ];
+        for (seed, name, shape, expected) in cases {
+            let model = RandomModel { seed, profile: Profile::Parity, tied_embeddings: false };
+            let spec = TensorSpec { name: name.into(), shape: shape.to_vec(), dtype: Dtype::F32 };
+            let fill = Fill::new(&model, &spec).expect("a law");
+            let bits = [0, 1, 2, 1000, 123_456_789].map(|i| {
+                let mut value = [0.0f32];
+                fill.fill(i, &mut value);
+                value[0].to_bits()
+            });
+            assert_eq!(bits, expected, "{name}");
+        }
+    }
+
     #[test]
     fn pieces_are_the_whole() {
         for (profile, name) in [

@@ -50,7 +50,6 @@ impl Weights {
 
 fn make<T: Element>(fill: &Fill, elements: usize, threads: usize, tally: &Tally<'_>) -> Vec<T> {
     let mut out = vec![T::default(); elements];
-    let threads = threads.min(elements.div_ceil(CHUNK));
     let jobs = out.chunks_mut(CHUNK).enumerate();
     let Ok(()) = parallel::for_each(threads, jobs, |(job, out): (usize, &mut [T])| {
         fill.fill(job * CHUNK, out);
