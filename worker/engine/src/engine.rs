@@ -101,13 +101,6 @@ impl<'w> Engine<'w> {
         }
     }
 
-    /// Bytes that [`Engine::configure`] allocates beside the cache for steps of so many tokens:
-    /// activations, logits, and the scratch of ops.
-    #[must_use]
-    pub fn step_bytes(&self, max_step_tokens: Tokens) -> Bytes {
-        self.cpu.step_bytes(max_step_tokens.as_usize())
-    }
-
     /// Allocates everything that steps use, and begins a life.
     ///
     /// # Errors

@@ -235,19 +235,10 @@ fn local_router(router: &model::program::Router) -> moe::Router<'static> {
 }
 
 impl Experts<'_> {
-    fn widths(&self) -> (usize, usize) {
-        self.gate.first().map_or((0, 0), |gate| (gate.cols, gate.rows))
-    }
-
     /// Memory for steps of up to `tokens`.
     pub(super) fn scratch(&self, pool: &ThreadPool, tokens: usize) -> moe::Scratch {
-        let (hidden, intermediate) = self.widths();
+        let (hidden, intermediate) =
+            self.gate.first().map_or((0, 0), |gate| (gate.cols, gate.rows));
         moe::Scratch::new(pool, tokens, self.top_k, self.gate.len(), hidden, intermediate)
-    }
-
-    /// Bytes of it.
-    pub(super) fn scratch_bytes(&self, tokens: usize) -> usize {
-        let (hidden, intermediate) = self.widths();
-        moe::Scratch::bytes(tokens, self.top_k, hidden, intermediate)
     }
 }

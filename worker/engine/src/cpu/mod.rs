@@ -9,6 +9,7 @@ mod run;
 
 use crate::batch::Batch;
 use crate::executor::{Executor, TableView};
+use crate::memory::HEAD_ROWS;
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use arena::Arena;
 use device::ThreadPool;
@@ -20,8 +21,6 @@ use ops::moe;
 use ops::paged::{Kv, KvMut, Segment};
 use run::Step;
 
-/// Rows of logits computed at once, at most.
-const MAX_TILE: usize = 64;
 /// Elements of logits held at once, at most (but for one row).
 const MAX_TILE_ELEMENTS: usize = 1 << 23;
 
@@ -108,7 +107,7 @@ impl<'w> Cpu<'w> {
             rotations: resolver.rotations(),
             hidden: resolver.place(lowered.hidden),
             chosen: resolver.place(lowered.chosen),
-            tile: (MAX_TILE_ELEMENTS / logits.width.max(1)).clamp(1, MAX_TILE),
+            tile: (MAX_TILE_ELEMENTS / logits.width.max(1)).clamp(1, HEAD_ROWS),
             logits,
             body_width: lowered.body_width,
             head_width: lowered.head_width,
@@ -129,23 +128,12 @@ impl<'w> Cpu<'w> {
         })
     }
 
-    /// Bytes that `configure` allocates beside the cache.
-    pub(crate) fn step_bytes(&self, tokens: usize) -> Bytes {
-        let elements = (self.body_width as u64)
-            .saturating_mul(tokens as u64)
-            .saturating_add(self.head_width as u64 * self.tile as u64)
-            .saturating_add(self.scratch_len(tokens) as u64)
-            .saturating_add(2 * self.choices(tokens) as u64);
-        let moe = self.experts().map_or(0, |experts| experts.scratch_bytes(tokens));
-        Bytes(elements.saturating_mul(size_of::<f32>() as u64).saturating_add(moe as u64))
-    }
-
     /// Allocates activations for `tokens` rows, scratch, and the cache.
     pub(crate) fn configure(&mut self, tokens: usize, cache_bytes: u64) -> Result<(), EngineError> {
-        let body = self.body_width.checked_mul(tokens).ok_or_else(|| EngineError::Memory {
-            what: "activations",
-            bytes: self.step_bytes(tokens),
-        })?;
+        let body = self
+            .body_width
+            .checked_mul(tokens)
+            .ok_or(EngineError::Memory { what: "activations", bytes: Bytes(u64::MAX) })?;
         let cache = usize::try_from(cache_bytes)
             .map_err(|_| EngineError::Memory { what: "the cache", bytes: Bytes(cache_bytes) })?;
         let (scratch, choices) = (self.scratch_len(tokens), self.choices(tokens));

@@ -1,0 +1,48 @@
+//! What steps take beside weights and cache: pure arithmetic on a lowered program, so that a plan
+//! can be refused before anything is loaded.
+//!
+//! It allocates nothing. Invariant: not less than what an engine allocates when configured.
+
+use device::ThreadPool;
+use ids::Bytes;
+use model::lower::{LocalAttention, Lowered, Op};
+use model::memory::activation_bytes;
+use ops::{mla, moe};
+
+/// Rows of logits computed at once, at most.
+pub const HEAD_ROWS: usize = 64;
+
+/// Bytes of activations, logits, routing and scratch for steps of up to `tokens` tokens.
+#[must_use]
+pub fn step_bytes(lowered: &Lowered, tokens: usize, threads: usize) -> Bytes {
+    // Scratch is a piece per thread; the calling thread alone needs no other to be started.
+    let one = ThreadPool::new(1);
+    let (mut scratch, mut experts, mut routing) = (0, 0, 0);
+    for op in lowered.body.iter().chain(&lowered.head) {
+        match *op {
+            Op::Linear { x, .. } => {
+                let cols = lowered.buffers[x.0].width;
+                scratch = scratch.max(ops::linear::scratch_len(&one, cols));
+            }
+            Op::Attention {
+                attention: LocalAttention::Mla { heads, nope, rope, v, latent, scale, .. },
+                ..
+            } => {
+                let shape = mla::Mla { heads, nope, rope, v, latent, scale: scale as f32 };
+                scratch = scratch.max(mla::scratch_len(&one, &shape, tokens));
+            }
+            Op::Experts { x, top_k, intermediate, .. } => {
+                let hidden = lowered.buffers[x.0].width;
+                let panels = ops::linear::scratch_len(&one, hidden.max(intermediate));
+                let rest = moe::Scratch::bytes(tokens, top_k, hidden, intermediate);
+                experts = experts.max(rest + panels * threads * size_of::<f32>());
+                routing = routing.max(tokens * top_k * (size_of::<u32>() + size_of::<f32>()));
+            }
+            _ => {}
+        }
+    }
+    let activations = activation_bytes(lowered, tokens, HEAD_ROWS).0;
+    let scratch = scratch.saturating_mul(threads).saturating_mul(size_of::<f32>());
+    let rest = scratch.saturating_add(experts).saturating_add(routing) as u64;
+    Bytes(activations.saturating_add(rest))
+}
