@@ -1,92 +1,121 @@
-//! Tokens to text, one at a time.
+//! Token ids to text, a token at a time.
 //!
-//! A token may hold part of a character, and some decoders join words depending on what came
-//! before, so text is the difference between two decodings of a short window. Text that ends inside
-//! a character waits for the next token. Invariant: the pieces joined are the decoding of the whole.
+//! Each token has a fixed byte string ([`crate::token_bytes`]); this file joins them and cuts at
+//! character borders. Constant time per token. Invariants: a piece is valid UTF-8 and never ends
+//! inside a character that later bytes could complete; the pieces and the rest concatenate to what
+//! decoding the whole sequence gives, with U+FFFD for each maximal invalid sequence.
 
 use crate::Tokenizer;
 use ids::TokenId;
+use std::sync::Arc;
 
-/// A character has at most four bytes, so after this many tokens without a whole one the bytes are
-/// no character at all and are given out as replacement characters.
-const MAX_HELD: usize = 5;
+/// Where the first token stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// At the start of a text; tokenizers that put a space before a text take it off again.
+    Text,
+    /// After other tokens (a prompt); a leading space is part of the text.
+    Continuation,
+}
 
-/// Incremental decoder of one sequence.
+/// Turns tokens into text as they come.
 #[derive(Clone, Debug)]
 pub struct Detokenizer {
+    tokenizer: Arc<Tokenizer>,
+    /// Bytes of a character that is not complete yet; at most 3.
+    partial: Vec<u8>,
+    at_text_start: bool,
     skip_special: bool,
-    /// The window: tokens already given out that the next ones may join with, then those held back.
-    window: Vec<TokenId>,
-    /// How many of the window are given out.
-    given: usize,
 }
 
 impl Detokenizer {
-    /// For one sequence; special tokens give no text when `skip_special`.
+    /// A detokenizer before its first token. `skip_special` leaves special tokens out of the text.
     #[must_use]
-    pub const fn new(skip_special: bool) -> Self {
-        Self { skip_special, window: Vec::new(), given: 0 }
-    }
-
-    /// The text that `token` completes; empty while a character is incomplete.
-    pub fn push(&mut self, tokenizer: &Tokenizer, token: TokenId) -> String {
-        self.window.push(token);
-        let before = tokenizer.decode(&self.window[..self.given], self.skip_special);
-        let after = tokenizer.decode(&self.window, self.skip_special);
-        let held = self.window.len() - self.given;
-        if after.ends_with('\u{FFFD}') && held < MAX_HELD {
-            return String::new();
+    pub fn new(tokenizer: Arc<Tokenizer>, start: Start, skip_special: bool) -> Self {
+        Self {
+            tokenizer,
+            partial: Vec::with_capacity(4),
+            at_text_start: start == Start::Text,
+            skip_special,
         }
-        let text = after.get(before.len()..).unwrap_or_default().to_owned();
-        // Keep what was just given out as context; everything older is settled.
-        self.window.drain(..self.given);
-        self.given = self.window.len();
-        text
     }
 
-    /// The text of tokens still held back when the sequence ends.
-    pub fn finish(&mut self, tokenizer: &Tokenizer) -> String {
-        let before = tokenizer.decode(&self.window[..self.given], self.skip_special);
-        let after = tokenizer.decode(&self.window, self.skip_special);
-        self.given = self.window.len();
-        after.get(before.len()..).unwrap_or_default().to_owned()
+    /// Appends to `out` the text that `token` completes.
+    pub fn push(&mut self, token: TokenId, out: &mut String) {
+        if self.skip_special && self.tokenizer.is_special(token) {
+            return;
+        }
+        let table = self.tokenizer.token_bytes();
+        let mut bytes = table.get(token);
+        if self.at_text_start && !bytes.is_empty() {
+            self.at_text_start = false;
+            bytes = table.at_text_start(bytes);
+        }
+        if self.partial.is_empty() {
+            let rest = push_complete(bytes, out);
+            self.partial.extend_from_slice(rest);
+        } else {
+            let mut joined = std::mem::take(&mut self.partial);
+            joined.extend_from_slice(bytes);
+            let rest = push_complete(&joined, out).len();
+            joined.drain(..joined.len() - rest);
+            self.partial = joined;
+        }
     }
+
+    /// The end: an incomplete character becomes U+FFFD.
+    pub fn finish(&mut self, out: &mut String) {
+        if !self.partial.is_empty() {
+            out.push(char::REPLACEMENT_CHARACTER);
+            self.partial.clear();
+        }
+    }
+}
+
+/// Appends the characters of `bytes`, U+FFFD for what can be none, and returns the incomplete
+/// character at the end.
+fn push_complete<'a>(bytes: &'a [u8], out: &mut String) -> &'a [u8] {
+    let mut chunks = bytes.utf8_chunks().peekable();
+    while let Some(chunk) = chunks.next() {
+        out.push_str(chunk.valid());
+        let invalid = chunk.invalid();
+        if invalid.is_empty() {
+            continue;
+        }
+        let at_end = chunks.peek().is_none();
+        let can_grow =
+            at_end && std::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none());
+        if can_grow {
+            return invalid;
+        }
+        out.push(char::REPLACEMENT_CHARACTER);
+    }
+    &[]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tokenizer::tests_support::byte_level;
+    use proptest::prelude::*;
 
-    #[test]
-    fn pieces_joined_are_the_whole_and_no_piece_splits_a_character() {
-        let tokenizer = byte_level();
-        for text in
-            ["plain", "naïve café", "日本語のテキスト", "🦀🦀 👩‍👩‍👧", "a\u{301}b", "", " x  y "]
-        {
-            let tokens = tokenizer.encode_plain(text).expect("encodes");
-            let mut detokenizer = Detokenizer::new(true);
-            let mut joined = String::new();
-            for token in &tokens {
-                let piece = detokenizer.push(&tokenizer, *token);
-                assert!(!piece.contains('\u{FFFD}'), "{piece:?} of {text:?}");
-                joined += &piece;
+    proptest! {
+        #[test]
+        fn bytes_in_any_pieces_decode_as_the_whole(
+            bytes in prop::collection::vec(prop_oneof![any::<u8>(), 0xC0_u8..=0xF5, 0x80_u8..=0xBF], 0..40),
+            size in 1_usize..5,
+        ) {
+            let mut out = String::new();
+            let mut partial = Vec::new();
+            for piece in bytes.chunks(size) {
+                partial.extend_from_slice(piece);
+                let rest = push_complete(&partial, &mut out).to_vec();
+                prop_assert!(rest.len() <= 3);
+                partial = rest;
             }
-            joined += &detokenizer.finish(&tokenizer);
-            assert_eq!(joined, text);
+            if !partial.is_empty() {
+                out.push(char::REPLACEMENT_CHARACTER);
+            }
+            prop_assert_eq!(out, String::from_utf8_lossy(&bytes));
         }
-    }
-
-    #[test]
-    fn bytes_that_are_no_character_do_not_hold_text_for_ever() {
-        let tokenizer = byte_level();
-        let crab = tokenizer.encode_plain("🦀").expect("encodes");
-        let mut detokenizer = Detokenizer::new(true);
-        let mut text = String::new();
-        for _ in 0..20 {
-            text += &detokenizer.push(&tokenizer, crab[0]);
-        }
-        assert!(!text.is_empty());
-        assert!(detokenizer.window.len() <= 2 * MAX_HELD, "the window stays short");
     }
 }

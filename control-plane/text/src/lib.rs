@@ -1,16 +1,23 @@
-//! Text to tokens and back: tokenizer, chat templates, incremental detokenising, stop strings.
+//! Tokenizer, chat templates, incremental text, stop strings, prompt hashes.
 //!
-//! No HTTP and no engine. Invariants: text inside a client's message never becomes a control
-//! token; text handed out never ends inside a character.
+//! Everything here is a pure function of a model folder and its arguments; nothing knows HTTP.
+//! Invariants: text handed out is valid UTF-8 and never ends inside a character; the pieces of a
+//! [`Detokenizer`] concatenate to the whole; text inside a chat message never becomes a control
+//! token.
 
-mod chat;
+mod chat_template;
 mod detokenize;
+mod folder;
+mod jinja;
+mod prompt_hash;
+mod protect;
 mod stop;
-mod template;
+mod token_bytes;
 mod tokenizer;
 
-pub use chat::{ChatPrompt, EncodeChatError};
-pub use detokenize::Detokenizer;
-pub use stop::{StopMatch, StopMatcher};
-pub use template::{ChatTemplate, TemplateError};
-pub use tokenizer::{LoadError, Tokenizer};
+pub use chat_template::{ChatMessage, ChatTemplate, Role, TemplateError, TemplateOptions};
+pub use detokenize::{Detokenizer, Start};
+pub use folder::{EndTokens, FolderError, GenerationConfig, TextFolder};
+pub use prompt_hash::hash_prompt;
+pub use stop::{StopMatch, StopMatcher, StopStrings};
+pub use tokenizer::{EncodeError, LoadError, Tokenizer};
