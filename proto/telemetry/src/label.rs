@@ -1,0 +1,92 @@
+//! Label values. Closed sets: a new value is a new variant.
+
+macro_rules! label {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+        pub enum $name { $($(#[$variant_doc])* $variant),+ }
+
+        impl $name {
+            /// Every value.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// As it stands in the metric.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text),+ }
+            }
+        }
+    };
+}
+
+label! {
+    /// Where a request came in.
+    Door {
+        /// `POST /v1/completions`
+        Completions = "completions",
+        /// `POST /v1/chat/completions`
+        Chat = "chat_completions",
+        /// `GET /v1/models` and below
+        Models = "models",
+        /// `POST /tokenize`
+        Tokenize = "tokenize",
+        /// `POST /detokenize`
+        Detokenize = "detokenize",
+        /// Health, version and metrics
+        Operations = "operations",
+        /// Anything else: unknown paths, unknown methods
+        Other = "other",
+    }
+}
+
+label! {
+    /// Status of a reply, by its first digit.
+    StatusClass {
+        /// 1xx to 3xx
+        Success = "2xx",
+        /// 4xx
+        Client = "4xx",
+        /// 5xx
+        Server = "5xx",
+    }
+}
+
+impl StatusClass {
+    /// The class of a status code.
+    #[must_use]
+    pub const fn of(status: u16) -> Self {
+        match status {
+            0..=399 => Self::Success,
+            400..=499 => Self::Client,
+            _ => Self::Server,
+        }
+    }
+}
+
+label! {
+    /// How a generation ended.
+    FinishedBy {
+        /// An end token, a stop token or a stop string
+        Stop = "stop",
+        /// As many tokens as were asked for
+        Length = "length",
+        /// The client went away, or stopped reading
+        Abort = "abort",
+        /// A failure
+        Error = "error",
+    }
+}
+
+label! {
+    /// Why a request was not admitted.
+    RefusedBy {
+        /// A field is wrong
+        Validation = "validation",
+        /// The queue is full
+        QueueFull = "queue_full",
+        /// No worker serves
+        NotReady = "not_ready",
+        /// It can never fit
+        TooLarge = "too_large",
+    }
+}

@@ -1,0 +1,279 @@
+//! Every metric of the control plane, made once and handed around.
+//!
+//! Series with closed labels are made at start, so that a rate over a metric that has not happened
+//! yet is zero and not absent. Under [`Metrics::render`] the ones that dashboards for vLLM query
+//! can appear a second time under the names they have there.
+
+use crate::label::{Door, FinishedBy, RefusedBy, StatusClass};
+use prometheus::core::Collector;
+use prometheus::{
+    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
+};
+
+/// Seconds, for waits that a person feels: a millisecond to ten minutes.
+const LATENCY: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+    120.0, 300.0, 600.0,
+];
+/// Seconds between tokens and in steps: 100 microseconds to 10 seconds.
+const STEP: &[f64] = &[
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1,
+    0.25, 0.5, 1.0, 2.5, 10.0,
+];
+
+/// Our names and vLLM's, where type and meaning agree.
+const VLLM_ALIASES: [(&str, &str); 12] = [
+    ("tokenmill_requests_waiting", "vllm:num_requests_waiting"),
+    ("tokenmill_requests_running", "vllm:num_requests_running"),
+    ("tokenmill_kv_cache_usage_ratio", "vllm:kv_cache_usage_perc"),
+    ("tokenmill_prompt_tokens_total", "vllm:prompt_tokens_total"),
+    ("tokenmill_generated_tokens_total", "vllm:generation_tokens_total"),
+    ("tokenmill_time_to_first_token_seconds", "vllm:time_to_first_token_seconds"),
+    ("tokenmill_inter_token_seconds", "vllm:inter_token_latency_seconds"),
+    ("tokenmill_request_seconds", "vllm:e2e_request_latency_seconds"),
+    ("tokenmill_queue_seconds", "vllm:request_queue_time_seconds"),
+    ("tokenmill_preemptions_total", "vllm:num_preemptions_total"),
+    ("tokenmill_prefix_cache_hit_tokens_total", "vllm:prefix_cache_hits_total"),
+    ("tokenmill_prefix_cache_queried_tokens_total", "vllm:prefix_cache_queries_total"),
+];
+
+/// All metrics of one server.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Requests queued and not yet running.
+    pub requests_waiting: IntGauge,
+    /// Requests that hold a slot.
+    pub requests_running: IntGauge,
+    /// KV blocks in use, 0 to 1.
+    pub kv_cache_usage: Gauge,
+    /// KV blocks there are.
+    pub kv_blocks: IntGauge,
+    /// Prompt tokens of requests that were started.
+    pub prompt_tokens: IntCounter,
+    /// Tokens delivered.
+    pub generated_tokens: IntCounter,
+    /// Prompt tokens looked up in the prefix cache.
+    pub prefix_cache_queried: IntCounter,
+    /// Prompt tokens found there.
+    pub prefix_cache_hit: IntCounter,
+    /// Times a running request gave up its blocks.
+    pub preemptions: IntCounter,
+    /// Times the worker group was started again.
+    pub worker_restarts: IntCounter,
+    /// From submission to the first token.
+    pub time_to_first_token: Histogram,
+    /// Between tokens of one generation.
+    pub inter_token: Histogram,
+    /// From submission to the end of a generation.
+    pub request_duration: Histogram,
+    /// From submission to leaving the queue.
+    pub queue_time: Histogram,
+    /// From sending a step's plan to its outcome.
+    pub step_duration: Histogram,
+    /// Client connections that are open.
+    pub connections: IntGauge,
+    /// Streams given up because the client did not read.
+    pub stalled_clients: IntCounter,
+    /// 1 for the state that holds, 0 else: whether requests are served.
+    pub ready: IntGauge,
+    replies: IntCounterVec,
+    finished: IntCounterVec,
+    refused: IntCounterVec,
+    ignored_fields: IntCounterVec,
+    info: IntGaugeVec,
+}
+
+impl Metrics {
+    /// The metrics of a server for the model of this name.
+    #[must_use]
+    pub fn new(model: &str, version: &str) -> Self {
+        let registry = Registry::new();
+        let make = Maker { registry: &registry, model };
+        let metrics = Self {
+            requests_waiting: make.gauge("requests_waiting", "Requests queued, not running."),
+            requests_running: make.gauge("requests_running", "Requests that hold a slot."),
+            kv_cache_usage: make.ratio("kv_cache_usage_ratio", "KV blocks in use, 0 to 1."),
+            kv_blocks: make.gauge("kv_blocks", "KV blocks there are."),
+            prompt_tokens: make.counter("prompt_tokens_total", "Prompt tokens taken in."),
+            generated_tokens: make.counter("generated_tokens_total", "Tokens delivered."),
+            prefix_cache_queried: make.counter(
+                "prefix_cache_queried_tokens_total",
+                "Prompt tokens looked up in the prefix cache.",
+            ),
+            prefix_cache_hit: make.counter(
+                "prefix_cache_hit_tokens_total",
+                "Prompt tokens found in the prefix cache.",
+            ),
+            preemptions: make.counter("preemptions_total", "Running requests that gave way."),
+            worker_restarts: make.counter("worker_restarts_total", "Starts after a death."),
+            time_to_first_token: make.histogram(
+                "time_to_first_token_seconds",
+                "From submission to the first token.",
+                LATENCY,
+            ),
+            inter_token: make.histogram(
+                "inter_token_seconds",
+                "Between tokens of one generation.",
+                STEP,
+            ),
+            request_duration: make.histogram(
+                "request_seconds",
+                "From submission to the end of a generation.",
+                LATENCY,
+            ),
+            queue_time: make.histogram(
+                "queue_seconds",
+                "From submission to leaving the queue.",
+                LATENCY,
+            ),
+            step_duration: make.histogram("step_seconds", "From plan to outcome.", STEP),
+            connections: make.gauge("connections", "Client connections that are open."),
+            stalled_clients: make.counter(
+                "stalled_clients_total",
+                "Streams given up because the client did not read.",
+            ),
+            ready: make.gauge("ready", "Whether requests are served."),
+            replies: make.counters("http_replies_total", "Replies.", &["door", "status"]),
+            finished: make.counters("generations_total", "Ends of generations.", &["finished_by"]),
+            refused: make.counters("refused_total", "Requests not admitted.", &["refused_by"]),
+            ignored_fields: make.counters(
+                "ignored_fields_total",
+                "Fields of requests that have no effect, unknown ones among them.",
+                &["door"],
+            ),
+            info: make.gauges("build_info", "1; the version is a label.", &["version"]),
+            registry,
+        };
+        metrics.info.with_label_values(&[version]).set(1);
+        for door in Door::ALL {
+            drop(metrics.ignored_fields(*door));
+            for class in StatusClass::ALL {
+                drop(metrics.replies(*door, *class));
+            }
+        }
+        FinishedBy::ALL.iter().for_each(|by| drop(metrics.finished(*by)));
+        RefusedBy::ALL.iter().for_each(|by| drop(metrics.refused(*by)));
+        metrics
+    }
+
+    /// Replies sent through a door.
+    #[must_use]
+    pub fn replies(&self, door: Door, class: StatusClass) -> IntCounter {
+        self.replies.with_label_values(&[door.as_str(), class.as_str()])
+    }
+
+    /// Generations that ended this way.
+    #[must_use]
+    pub fn finished(&self, by: FinishedBy) -> IntCounter {
+        self.finished.with_label_values(&[by.as_str()])
+    }
+
+    /// Requests refused for this reason.
+    #[must_use]
+    pub fn refused(&self, by: RefusedBy) -> IntCounter {
+        self.refused.with_label_values(&[by.as_str()])
+    }
+
+    /// Fields without effect in requests through a door.
+    #[must_use]
+    pub fn ignored_fields(&self, door: Door) -> IntCounter {
+        self.ignored_fields.with_label_values(&[door.as_str()])
+    }
+
+    /// Everything in Prometheus text format; with `vllm_names` the metrics that exist there a
+    /// second time under those names.
+    #[must_use]
+    pub fn render(&self, vllm_names: bool) -> String {
+        let mut families = self.registry.gather();
+        if vllm_names {
+            for (ours, theirs) in VLLM_ALIASES {
+                let family = families.iter().find(|family| family.name() == ours);
+                let mut alias = family.expect("an alias names a metric").clone();
+                alias.set_name(theirs.to_owned());
+                families.push(alias);
+            }
+            let mut success = self.finished.collect();
+            for family in &mut success {
+                family.set_name("vllm:request_success_total".to_owned());
+                for metric in family.mut_metric() {
+                    let labels = metric.mut_label().iter_mut();
+                    for label in labels.filter(|label| label.name() == "finished_by") {
+                        label.set_name("finished_reason".to_owned());
+                    }
+                }
+            }
+            families.append(&mut success);
+        }
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&families, &mut text).expect("writing to memory does not fail");
+        String::from_utf8(text).expect("the text format is UTF-8")
+    }
+}
+
+/// Makes and registers metrics under the common prefix.
+struct Maker<'a> {
+    registry: &'a Registry,
+    model: &'a str,
+}
+
+impl Maker<'_> {
+    fn add<C: Collector + Clone + 'static>(&self, metric: prometheus::Result<C>) -> C {
+        let metric = metric.expect("names and buckets are constants and valid");
+        self.registry.register(Box::new(metric.clone())).expect("no name is used twice");
+        metric
+    }
+
+    fn opts(&self, name: &str, help: &str) -> Opts {
+        Opts::new(format!("tokenmill_{name}"), help).const_label("model_name", self.model)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> IntGauge {
+        self.add(IntGauge::with_opts(self.opts(name, help)))
+    }
+
+    fn ratio(&self, name: &str, help: &str) -> Gauge {
+        self.add(Gauge::with_opts(self.opts(name, help)))
+    }
+
+    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+        self.add(IntGaugeVec::new(self.opts(name, help), labels))
+    }
+
+    fn counter(&self, name: &str, help: &str) -> IntCounter {
+        self.add(IntCounter::with_opts(self.opts(name, help)))
+    }
+
+    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+        self.add(IntCounterVec::new(self.opts(name, help), labels))
+    }
+
+    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+        let opts = HistogramOpts::from(self.opts(name, help)).buckets(buckets.to_vec());
+        self.add(Histogram::with_opts(opts))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn series_exist_before_anything_happened_and_aliases_agree() {
+        let metrics = Metrics::new("m", "1");
+        metrics.requests_waiting.set(3);
+        metrics.finished(FinishedBy::Stop).inc();
+        let text = metrics.render(true);
+        for line in [
+            "tokenmill_requests_waiting{model_name=\"m\"} 3",
+            "vllm:num_requests_waiting{model_name=\"m\"} 3",
+            "tokenmill_refused_total{model_name=\"m\",refused_by=\"queue_full\"} 0",
+            "vllm:request_success_total{finished_reason=\"stop\",model_name=\"m\"} 1",
+            "tokenmill_http_replies_total{door=\"chat_completions\",model_name=\"m\",status=\"5xx\"} 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert!(!metrics.render(false).contains("vllm:"));
+    }
+}
