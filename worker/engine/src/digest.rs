@@ -2,7 +2,7 @@
 //! the sampled ids, in a canonical order of bytes. 64-bit FNV-1a; it is no defence against intent.
 
 use ids::{Incarnation, StepSeq};
-use step::{Sampled, Section, SlotOp, StepPlan};
+use step::{Sampled, Sampling, Section, SlotOp, StepPlan};
 
 const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
 const PRIME: u64 = 0x0000_0100_0000_01b3;
@@ -72,6 +72,7 @@ impl Digest {
                 self.pair(admit.slot.generation.0, admit.known.0);
                 self.pair(admit.prompt.0, admit.cached.0);
                 self.word(admit.request.0);
+                self.word(admit.tables.len() as u64);
                 for table in &admit.tables {
                     self.pair(u32::from(table.group.0), table.skipped);
                     self.word(table.blocks.len() as u64);
@@ -79,8 +80,11 @@ impl Digest {
                         self.word(u64::from(block.0));
                     }
                 }
-                self.word(admit.sampling.seed);
-                self.pair(admit.sampling.choice, admit.sampling.temperature.to_bits());
+                self.pair(
+                    u32::from(admit.prompt_logprobs.is_some()),
+                    admit.prompt_logprobs.unwrap_or(0).into(),
+                );
+                self.sampling(&admit.sampling);
             }
             SlotOp::Extend { slot, blocks } => {
                 self.pair(1, slot.0);
@@ -94,6 +98,24 @@ impl Digest {
                 self.pair(u32::from(group.0), *first_live);
             }
             SlotOp::Retire { slot } => self.pair(3, slot.0),
+        }
+    }
+
+    fn sampling(&mut self, sampling: &Sampling) {
+        self.word(sampling.seed);
+        self.pair(sampling.choice, sampling.top_k);
+        self.pair(sampling.min_tokens.0, sampling.temperature.to_bits());
+        self.pair(sampling.top_p.to_bits(), sampling.min_p.to_bits());
+        self.pair(sampling.presence_penalty.to_bits(), sampling.frequency_penalty.to_bits());
+        let logprobs = sampling.logprobs.map_or(0, |n| u32::from(n) + 1);
+        self.pair(sampling.repetition_penalty.to_bits(), logprobs);
+        self.word(sampling.logit_bias.len() as u64);
+        for (token, bias) in sampling.logit_bias.iter() {
+            self.pair(token.0, bias.to_bits());
+        }
+        self.word(sampling.banned_before_min.len() as u64);
+        for token in sampling.banned_before_min.iter() {
+            self.word(u64::from(token.0));
         }
     }
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Model, Setup, families, greedy, naive, prompt};
+use common::{Model, Setup, families, greedy, naive, native, prompt};
 use engine::KvDtype;
 
 /// f32 against f64 over three layers.
@@ -10,7 +10,7 @@ const TOLERANCE: f64 = 5e-4;
 
 #[test]
 fn log_probabilities_agree_with_the_naive_model() {
-    for (name, config) in families() {
+    for (name, config) in families().into_iter().chain(native()) {
         let model = Model::new(&config, 11);
         for length in [1, 7, 64, 65, 150] {
             let tokens = prompt(length, length as u32);

@@ -4,8 +4,8 @@ mod common;
 
 use common::{LIFE, Model, Session, Setup, families, greedy, prompt};
 use engine::PlanError;
-use ids::{BlockId, GroupId, Incarnation, RequestId, SlotId, StepSeq, TokenId, Tokens};
-use step::{PrefillRun, SlotOp, StepPlan, Upload, WriteSlot};
+use ids::{BlockId, Bytes, GroupId, Incarnation, RequestId, SlotId, StepSeq, TokenId, Tokens};
+use step::{Carving, Configure, PrefillRun, SlotOp, StepPlan, Upload, WriteSlot};
 
 fn session() -> Session {
     let (_, config) = families().remove(3);
@@ -63,6 +63,56 @@ fn every_contradiction_has_its_name() {
     let many = (0..20).map(|block| WriteSlot { group: GroupId(0), block: BlockId(block) });
     let many = SlotOp::Extend { slot: SlotId(0), blocks: many.collect() };
     assert!(matches!(op(many), E::TableFull { .. }));
+}
+
+#[test]
+fn a_configuration_that_does_not_fit_names_its_field() {
+    let (_, config) = families().remove(3);
+    let model = Model::new(&config, 1);
+    let block =
+        model.engine().hello().groups.iter().map(|g| g.block_bytes.0).max().expect("groups");
+    let fits = Configure {
+        incarnation: LIFE,
+        max_slots: 4,
+        max_step_tokens: Tokens(64),
+        max_context: Tokens(512),
+        carving: Carving {
+            super_bytes: Bytes(block.next_multiple_of(64)),
+            supers: 2,
+            per_super: vec![1, 1],
+        },
+    };
+    let refusal = |change: &dyn Fn(&mut Configure)| {
+        let mut configure = fits.clone();
+        change(&mut configure);
+        match model.engine().configure(&configure) {
+            Ok(()) => String::new(),
+            Err(error) => error.to_string(),
+        }
+    };
+    assert_eq!(refusal(&|_| ()), "");
+    type Change = fn(&mut Configure);
+    let cases: [(&str, Change); 7] = [
+        ("max_slots", |c| c.max_slots = 0),
+        ("max_step_tokens", |c| c.max_step_tokens = Tokens(u32::MAX)),
+        ("max_context", |c| c.max_context = Tokens(513)),
+        ("exceed the cache", |c| c.carving.supers = u32::MAX),
+        ("not aligned", |c| c.carving.super_bytes.0 += 4),
+        ("2", |c| c.carving.per_super = vec![1]),
+        ("do not fit", |c| c.carving.per_super = vec![1, 2000]),
+    ];
+    for (wanted, change) in cases {
+        let text = refusal(&change);
+        assert!(text.contains(wanted), "{wanted}: {text}");
+    }
+    let early = StepPlan {
+        seq: StepSeq(1),
+        incarnation: LIFE,
+        bucket: Tokens(1),
+        shard_tokens: vec![],
+        sections: vec![],
+    };
+    assert_eq!(model.engine().step(&early), Err(PlanError::NotConfigured));
 }
 
 #[test]

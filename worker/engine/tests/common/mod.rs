@@ -103,6 +103,22 @@ pub fn families() -> Vec<(&'static str, Value)> {
     ]
 }
 
+/// Head dimensions of published models, which the fast kernels are made for; odd head counts.
+pub fn native() -> Vec<(&'static str, Value)> {
+    let mla = json!({"num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 512,
+        "q_lora_rank": null, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+        "n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+        "num_hidden_layers": 2});
+    let gqa = json!({"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 128,
+        "num_hidden_layers": 2});
+    vec![
+        ("qwen3, native", over(base("qwen3"), gqa)),
+        ("deepseek_v2, native", over(base("deepseek_v2"), mla.clone())),
+        ("deepseek_v3, native", over(base("deepseek_v3"), mla)),
+    ]
+}
+
 /// A model with its weights, for as long as the test process lives.
 #[derive(Clone)]
 pub struct Model {
@@ -135,12 +151,23 @@ impl Model {
         self.session_over(self.weights, options)
     }
 
+    /// An engine that is not configured yet.
+    pub fn engine(&self) -> Engine<'static> {
+        let options = Options {
+            threads: 1,
+            kv_dtype: KvDtype::F32,
+            cache_bytes: Bytes(1 << 20),
+            mla_form: MlaForm::Auto,
+        };
+        Engine::new(&self.program, self.lowered.clone(), self.weights, options).expect("weights")
+    }
+
     /// A session over other weights of the same shapes.
     pub fn session_over(&self, weights: &'static dyn WeightSource, options: Setup) -> Session {
         let engine_options = Options {
             threads: 2,
             kv_dtype: options.kv_dtype,
-            cache_bytes: Bytes(64 << 20),
+            cache_bytes: Bytes(128 << 20),
             mla_form: options.form,
         };
         let lowered = self.lowered.clone();
