@@ -167,7 +167,7 @@ impl Model {
         let engine_options = Options {
             threads: 2,
             kv_dtype: options.kv_dtype,
-            cache_bytes: Bytes(128 << 20),
+            cache_bytes: Bytes(1 << 30),
             mla_form: options.form,
         };
         let lowered = self.lowered.clone();
