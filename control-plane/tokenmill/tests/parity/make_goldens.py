@@ -252,7 +252,7 @@ def make_case(folder: Path) -> Report:
 
     single = load(config, tensors)
     single_gap = max(
-        np.abs(taken(log_probs(single, every[:-1]), every[:-1]) - taken(p.rows, every)[:-1]).max()
+        np.abs(taken(log_probs(single, every[:-1]), every) - taken(p.rows, every)).max()
         for p in prompts
         for every in [p.tokens + p.continuation]
     )
@@ -274,7 +274,7 @@ def make_case(folder: Path) -> Report:
         if not fault.applies(config):
             continue
         report.faults[fault_name] = {}
-        for prompt, found in zip(chosen, run_fault(fault, config, tensors, chosen)):
+        for prompt, found in zip(chosen, run_fault(fault, config, tensors, chosen), strict=True):
             length = len(prompt.tokens)
             difference = np.abs(found - taken(prompt.rows, prompt.tokens)).max()
             report.faults[fault_name][length] = difference
