@@ -81,7 +81,7 @@ pub struct Metrics {
     replies: IntCounterVec,
     finished: IntCounterVec,
     refused: IntCounterVec,
-    ignored_fields: IntCounterVec,
+    unknown_fields: IntCounterVec,
     info: IntGaugeVec,
 }
 
@@ -138,9 +138,9 @@ impl Metrics {
             replies: make.counters("http_replies_total", "Replies.", &["door", "status"]),
             finished: make.counters("generations_total", "Ends of generations.", &["finished_by"]),
             refused: make.counters("refused_total", "Requests not admitted.", &["refused_by"]),
-            ignored_fields: make.counters(
-                "ignored_fields_total",
-                "Fields of requests that have no effect, unknown ones among them.",
+            unknown_fields: make.counters(
+                "unknown_fields_total",
+                "Fields of requests that this server does not know; they have no effect.",
                 &["door"],
             ),
             info: make.gauges("build_info", "1; the version is a label.", &["version"]),
@@ -148,7 +148,7 @@ impl Metrics {
         };
         metrics.info.with_label_values(&[version]).set(1);
         for door in Door::ALL {
-            drop(metrics.ignored_fields(*door));
+            drop(metrics.unknown_fields(*door));
             for class in StatusClass::ALL {
                 drop(metrics.replies(*door, *class));
             }
@@ -176,10 +176,10 @@ impl Metrics {
         self.refused.with_label_values(&[by.as_str()])
     }
 
-    /// Fields without effect in requests through a door.
+    /// Unknown fields in requests through a door.
     #[must_use]
-    pub fn ignored_fields(&self, door: Door) -> IntCounter {
-        self.ignored_fields.with_label_values(&[door.as_str()])
+    pub fn unknown_fields(&self, door: Door) -> IntCounter {
+        self.unknown_fields.with_label_values(&[door.as_str()])
     }
 
     /// Everything in Prometheus text format; with `vllm_names` the metrics that exist there a
