@@ -1,2 +1,55 @@
-//! The tokenmill binary.
-fn main() {}
+//! The `tokenmill` binary: parse the command, run it, say what went wrong.
+
+mod bench;
+mod chat;
+mod cli;
+mod doctor;
+mod first_words;
+mod log;
+mod model_cmd;
+mod model_dir;
+mod recipe_cmd;
+mod serve;
+mod terminal;
+mod worker_process;
+
+use clap::{CommandFactory, Parser};
+use cli::{Cli, Command};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match log::install().and_then(|()| run(cli)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    let command = match cli.command {
+        Some(command) => command,
+        // `tokenmill` alone serves the bundled model, as `tokenmill serve` does.
+        None => Cli::try_parse_from(["tokenmill", "serve"])?.command.expect("serve is a command"),
+    };
+    match command {
+        Command::Serve(args) => serve::run(*args),
+        Command::Chat(args) => chat::run(args),
+        Command::Bench(command) => bench::run(command),
+        Command::Model(command) => model_cmd::run(command),
+        Command::Recipe(command) => recipe_cmd::run(command),
+        Command::Doctor => doctor::run(),
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "tokenmill",
+                &mut std::io::stdout(),
+            );
+            Ok(())
+        }
+        Command::Worker(args) => worker_process::run(args),
+    }
+}

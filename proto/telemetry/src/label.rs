@@ -90,3 +90,17 @@ label! {
         TooLarge = "too_large",
     }
 }
+
+label! {
+    /// What holds a KV block.
+    BlockState {
+        /// A live request
+        Used = "used",
+        /// The prefix index alone
+        Cached = "cached",
+        /// Launched steps
+        Limbo = "limbo",
+        /// Nothing
+        Free = "free",
+    }
+}

@@ -4,7 +4,7 @@
 //! yet is zero and not absent. Under [`Metrics::render`] the ones that dashboards for vLLM query
 //! can appear a second time under the names they have there.
 
-use crate::label::{Door, FinishedBy, RefusedBy, StatusClass};
+use crate::label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass};
 use prometheus::core::Collector;
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
@@ -48,8 +48,6 @@ pub struct Metrics {
     pub requests_running: IntGauge,
     /// KV blocks in use, 0 to 1.
     pub kv_cache_usage: Gauge,
-    /// KV blocks there are.
-    pub kv_blocks: IntGauge,
     /// Prompt tokens of requests that were started.
     pub prompt_tokens: IntCounter,
     /// Tokens delivered.
@@ -78,6 +76,7 @@ pub struct Metrics {
     pub stalled_clients: IntCounter,
     /// 1 for the state that holds, 0 else: whether requests are served.
     pub ready: IntGauge,
+    kv_blocks: IntGaugeVec,
     replies: IntCounterVec,
     finished: IntCounterVec,
     refused: IntCounterVec,
@@ -95,7 +94,6 @@ impl Metrics {
             requests_waiting: make.gauge("requests_waiting", "Requests queued, not running."),
             requests_running: make.gauge("requests_running", "Requests that hold a slot."),
             kv_cache_usage: make.ratio("kv_cache_usage_ratio", "KV blocks in use, 0 to 1."),
-            kv_blocks: make.gauge("kv_blocks", "KV blocks there are."),
             prompt_tokens: make.counter("prompt_tokens_total", "Prompt tokens taken in."),
             generated_tokens: make.counter("generated_tokens_total", "Tokens delivered."),
             prefix_cache_queried: make.counter(
@@ -135,6 +133,7 @@ impl Metrics {
                 "Streams given up because the client did not read.",
             ),
             ready: make.gauge("ready", "Whether requests are served."),
+            kv_blocks: make.gauges("kv_blocks", "KV blocks by what holds them.", &["state"]),
             replies: make.counters("http_replies_total", "Replies.", &["door", "status"]),
             finished: make.counters("generations_total", "Ends of generations.", &["finished_by"]),
             refused: make.counters("refused_total", "Requests not admitted.", &["refused_by"]),
@@ -156,6 +155,12 @@ impl Metrics {
         FinishedBy::ALL.iter().for_each(|by| drop(metrics.finished(*by)));
         RefusedBy::ALL.iter().for_each(|by| drop(metrics.refused(*by)));
         metrics
+    }
+
+    /// KV blocks in this state.
+    #[must_use]
+    pub fn kv_blocks(&self, state: BlockState) -> IntGauge {
+        self.kv_blocks.with_label_values(&[state.as_str()])
     }
 
     /// Replies sent through a door.

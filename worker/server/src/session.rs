@@ -57,7 +57,7 @@ impl WorkerFault {
 pub async fn serve<S, L>(socket: &Path, load: L) -> Result<(), ServeError>
 where
     S: Stepper,
-    L: FnOnce(&mut dyn FnMut(LoadProgress)) -> Result<S, WorkerFault> + Send + 'static,
+    L: FnOnce(&mut (dyn FnMut(LoadProgress) + Send)) -> Result<S, WorkerFault> + Send + 'static,
 {
     wire::serve(socket, move |incoming| {
         let replies = incoming.replies.clone();
@@ -72,7 +72,7 @@ where
 /// The engine thread: everything that goes wrong becomes the last reply.
 fn live<S: Stepper>(
     mut incoming: Incoming,
-    load: impl FnOnce(&mut dyn FnMut(LoadProgress)) -> Result<S, WorkerFault>,
+    load: impl FnOnce(&mut (dyn FnMut(LoadProgress) + Send)) -> Result<S, WorkerFault>,
 ) {
     let replies = incoming.replies.clone();
     // A panic is a bug in the engine; it must reach the operator through the scheduler's log and
@@ -97,7 +97,7 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
 
 fn run<S: Stepper>(
     incoming: &mut Incoming,
-    load: impl FnOnce(&mut dyn FnMut(LoadProgress)) -> Result<S, WorkerFault>,
+    load: impl FnOnce(&mut (dyn FnMut(LoadProgress) + Send)) -> Result<S, WorkerFault>,
 ) -> Result<(), WorkerFault> {
     let replies = incoming.replies.clone();
     let mut engine = load(&mut |progress| say(&replies, ToScheduler::Loading(progress)))?;

@@ -1,0 +1,90 @@
+//! `tokenmill bench`: measurements from outside (a running server) and of the scheduler alone.
+//!
+//! It never starts a server; what is measured is what users reach. Invariant: figures printed were
+//! measured in this run.
+
+mod planner;
+
+use crate::cli::{BenchCommand, LatencyArgs, ServeBenchArgs, Target, ThroughputArgs};
+use crate::terminal::bar;
+use anyhow::{Context, Result, ensure};
+use load::{Client, Load, Prompts, Report};
+use serde_json::json;
+
+/// Runs a measurement.
+pub(crate) fn run(command: BenchCommand) -> Result<()> {
+    match command {
+        BenchCommand::Planner(args) => planner::run(&args),
+        BenchCommand::Latency(args) => block_on(latency(args)),
+        BenchCommand::Throughput(args) => block_on(throughput(args)),
+        BenchCommand::Serve(args) => block_on(serve(args)),
+    }
+}
+
+fn block_on(work: impl Future<Output = Result<()>>) -> Result<()> {
+    tokio::runtime::Runtime::new().context("start the runtime")?.block_on(work)
+}
+
+async fn latency(args: LatencyArgs) -> Result<()> {
+    let client = connect(&args.target).await?;
+    let one = Load { requests: 1, concurrency: 1, rate: None, ..load_of(&args.target) };
+    load::run(&client, one, || ()).await;
+    let load = Load { requests: args.repeats, ..one };
+    finish("latency", &client, &args.target, measure(&client, load).await)
+}
+
+async fn throughput(args: ThroughputArgs) -> Result<()> {
+    let client = connect(&args.target).await?;
+    let load = Load {
+        requests: args.num_prompts,
+        concurrency: args.num_prompts,
+        rate: None,
+        ..load_of(&args.target)
+    };
+    finish("throughput", &client, &args.target, measure(&client, load).await)
+}
+
+async fn serve(args: ServeBenchArgs) -> Result<()> {
+    let client = connect(&args.target).await?;
+    let load = Load {
+        requests: args.num_prompts,
+        concurrency: args.max_concurrency,
+        rate: args.request_rate,
+        ..load_of(&args.target)
+    };
+    finish("serve", &client, &args.target, measure(&client, load).await)
+}
+
+async fn connect(target: &Target) -> Result<Client> {
+    Client::connect(&target.url, None)
+        .await
+        .with_context(|| format!("reach {}; start one with `tokenmill serve`", target.url))
+}
+
+fn load_of(target: &Target) -> Load {
+    let prompts = Prompts { length: target.input_len, vocab: target.vocab_size, seed: target.seed };
+    Load { requests: 0, concurrency: 1, rate: None, prompts, output: target.output_len }
+}
+
+async fn measure(client: &Client, load: Load) -> Report {
+    let progress = bar(u64::from(load.requests), "requests");
+    let report = load::run(client, load, || progress.inc(1)).await;
+    progress.finish_and_clear();
+    report
+}
+
+#[expect(clippy::print_stdout, reason = "the report is the command's output")]
+fn finish(kind: &str, client: &Client, target: &Target, report: Report) -> Result<()> {
+    if target.json {
+        let line = json!({
+            "bench": kind, "model": client.model(), "input_len": target.input_len,
+            "output_len": target.output_len, "version": crate::cli::VERSION, "report": report,
+        });
+        println!("{line}");
+    } else {
+        println!("model         {}", client.model());
+        print!("{report}");
+    }
+    ensure!(report.failed == 0, "{} of the requests failed", report.failed);
+    Ok(())
+}

@@ -1,0 +1,55 @@
+//! `bench planner`: the scheduler without a worker, timed from outside.
+//!
+//! A step here is an outcome handled, the next step planned, and outputs drained.
+
+use crate::cli::PlannerArgs;
+use anyhow::{Context, Result};
+use ids::Tokens;
+use serde_json::json;
+use sim::planner_bench::{Case, Kind, measure};
+use std::time::Instant;
+
+/// Requests, context, kind.
+const CASES: [(u32, u32, Kind); 6] = [
+    (16, 60_000, Kind::Steady),
+    (256, 1_000, Kind::Steady),
+    (256, 60_000, Kind::Steady),
+    (512, 8_000, Kind::Steady),
+    (256, 1_000, Kind::Churn),
+    (256, 60_000, Kind::Churn),
+];
+
+/// Measures every case.
+#[expect(clippy::print_stdout, reason = "the figures are the command's output")]
+pub(crate) fn run(args: &PlannerArgs) -> Result<()> {
+    if !args.json {
+        println!(
+            "{:>9}{:>10}{:>9}{:>11}{:>11}{:>11}{:>8}",
+            "requests", "context", "kind", "mean us", "p50 us", "p99 us", "seals"
+        );
+    }
+    for (requests, context, kind) in CASES {
+        let case = Case { requests, context: Tokens(context), kind, steps: args.steps };
+        let origin = Instant::now();
+        let t = measure(case, || origin.elapsed())
+            .with_context(|| format!("measure {requests} x {context}"))?;
+        let kind = match kind {
+            Kind::Steady => "steady",
+            Kind::Churn => "churn",
+        };
+        if args.json {
+            let line = json!({
+                "bench": "planner", "requests": requests, "context_tokens": context, "kind": kind,
+                "mean_us": t.mean_us, "p50_us": t.p50_us, "p99_us": t.p99_us,
+                "seals_per_step": t.seals, "steps": args.steps, "version": crate::cli::VERSION,
+            });
+            println!("{line}");
+        } else {
+            println!(
+                "{requests:>9}{context:>10}{kind:>9}{:>11.2}{:>11.2}{:>11.2}{:>8.2}",
+                t.mean_us, t.p50_us, t.p99_us, t.seals
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,110 @@
+//! Flags of `serve`.
+
+use crate::serve::worker_config::{KvDtype, LoadFormat};
+use clap::Args;
+use std::net::IpAddr;
+
+/// Serve a model over HTTP, with an OpenAI-compatible API.
+///
+/// Examples:
+///   tokenmill serve                                  the bundled demo model
+///   tokenmill serve ./DeepSeek-V2-Lite               a checkpoint folder
+///   tokenmill serve Qwen/Qwen3-0.6B                  fetched from the hub
+///   tokenmill serve qwen3-0.6b-cpu                   a recipe, built in or a .toml file
+///   tokenmill serve ./config-only --load-format random --dtype bfloat16
+#[derive(Debug, Clone, Args)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct ServeArgs {
+    /// A checkpoint folder, ORG/NAME on the hub, or a recipe; the bundled model when left out.
+    pub(crate) model: Option<String>,
+
+    /// Address to listen on. Loopback by default: there is no authentication.
+    #[arg(long, default_value = "127.0.0.1", help_heading = "HTTP")]
+    pub(crate) host: IpAddr,
+    /// Port to listen on; 0 takes a free one and prints it.
+    #[arg(long, default_value_t = 8000, help_heading = "HTTP")]
+    pub(crate) port: u16,
+    /// Names clients may use for the model; the folder's or repository's name when left out.
+    #[arg(long, num_args = 1.., help_heading = "HTTP")]
+    pub(crate) served_model_name: Vec<String>,
+    /// Seconds that running requests may take to finish after SIGTERM; a second signal ends at once.
+    #[arg(long, default_value_t = 30, help_heading = "HTTP")]
+    pub(crate) shutdown_timeout: u64,
+
+    /// Element type of weights made by `--load-format random` and of the KV cache; a checkpoint's
+    /// weights are used in the type they are stored in.
+    #[arg(long, default_value = "auto", help_heading = "Model")]
+    pub(crate) dtype: Dtype,
+    /// Where the weights come from.
+    #[arg(long, default_value = "auto", help_heading = "Model")]
+    pub(crate) load_format: LoadFormat,
+    /// Branch, tag or commit of a hub repository.
+    #[arg(long, default_value = "main", help_heading = "Model")]
+    pub(crate) revision: String,
+    /// Seed of random weights, and of requests that give none (0 draws one per request).
+    #[arg(long, default_value_t = 0, help_heading = "Model")]
+    pub(crate) seed: u64,
+    /// Longest context, prompt and output, in tokens; the model's own when left out.
+    #[arg(long, help_heading = "Model")]
+    pub(crate) max_model_len: Option<u32>,
+    /// A Jinja chat template file instead of the model's own.
+    #[arg(long, help_heading = "Model")]
+    pub(crate) chat_template: Option<std::path::PathBuf>,
+
+    /// Most requests that run at once; each holds a slot.
+    #[arg(long, default_value_t = 64, help_heading = "Scheduling")]
+    pub(crate) max_num_seqs: u32,
+    /// Most tokens of one step, prompt and decode together. Higher: more throughput, longer pauses
+    /// between the tokens of running requests.
+    #[arg(long, default_value_t = 1024, help_heading = "Scheduling")]
+    pub(crate) max_num_batched_tokens: u32,
+    /// Most prompt tokens of one request in one step.
+    #[arg(long, help_heading = "Scheduling")]
+    pub(crate) max_prefill_chunk: Option<u32>,
+    /// Milliseconds a step with running decodes may take; prompt chunks shrink to fit. 0: no bound.
+    #[arg(long, default_value_t = 0, help_heading = "Scheduling")]
+    pub(crate) max_step_ms: u64,
+    /// Steps launched ahead of the newest known result: 0, 1 or 2.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=2), help_heading = "Scheduling")]
+    pub(crate) run_ahead: u8,
+    /// Requests that may wait; one more is answered 503 with Retry-After.
+    #[arg(long, default_value_t = 1024, help_heading = "Scheduling")]
+    pub(crate) max_queued_requests: u32,
+    /// Prompt tokens that may wait; one more is answered 503 with Retry-After.
+    #[arg(long, default_value_t = 4 << 20, help_heading = "Scheduling")]
+    pub(crate) max_queued_tokens: u32,
+    /// Compute every prompt anew instead of reusing the KV of equal prefixes.
+    #[arg(long, help_heading = "Scheduling")]
+    pub(crate) no_enable_prefix_caching: bool,
+
+    /// Element type of the KV cache.
+    #[arg(long, default_value = "auto", help_heading = "Memory")]
+    pub(crate) kv_cache_dtype: KvDtype,
+    /// Bytes of the KV cache; a share of free memory when left out.
+    #[arg(long, help_heading = "Memory")]
+    pub(crate) kv_cache_memory_bytes: Option<u64>,
+
+    /// Ranks that split each layer. This build runs one; more are refused.
+    #[arg(long, short = 't', default_value_t = 1, help_heading = "Workers")]
+    pub(crate) tensor_parallel_size: u32,
+    /// Threads of the CPU backend; all cores when left out.
+    #[arg(long, help_heading = "Workers")]
+    pub(crate) threads: Option<usize>,
+    /// Seconds a step may take before its worker is killed and restarted.
+    #[arg(long, default_value_t = 120, help_heading = "Workers")]
+    pub(crate) step_timeout: u64,
+    /// Replace the engine by one without a model, for tests: BASE_US,DECODE_US,PREFILL_NS.
+    #[arg(long, hide = true, value_delimiter = ',', num_args = 3)]
+    pub(crate) fake_engine: Option<Vec<u64>>,
+}
+
+/// Element types a user can ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Dtype {
+    /// As the checkpoint says.
+    Auto,
+    /// 4 bytes an element.
+    Float32,
+    /// 2 bytes an element.
+    Bfloat16,
+}

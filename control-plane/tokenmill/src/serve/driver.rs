@@ -1,0 +1,212 @@
+//! The scheduler's thread: the edge that gives the pure core its events, clock and outputs.
+//!
+//! It makes no decision of its own. Messages come from the gateway and the supervisor; plans and
+//! uploads go to the worker's stream in the order the core says them; results go to each request's
+//! channel. Invariants: an upload leaves before the plan that admits it; a request's channel is
+//! dropped right after its last event.
+
+use super::life::{Life, Progress};
+use super::streams::Streams;
+use gateway::engine::GenerationEvent;
+use ids::{GroupId, RequestId, Timestamp, Tokens};
+use scheduler::{Event, Output, Scheduler, Submit};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+use step::{ToScheduler, ToWorker};
+use telemetry::{BlockState, Metrics};
+use tokio::sync::mpsc::UnboundedSender;
+
+/// How often gauges are refreshed while steps run.
+const GAUGES: Duration = Duration::from_millis(100);
+
+/// What the driver is told.
+pub(crate) enum Message {
+    /// A new generation and where its events go.
+    Submit(Box<Submit>, UnboundedSender<GenerationEvent>),
+    /// Nobody waits for it.
+    Abort(RequestId),
+    /// A stop string ended after so many output tokens.
+    Stop(RequestId, Tokens),
+    /// A worker's session is open.
+    WorkerUp(UnboundedSender<ToWorker>),
+    /// What the worker said.
+    Worker(ToScheduler),
+    /// The session ended, and why.
+    WorkerDown(String),
+    /// The server is stopping.
+    Drain,
+}
+
+/// The way to the driver. Sending never blocks; a driver that is gone loses messages, which is
+/// seen at the channels it drops.
+#[derive(Clone)]
+pub(crate) struct Inbox(Sender<Message>);
+
+impl Inbox {
+    pub(crate) fn send(&self, message: Message) {
+        let _ = self.0.send(message);
+    }
+}
+
+/// An inbox and what it fills.
+pub(crate) fn inbox() -> (Inbox, Receiver<Message>) {
+    let (sender, receiver) = channel();
+    (Inbox(sender), receiver)
+}
+
+/// The scheduler with everything around it.
+pub(crate) struct Driver {
+    pub(crate) scheduler: Scheduler,
+    pub(crate) inbox: Receiver<Message>,
+    pub(crate) life: Life,
+    pub(crate) progress: Arc<Progress>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) origin: Instant,
+}
+
+impl Driver {
+    /// Runs until every sender of the inbox is gone.
+    pub(crate) fn run(mut self) {
+        let mut streams = Streams::default();
+        // When gauges are to be refreshed; nothing while they show the state of an idle scheduler.
+        let mut gauges_due = Some(Instant::now());
+        loop {
+            let first = match self.wait(gauges_due) {
+                Ok(message) => Some(message),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            let now = self.now();
+            let idle = first.is_none();
+            match first {
+                Some(message) => self.take(now, message, &mut streams),
+                None if self.scheduler.next_wakeup().is_some_and(|at| at <= now) => {
+                    self.scheduler.handle(now, Event::Wakeup);
+                }
+                None => {}
+            }
+            // Everything that came meanwhile belongs into the same plan.
+            while let Ok(message) = self.inbox.try_recv() {
+                self.take(now, message, &mut streams);
+            }
+            self.plan(&mut streams);
+            if gauges_due.is_none_or(|due| Instant::now() >= due) {
+                self.gauges();
+                gauges_due = (!idle).then(|| Instant::now() + GAUGES);
+            }
+        }
+    }
+
+    fn now(&self) -> Timestamp {
+        Timestamp::ZERO.after(self.origin.elapsed())
+    }
+
+    /// The next message; a timeout when the scheduler or the gauges are due.
+    fn wait(&self, gauges_due: Option<Instant>) -> Result<Message, RecvTimeoutError> {
+        let wakeup = self.scheduler.next_wakeup().map(|at| at.since(self.now()));
+        let gauges = gauges_due.map(|due| due.saturating_duration_since(Instant::now()));
+        match (wakeup, gauges) {
+            (None, None) => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            (Some(a), Some(b)) => self.inbox.recv_timeout(a.min(b)),
+            (Some(wait), None) | (None, Some(wait)) => self.inbox.recv_timeout(wait),
+        }
+    }
+
+    fn take(&mut self, now: Timestamp, message: Message, streams: &mut Streams) {
+        let event = match message {
+            Message::Submit(submit, events) => {
+                streams.open(submit.request, events);
+                Event::Submit(submit)
+            }
+            Message::Abort(request) => Event::Abort(request),
+            Message::Stop(request, keep) => Event::Stop { request, keep },
+            Message::WorkerUp(commands) => return self.life.begin(commands),
+            Message::WorkerDown(reason) => {
+                self.metrics.worker_restarts.inc();
+                match self.life.end(&reason) {
+                    Some(incarnation) => Event::WorkerLost(incarnation),
+                    None => return,
+                }
+            }
+            Message::Worker(said) => match self.life.heard(said) {
+                Some(event) => event,
+                None => return,
+            },
+            Message::Drain => return self.progress.drain(),
+        };
+        if let Event::Outcome(outcome) = &event {
+            self.metrics.step_duration.observe(outcome.timing.total_ns as f64 / 1e9);
+            self.progress.step_ended();
+        }
+        self.scheduler.handle(now, event);
+    }
+
+    fn plan(&mut self, streams: &mut Streams) {
+        loop {
+            self.drain(streams);
+            let Some(planned) = self.scheduler.plan_step(self.now()) else { break };
+            self.drain(streams);
+            self.life.command(ToWorker::Step(planned.plan));
+        }
+        self.drain(streams);
+        let gauges = self.scheduler.gauges();
+        self.progress.working(gauges.running + gauges.waiting > 0);
+        self.progress.queued(gauges.waiting, gauges.queued_tokens);
+    }
+
+    fn drain(&mut self, streams: &mut Streams) {
+        while let Some(output) = self.scheduler.poll_output() {
+            match output {
+                Output::Upload(upload) => self.life.command(ToWorker::Upload(upload)),
+                Output::Forget(incarnation, request) => {
+                    self.life.command(ToWorker::Forget(incarnation, request));
+                }
+                Output::RestartWorker { incarnation, reason } => {
+                    tracing::error!(%incarnation, %reason, "the worker cannot be trusted");
+                    self.life.kill();
+                }
+                said => streams.say(said),
+            }
+        }
+    }
+
+    fn gauges(&self) {
+        let gauges = self.scheduler.gauges();
+        self.metrics.requests_waiting.set(gauges.waiting.into());
+        self.metrics.requests_running.set(gauges.running.into());
+        self.metrics.kv_cache_usage.set(gauges.cache_usage);
+        let ready = self.progress.readiness() == gateway::engine::Readiness::Ready;
+        self.metrics.ready.set(ready.into());
+        for (counter, to) in [
+            (&self.metrics.preemptions, gauges.preemptions),
+            (&self.metrics.prefix_cache_queried, gauges.prefix_query_tokens),
+            (&self.metrics.prefix_cache_hit, gauges.prefix_hit_tokens),
+        ] {
+            counter.inc_by(to.saturating_sub(counter.get()));
+        }
+        let Some(cache) = self.scheduler.cache() else { return };
+        let mut blocks = [0_u64; 4];
+        for group in 0..cache.groups() {
+            let counts = cache.counts(GroupId(group as u8));
+            let held = counts.owned + counts.shared;
+            for (sum, count) in
+                blocks.iter_mut().zip([held, counts.cached, counts.limbo, counts.total()])
+            {
+                *sum += u64::from(count.0);
+            }
+        }
+        // Super-blocks that no group holds count as free in units of the first group's blocks.
+        let unbound = u64::from(cache.unbound()) * self.life.blocks_per_super();
+        let [used, cached, limbo, bound] = blocks;
+        let free = (bound + unbound).saturating_sub(used + cached + limbo);
+        for (state, count) in [
+            (BlockState::Used, used),
+            (BlockState::Cached, cached),
+            (BlockState::Limbo, limbo),
+            (BlockState::Free, free),
+        ] {
+            self.metrics.kv_blocks(state).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+}

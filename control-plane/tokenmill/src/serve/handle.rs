@@ -1,0 +1,91 @@
+//! The engine as the gateway sees it: a handle to the driver's thread.
+//!
+//! Prompts are hashed here, on the gateway's threads. Invariant: nothing here waits for the driver.
+
+use super::driver::{Inbox, Message};
+use super::life::Progress;
+use gateway::engine::{
+    self, GenerateRequest, Generation, GenerationControl, Limits, Readiness, SubmitError,
+};
+use ids::{HashKey, RequestId, Timestamp, Tokens};
+use scheduler::Submit;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc::unbounded_channel;
+
+/// When a client refused for a full queue should come again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// A handle to the running engine.
+pub(crate) struct Handle {
+    pub(crate) inbox: Inbox,
+    pub(crate) progress: Arc<Progress>,
+    pub(crate) hash_key: HashKey,
+    pub(crate) limits: Limits,
+    pub(crate) max_queued: (u32, u64),
+    pub(crate) origin: Instant,
+    pub(crate) next: AtomicU64,
+}
+
+impl engine::Engine for Handle {
+    fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+        match self.progress.readiness() {
+            // A restart is short and requests may wait for it; so may a stall end.
+            Readiness::Ready | Readiness::Restarting | Readiness::Stalled => {}
+            not_ready => return Err(SubmitError::NotReady(not_ready)),
+        }
+        let (requests, tokens) = self.progress.waiting();
+        if requests >= self.max_queued.0
+            || tokens.saturating_add(request.prompt.len() as u64) > self.max_queued.1
+        {
+            return Err(SubmitError::QueueFull { retry_after: RETRY_AFTER });
+        }
+        let id = RequestId(self.next.fetch_add(1, Ordering::Relaxed));
+        let arrival = Timestamp::ZERO.after(self.origin.elapsed());
+        let root = self.hash_key.root(request.cache_salt.as_deref().unwrap_or("").as_bytes());
+        let submit = Submit {
+            request: id,
+            prompt_hashes: self.hash_key.chain_all(root, &request.prompt).into(),
+            prompt: request.prompt,
+            root,
+            sampling: request.sampling,
+            max_tokens: request.max_tokens,
+            // The gateway puts the model's end tokens among the stop tokens, or leaves them out.
+            end_tokens: Arc::default(),
+            ignore_eos: false,
+            stop_tokens: request.stop_token_ids,
+            prompt_logprobs: request.prompt_logprobs,
+            priority: request.priority,
+            deadline: request.deadline.map(|wait| arrival.after(wait)),
+            arrival,
+        };
+        let (events_in, events) = unbounded_channel();
+        self.inbox.send(Message::Submit(Box::new(submit), events_in));
+        let control = Control { inbox: self.inbox.clone(), request: id };
+        Ok(Generation::new(events, Box::new(control)))
+    }
+
+    fn readiness(&self) -> Readiness {
+        self.progress.readiness()
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+}
+
+struct Control {
+    inbox: Inbox,
+    request: RequestId,
+}
+
+impl GenerationControl for Control {
+    fn stop(&self, keep: Tokens) {
+        self.inbox.send(Message::Stop(self.request, keep));
+    }
+
+    fn abort(&self) {
+        self.inbox.send(Message::Abort(self.request));
+    }
+}

@@ -1,0 +1,144 @@
+//! What serving will take of the machine's memory, said before anything is allocated.
+//!
+//! Pure arithmetic over a model and limits. Invariant: a plan that is printed as fitting adds up to
+//! no more than is available; one that does not fit names the largest context that would.
+
+use crate::model_dir::ModelDir;
+use anyhow::{Result, bail};
+use std::fmt;
+
+/// Share of available memory (in 1/100) that a plan may take; the rest is the system's.
+const USABLE_PERCENT: u64 = 90;
+/// KV cache where nobody says how large: enough for this many contexts of the longest kind, if that
+/// much is there.
+const CONTEXTS: u64 = 8;
+
+/// Bytes by what holds them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MemoryPlan {
+    /// Matrices and vectors; mapped from the page cache where files are used as they lie.
+    pub(crate) weights: u64,
+    /// The KV cache.
+    pub(crate) kv: u64,
+    /// Activations of the largest step.
+    pub(crate) activations: u64,
+    /// What the machine has to give, where that is known.
+    pub(crate) available: Option<u64>,
+    /// Tokens that the KV cache holds.
+    pub(crate) kv_tokens: u64,
+    /// Longest context served.
+    pub(crate) max_context: u32,
+}
+
+/// What a plan is made for.
+pub(crate) struct Wanted {
+    /// Bytes of a matrix element.
+    pub(crate) weight_element: usize,
+    /// Bytes of a KV element.
+    pub(crate) kv_element: usize,
+    /// Longest context; the model's own where absent.
+    pub(crate) max_context: Option<u32>,
+    /// Requests at once.
+    pub(crate) max_seqs: u32,
+    /// Tokens of the largest step.
+    pub(crate) max_step_tokens: u32,
+    /// Bytes of the KV cache, where somebody says.
+    pub(crate) kv_bytes: Option<u64>,
+    /// What the machine has to give.
+    pub(crate) available: Option<u64>,
+}
+
+/// Makes the plan.
+///
+/// # Errors
+/// When the weights alone do not fit, or no context of the wanted length does; the message names the
+/// largest that would.
+pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
+    let weights = dir.weight_bytes(wanted.weight_element);
+    let activations = dir.activation_bytes(wanted.max_step_tokens);
+    let budget = wanted.available.map(|bytes| bytes / 100 * USABLE_PERCENT);
+    let left = budget.map(|budget| budget.saturating_sub(weights + activations));
+    let per_token = dir.kv_token_bytes(wanted.kv_element).max(1);
+    let own = u32::try_from(dir.program.max_context).unwrap_or(u32::MAX);
+    if let Some(asked) = wanted.max_context
+        && asked > own
+    {
+        bail!("--max-model-len {asked} is longer than the model's {own}; lower it");
+    }
+    let context = wanted.max_context.unwrap_or(own);
+    let one = dir.kv_bytes(context, wanted.kv_element);
+    let kv = match (wanted.kv_bytes, left) {
+        (Some(bytes), _) => bytes,
+        (None, Some(left)) => one.saturating_mul(CONTEXTS.min(wanted.max_seqs.into())).min(left),
+        (None, None) => one,
+    };
+    if let (Some(budget), Some(left)) = (budget, left)
+        && (left == 0 || kv > left)
+    {
+        bail!(
+            "this needs {} for weights, {} for activations and {} for the KV cache, and {} are \
+             usable; give --kv-cache-memory-bytes at most {left}, or free memory",
+            Size(weights),
+            Size(activations),
+            Size(kv),
+            Size(budget)
+        );
+    }
+    if kv < one {
+        let fits = kv / per_token / u64::from(ids::BLOCK_TOKENS) * u64::from(ids::BLOCK_TOKENS);
+        bail!(
+            "a KV cache of {} holds no context of {context} tokens ({} each); the largest that \
+             fits is --max-model-len {fits}",
+            Size(kv),
+            Size(one)
+        );
+    }
+    Ok(MemoryPlan {
+        weights,
+        kv,
+        activations,
+        available: wanted.available,
+        kv_tokens: kv / per_token,
+        max_context: context,
+    })
+}
+
+/// Bytes for people.
+pub(crate) struct Size(pub(crate) u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+        let mut value = self.0 as f64;
+        let mut unit = 0;
+        while value >= 1024.0 && unit + 1 < units.len() {
+            value /= 1024.0;
+            unit += 1;
+        }
+        if unit == 0 { write!(f, "{} B", self.0) } else { write!(f, "{value:.1} {}", units[unit]) }
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "memory plan")?;
+        writeln!(f, "  weights      {:>12}", Size(self.weights).to_string())?;
+        writeln!(f, "  activations  {:>12}", Size(self.activations).to_string())?;
+        writeln!(
+            f,
+            "  KV cache     {:>12}   {} tokens, contexts of up to {}",
+            Size(self.kv).to_string(),
+            self.kv_tokens,
+            self.max_context
+        )?;
+        write!(
+            f,
+            "  in all       {:>12}",
+            Size(self.weights + self.activations + self.kv).to_string()
+        )?;
+        match self.available {
+            Some(bytes) => write!(f, "   of {} available", Size(bytes)),
+            None => write!(f, "   (what is available is unknown)"),
+        }
+    }
+}

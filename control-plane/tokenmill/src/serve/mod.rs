@@ -1,0 +1,263 @@
+//! `tokenmill serve`: from a word on the command line to a server that answers.
+//!
+//! Decides what to serve and whether it fits, starts the supervisor, the driver's thread and the
+//! gateway, and ends them in order. Invariant: nothing is allocated or started before the memory
+//! plan was printed and fits.
+
+mod bundled;
+mod driver;
+mod handle;
+mod life;
+pub(crate) mod memory;
+pub(crate) mod memory_plan;
+mod settings;
+pub(crate) mod source;
+mod streams;
+mod supervise;
+pub(crate) mod worker_config;
+
+use crate::cli::ServeArgs;
+use crate::model_dir::ModelDir;
+use anyhow::{Context, Result};
+use driver::{Driver, Message};
+use gateway::engine::Limits;
+use gateway::{AppState, Gateway, GatewayLimits, ServedModel};
+use handle::Handle;
+use ids::{HashKey, Tokens};
+use life::{Life, Progress, WorkerLimits};
+use scheduler::Scheduler;
+use settings::Settings;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use supervise::Supervisor;
+use telemetry::Metrics;
+use text::TextFolder;
+use tokio::sync::{mpsc, watch};
+
+/// Work without an ended step for this share (1/4) of the step time-out is a stall.
+const PATIENCE_DIVISOR: u64 = 4;
+
+/// Serves until a signal ends it.
+pub(crate) fn run(args: ServeArgs) -> Result<()> {
+    let settings = Settings::decide(args)?;
+    let runtime = tokio::runtime::Runtime::new().context("start the runtime")?;
+    let served = runtime.block_on(serve(settings));
+    // Connections that did not end in time are cut here.
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    served
+}
+
+async fn serve(settings: Settings) -> Result<()> {
+    let address = SocketAddr::new(settings.args.host, settings.args.port);
+    let listener = tokio::net::TcpListener::bind(address)
+        .await
+        .with_context(|| format!("listen on {address}; another --port may be free"))?;
+    let address = listener.local_addr().context("ask for the address")?;
+    if !address.ip().is_loopback() {
+        tracing::warn!(%address, "listening beyond this machine without authentication");
+    }
+    let (stop, stopped) = watch::channel(false);
+    let engine = start_engine(&settings, stopped.clone())?;
+    let supervised = tokio::spawn(engine.supervisor.run());
+    let app = app(&settings, engine.handle, engine.metrics)?;
+    announce(&settings, address)?;
+    if settings.is_demo() {
+        tokio::spawn(prove(format!("http://{address}")));
+    }
+    let inbox = engine.inbox;
+    let signals = async move {
+        ended_by_signal().await;
+        tracing::info!("stopping: no new requests, running ones may finish");
+        inbox.send(Message::Drain);
+    };
+    let outcome = tokio::select! {
+        served = gateway::serve(listener, app, signals) => served.context("serve HTTP"),
+        ended = supervised => match ended {
+            Ok(result) => result,
+            Err(panic) => Err(anyhow::anyhow!("the supervisor failed: {panic}")),
+        },
+    };
+    let _ = stop.send(true);
+    // The supervisor ends its worker before this process ends.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    outcome
+}
+
+struct Started {
+    supervisor: Supervisor,
+    handle: Handle,
+    inbox: driver::Inbox,
+    metrics: Arc<Metrics>,
+}
+
+/// The driver's thread, and what the gateway and the supervisor need of it.
+fn start_engine(settings: &Settings, stop: watch::Receiver<bool>) -> Result<Started> {
+    let secret: [u8; 32] = rand_bytes()?;
+    let hash_key = HashKey::derive(&settings.identity, &secret);
+    let config = settings.scheduler(hash_key.clone());
+    let scheduler = Scheduler::new(config).context("set the scheduler up")?;
+    let metrics = Arc::new(Metrics::new(&settings.names[0], crate::cli::VERSION));
+    let origin = Instant::now();
+    let patience = Duration::from_secs((settings.args.step_timeout / PATIENCE_DIVISOR).max(5));
+    let progress = Arc::new(Progress::new(patience));
+    let (inbox, messages) = driver::inbox();
+    let (kill_in, kill) = mpsc::channel(1);
+    let limits = WorkerLimits {
+        max_slots: settings.args.max_num_seqs,
+        max_step_tokens: Tokens(settings.args.max_num_batched_tokens),
+        max_context: settings.max_context,
+    };
+    let driver = Driver {
+        scheduler,
+        inbox: messages,
+        life: Life::new(limits, Arc::clone(&progress), kill_in),
+        progress: Arc::clone(&progress),
+        metrics: Arc::clone(&metrics),
+        origin,
+    };
+    std::thread::Builder::new()
+        .name("scheduler".into())
+        .spawn(move || driver.run())
+        .context("start the scheduler's thread")?;
+    let handle = Handle {
+        inbox: inbox.clone(),
+        progress,
+        hash_key,
+        limits: Limits { vocab: settings.vocab, max_context: settings.max_context },
+        max_queued: (settings.args.max_queued_requests, settings.args.max_queued_tokens.into()),
+        origin,
+        next: AtomicU64::new(1),
+    };
+    let supervisor = Supervisor {
+        config: settings.worker(),
+        program: std::env::current_exe().context("find this program")?,
+        inbox: inbox.clone(),
+        kill,
+        stop,
+    };
+    Ok(Started { supervisor, handle, inbox, metrics })
+}
+
+/// Bytes nobody can guess, from the operating system.
+fn rand_bytes<const N: usize>() -> Result<[u8; N]> {
+    use std::io::Read;
+    let mut bytes = [0; N];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .context("read /dev/urandom")?;
+    Ok(bytes)
+}
+
+fn app(settings: &Settings, handle: Handle, metrics: Arc<Metrics>) -> Result<AppState> {
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let model = ServedModel {
+        names: settings.names.clone(),
+        root: settings.dir.as_ref().map_or("fake".into(), |dir| dir.path.display().to_string()),
+        created,
+    };
+    let limits = GatewayLimits {
+        drain: Duration::from_secs(settings.args.shutdown_timeout),
+        ..GatewayLimits::default()
+    };
+    // Without a configured seed nobody shall foresee one.
+    let seed = match settings.args.seed {
+        0 => u64::from_le_bytes(rand_bytes()?),
+        seed => seed,
+    };
+    let version = crate::cli::VERSION.to_owned();
+    let text = text_folder(settings)?;
+    let mut gateway = Gateway::new(Arc::new(handle), model, text, limits, metrics, seed, version);
+    gateway.vllm_metric_names = true;
+    Ok(Arc::new(gateway))
+}
+
+/// Tokenizer, template and defaults of the model's folder; a template file given by flag stands in
+/// for the folder's own.
+fn text_folder(settings: &Settings) -> Result<TextFolder> {
+    let own = settings
+        .args
+        .chat_template
+        .as_ref()
+        .map(|file| {
+            std::fs::read(file)
+                .with_context(|| format!("read the chat template {}", file.display()))
+        })
+        .transpose()?;
+    let folder = settings.dir.as_ref().map(|dir| dir.path.clone());
+    TextFolder::from_files(|name| match (&folder, &own) {
+        (_, Some(template)) if name == "chat_template.jinja" => Ok(Some(template.clone())),
+        (Some(folder), _) => match std::fs::read(folder.join(name)) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        },
+        (None, _) => Ok(None),
+    })
+    .context("read the model's tokenizer and template")
+}
+
+#[expect(clippy::print_stdout, reason = "what the command tells whoever started it")]
+fn announce(settings: &Settings, address: SocketAddr) -> Result<()> {
+    if let Some(plan) = &settings.plan {
+        println!("{plan}");
+    }
+    println!("{} on http://{address}", settings.names[0]);
+    std::io::stdout().flush().context("write to standard output")
+}
+
+/// Streams one completion from the running server: proof that the whole path works.
+#[expect(clippy::print_stdout, reason = "what the command tells whoever started it")]
+async fn prove(url: String) {
+    let Ok(client) = crate::first_words::ready(&url).await else { return };
+    println!("\n$ curl {url}/v1/completions -d '{}'", crate::first_words::body(client.model()));
+    if let Err(error) = crate::first_words::stream(&client).await {
+        tracing::error!("the first completion failed: {error:#}");
+    }
+    println!("\nTalk to it with `tokenmill chat`; Ctrl-C ends the server.");
+}
+
+/// Returns at the first SIGINT or SIGTERM; a second one ends the process at once.
+async fn ended_by_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        tracing::warn!("a second signal: ending now");
+        std::process::exit(130);
+    });
+}
+
+/// Reads what a folder, recipe or repository needs of the hub, with progress.
+fn fetched(repo: &str, revision: &str) -> Result<PathBuf> {
+    crate::model_cmd::fetch(repo, revision)
+}
+
+/// The model folder of a source that has one.
+fn folder_of(source: &source::Source, revision: &str) -> Result<PathBuf> {
+    match source {
+        source::Source::Bundled => bundled::folder(),
+        source::Source::Folder(path) => Ok(path.clone()),
+        source::Source::Hub(repo) => fetched(repo, revision),
+        source::Source::Recipe(name) => anyhow::bail!("recipe {name} names another recipe"),
+    }
+}
+
+/// Reads the configuration of a folder.
+fn read_dir(path: &Path) -> Result<ModelDir> {
+    ModelDir::read(path)
+}

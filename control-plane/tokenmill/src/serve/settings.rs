@@ -1,0 +1,267 @@
+//! Everything `serve` decides before it starts anything.
+//!
+//! Flags first, then the recipe where one is served, then the model's own values. Invariant: what
+//! is in here was checked; nothing later refuses a flag.
+
+use super::memory_plan::{MemoryPlan, Wanted, plan};
+use super::source::{self, Source};
+use super::worker_config::{EngineConfig, KvDtype, LoadFormat, ModelConfig, WorkerConfig};
+use crate::cli::{Dtype, ServeArgs};
+use crate::model_dir::ModelDir;
+use anyhow::{Result, bail, ensure};
+use ids::{HashKey, Tokens};
+use recipe::Recipe;
+use scheduler::Config;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Vocabulary of the fake engine.
+const FAKE_VOCAB: u32 = 32_000;
+/// A decode budget where nobody sets one: no bound in practice.
+const UNBOUNDED: Duration = Duration::from_secs(3600);
+
+/// What will be served, and how.
+pub(crate) struct Settings {
+    /// The flags, with a recipe's values where they were left out.
+    pub(crate) args: ServeArgs,
+    /// The model; none with the fake engine.
+    pub(crate) dir: Option<ModelDir>,
+    /// The memory plan; none with the fake engine.
+    pub(crate) plan: Option<MemoryPlan>,
+    /// Names clients may use.
+    pub(crate) names: Vec<String>,
+    /// Vocabulary entries.
+    pub(crate) vocab: u32,
+    /// Longest context.
+    pub(crate) max_context: Tokens,
+    /// What cached KV depends on.
+    pub(crate) identity: String,
+    threads: usize,
+    kv: KvDtype,
+    demo: bool,
+}
+
+impl Settings {
+    /// Decides.
+    ///
+    /// # Errors
+    /// When the model, a flag or the memory plan is refused.
+    pub(crate) fn decide(mut args: ServeArgs) -> Result<Self> {
+        ensure!(
+            args.tensor_parallel_size == 1,
+            "--tensor-parallel-size {}: this build runs one rank; `tokenmill model explain --tp` \
+             shows what several would do",
+            args.tensor_parallel_size
+        );
+        ensure!(
+            args.max_num_seqs > 0 && args.max_num_batched_tokens > args.max_num_seqs,
+            "--max-num-batched-tokens {} must be above --max-num-seqs {}, so that a prompt can \
+             advance while every request decodes",
+            args.max_num_batched_tokens,
+            args.max_num_seqs
+        );
+        let threads = args
+            .threads
+            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+        ensure!(threads > 0, "--threads must be at least 1");
+        if args.fake_engine.is_some() {
+            return Ok(Self::fake(args, threads));
+        }
+        let mut source =
+            source::resolve(args.model.as_deref(), |name| recipe::builtin(name).is_some())?;
+        if let Source::Recipe(name) = &source {
+            let (recipe, model) = recipe_of(name)?;
+            apply(&recipe, &mut args);
+            source = model;
+        }
+        let demo = source == Source::Bundled;
+        let name = name_of(&source);
+        let folder = if args.load_format == LoadFormat::Random && matches!(source, Source::Hub(_)) {
+            // Random weights need the shapes alone, which built-in recipes carry.
+            shapes_of(&name)?
+        } else {
+            super::folder_of(&source, &args.revision)?
+        };
+        let dir = super::read_dir(&folder)?;
+        let kv = kv_dtype(&args, &dir);
+        let float32 = dir.matrix_dtype(asked(&args)) == weights::Dtype::F32;
+        let plan = plan(
+            &dir,
+            &Wanted {
+                weight_element: if float32 { 4 } else { 2 },
+                kv_element: if kv == KvDtype::Float32 { 4 } else { 2 },
+                max_context: args.max_model_len,
+                max_seqs: args.max_num_seqs,
+                max_step_tokens: args.max_num_batched_tokens,
+                kv_bytes: args.kv_cache_memory_bytes,
+                available: super::memory::available(),
+            },
+        )?;
+        let names = if args.served_model_name.is_empty() {
+            vec![name]
+        } else {
+            args.served_model_name.clone()
+        };
+        Ok(Self {
+            vocab: u32::try_from(dir.program.vocab)?,
+            max_context: Tokens(plan.max_context),
+            identity: format!("{} {kv:?}", folder.display()),
+            dir: Some(dir),
+            plan: Some(plan),
+            names,
+            args,
+            threads,
+            kv,
+            demo,
+        })
+    }
+
+    fn fake(args: ServeArgs, threads: usize) -> Self {
+        let names = if args.served_model_name.is_empty() {
+            vec!["fake".to_owned()]
+        } else {
+            args.served_model_name.clone()
+        };
+        Self {
+            dir: None,
+            plan: None,
+            names,
+            vocab: FAKE_VOCAB,
+            max_context: Tokens(args.max_model_len.unwrap_or(1 << 16)),
+            identity: "fake".to_owned(),
+            args,
+            threads,
+            kv: KvDtype::Float32,
+            demo: false,
+        }
+    }
+
+    /// Whether the bundled model is served, which shows itself.
+    pub(crate) const fn is_demo(&self) -> bool {
+        self.demo
+    }
+
+    /// What the worker is told.
+    pub(crate) fn worker(&self) -> WorkerConfig {
+        let engine = match (&self.args.fake_engine, &self.dir, &self.plan) {
+            (None, Some(dir), Some(plan)) => EngineConfig::Model(ModelConfig {
+                path: dir.path.clone(),
+                load_format: self.args.load_format,
+                seed: self.args.seed,
+                random_float32: asked(&self.args) == Some(weights::Dtype::F32),
+                kv_cache_dtype: self.kv,
+                kv_cache_bytes: plan.kv,
+            }),
+            (fake, _, _) => {
+                let cost = fake.as_deref().unwrap_or(&[0, 0, 0]);
+                let at = |i: usize| cost.get(i).copied().unwrap_or(0);
+                EngineConfig::Fake { base_us: at(0), decode_us: at(1), prefill_ns: at(2) }
+            }
+        };
+        WorkerConfig { engine, threads: self.threads, fake_vocab: self.vocab }
+    }
+
+    /// The scheduler's limits.
+    pub(crate) fn scheduler(&self, hash_key: HashKey) -> Config {
+        let step_tokens = Tokens(self.args.max_num_batched_tokens);
+        Config {
+            max_running: self.args.max_num_seqs,
+            max_step_tokens: step_tokens,
+            max_chunk: self.args.max_prefill_chunk.map_or(step_tokens, Tokens),
+            max_context: self.max_context,
+            depth: self.args.run_ahead.into(),
+            decode_budget: match self.args.max_step_ms {
+                0 => UNBOUNDED,
+                ms => Duration::from_millis(ms),
+            },
+            prefix_caching: !self.args.no_enable_prefix_caching,
+            queue_requests: self.args.max_queued_requests,
+            queue_tokens: self.args.max_queued_tokens.into(),
+            step_timeout: Duration::from_secs(self.args.step_timeout),
+            ..Config::with_key(hash_key)
+        }
+    }
+}
+
+/// The matrix type a flag asks for.
+fn asked(args: &ServeArgs) -> Option<weights::Dtype> {
+    match args.dtype {
+        Dtype::Auto => None,
+        Dtype::Float32 => Some(weights::Dtype::F32),
+        Dtype::Bfloat16 => Some(weights::Dtype::BF16),
+    }
+}
+
+/// The KV type: what is asked for, else float32 for float32 models and bfloat16 for others.
+fn kv_dtype(args: &ServeArgs, dir: &ModelDir) -> KvDtype {
+    match args.kv_cache_dtype {
+        KvDtype::Auto if dir.matrix_dtype(asked(args)) == weights::Dtype::F32 => KvDtype::Float32,
+        KvDtype::Auto => KvDtype::Bfloat16,
+        chosen => chosen,
+    }
+}
+
+/// A recipe and the source of its model.
+fn recipe_of(name: &str) -> Result<(Recipe, Source)> {
+    let recipe = crate::recipe_cmd::load(name)?;
+    let source = match recipe.model.source.as_str() {
+        "bundled" => Source::Bundled,
+        word => source::resolve(Some(word), |_| false)?,
+    };
+    if let Source::Recipe(other) = &source {
+        bail!("recipe {name}: model.source names another recipe, {other}");
+    }
+    Ok((recipe, source))
+}
+
+/// Takes a recipe's values where the flags kept their defaults.
+fn apply(recipe: &Recipe, args: &mut ServeArgs) {
+    args.revision.clone_from(&recipe.model.revision);
+    args.max_model_len.get_or_insert(recipe.limits.max_model_len);
+    args.max_num_seqs = recipe.limits.max_num_seqs;
+    args.max_num_batched_tokens = recipe.limits.max_num_batched_tokens;
+    args.tensor_parallel_size = recipe.mesh.tp.into();
+    args.no_enable_prefix_caching |= !recipe.cache.prefix_caching;
+    if args.threads.is_none() {
+        args.threads = recipe.hardware.threads.map(usize::from);
+    }
+    if args.kv_cache_memory_bytes.is_none() {
+        args.kv_cache_memory_bytes = recipe.cache.bytes;
+    }
+    if args.kv_cache_dtype == KvDtype::Auto {
+        args.kv_cache_dtype = match recipe.cache.dtype {
+            recipe::CacheDtype::Auto => KvDtype::Auto,
+            recipe::CacheDtype::Float32 => KvDtype::Float32,
+            recipe::CacheDtype::Bfloat16 => KvDtype::Bfloat16,
+        };
+    }
+}
+
+fn name_of(source: &Source) -> String {
+    match source {
+        Source::Bundled => super::bundled::NAME.to_owned(),
+        Source::Hub(repo) => repo.clone(),
+        Source::Recipe(name) => name.clone(),
+        Source::Folder(path) => path
+            .canonicalize()
+            .unwrap_or_else(|_| path.clone())
+            .file_name()
+            .map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned()),
+    }
+}
+
+/// A folder with the published shapes of `repo`, from the recipes in the binary.
+fn shapes_of(repo: &str) -> Result<PathBuf> {
+    let Some(config) = recipe::config_of(repo) else {
+        bail!("--load-format random for {repo} needs its config.json; give a folder that holds it");
+    };
+    let folder = std::env::temp_dir().join(format!("tokenmill-shapes-{}", repo.replace('/', "--")));
+    write_config(&folder, config)?;
+    Ok(folder)
+}
+
+fn write_config(folder: &Path, config: &str) -> Result<()> {
+    std::fs::create_dir_all(folder)?;
+    std::fs::write(folder.join("config.json"), config)?;
+    Ok(())
+}

@@ -1,0 +1,74 @@
+//! What a worker process is told at its start. Internal: written by this binary, read by the same
+//! binary, so unknown fields are refused.
+
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// A worker's whole configuration.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WorkerConfig {
+    /// What executes.
+    pub(crate) engine: EngineConfig,
+    /// Threads of the CPU backend.
+    pub(crate) threads: usize,
+    /// Vocabulary of the fake engine.
+    pub(crate) fake_vocab: u32,
+}
+
+/// What executes steps.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case")]
+pub(crate) enum EngineConfig {
+    /// A model on the CPU backend.
+    Model(ModelConfig),
+    /// No model: the cost model's time and hashed tokens.
+    Fake {
+        /// Microseconds of any step.
+        base_us: u64,
+        /// Microseconds per decoding slot.
+        decode_us: u64,
+        /// Nanoseconds per prompt token.
+        prefill_ns: u64,
+    },
+}
+
+/// A model and how it is held.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ModelConfig {
+    /// Folder with `config.json` and the weights.
+    pub(crate) path: PathBuf,
+    /// Where the weights come from.
+    pub(crate) load_format: LoadFormat,
+    /// Of random weights.
+    pub(crate) seed: u64,
+    /// Random weights in float32 whatever the configuration declares.
+    pub(crate) random_float32: bool,
+    /// Element type of the KV cache; decided, never `Auto`.
+    pub(crate) kv_cache_dtype: KvDtype,
+    /// Bytes of the KV cache.
+    pub(crate) kv_cache_bytes: u64,
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum LoadFormat {
+    /// The checkpoint's safetensors files.
+    Auto,
+    /// Random weights of the checkpoint's shapes; no file but config.json is read.
+    Random,
+}
+
+/// Element type of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum KvDtype {
+    /// As the weights: float32 for a float32 checkpoint, bfloat16 otherwise.
+    Auto,
+    /// 4 bytes an element.
+    Float32,
+    /// 2 bytes an element.
+    Bfloat16,
+}

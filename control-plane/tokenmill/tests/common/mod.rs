@@ -1,0 +1,197 @@
+//! A real server per test: the built binary, a free port, its worker process, over real HTTP.
+
+#![allow(dead_code, reason = "each test file uses its part of this module")]
+
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+/// How long a server may take until it is ready.
+const READY: Duration = Duration::from_secs(60);
+
+/// The program under test.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_tokenmill");
+
+/// A running server; killed on drop.
+pub struct Server {
+    child: Child,
+    /// `http://127.0.0.1:PORT`.
+    pub url: String,
+}
+
+impl Server {
+    /// Starts `tokenmill serve ARGS --port 0` and waits until it is ready.
+    pub fn start(args: &[&str]) -> Self {
+        let mut child = Command::new(PROGRAM)
+            .arg("serve")
+            .args(args)
+            .args(["--port", "0"])
+            .env("TOKENMILL_LOG", std::env::var("TOKENMILL_LOG").unwrap_or("warn".into()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let stdout = child.stdout.take().expect("piped");
+        let (found, url) = mpsc::channel();
+        std::thread::spawn(move || {
+            // Reads to the end, so that the server never blocks on a full pipe.
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                if let Some(at) = line.find("http://127.0.0.1:") {
+                    let url: String =
+                        line[at..].chars().take_while(|c| !c.is_whitespace()).collect();
+                    let _ = found.send(url);
+                }
+            }
+        });
+        let Ok(url) = url.recv_timeout(READY) else {
+            let _ = child.kill();
+            panic!("serve {args:?} printed no address (status {:?})", child.wait());
+        };
+        let server = Self { child, url };
+        server.wait_ready(READY);
+        server
+    }
+
+    /// Waits until `/readyz` answers 200.
+    pub fn wait_ready(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline {
+            if self.get("/readyz").is_ok_and(|(status, _)| status == 200) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("not ready within {limit:?}");
+    }
+
+    /// GET; status and body.
+    pub fn get(&self, path: &str) -> Result<(u16, String), reqwest::Error> {
+        let response = client().get(format!("{}{path}", self.url)).send()?;
+        Ok((response.status().as_u16(), response.text()?))
+    }
+
+    /// POST of JSON; status and parsed body.
+    pub fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let response = client()
+            .post(format!("{}{path}", self.url))
+            .json(body)
+            .send()
+            .expect("the server answers");
+        let status = response.status().as_u16();
+        let text = response.text().expect("a whole body");
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    /// POST that must succeed.
+    pub fn ok(&self, path: &str, body: &Value) -> Value {
+        let (status, answer) = self.post(path, body);
+        assert_eq!(status, 200, "{path} {body}: {answer}");
+        answer
+    }
+
+    /// POST whose answer is a stream; every `data:` object up to `[DONE]`.
+    pub fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
+        let mut response = client()
+            .post(format!("{}{path}", self.url))
+            .json(body)
+            .send()
+            .expect("the server answers");
+        let mut text = String::new();
+        response.read_to_string(&mut text).expect("a whole stream");
+        let mut events = Vec::new();
+        let mut done = false;
+        for data in text.lines().filter_map(|line| line.strip_prefix("data:")) {
+            let data = data.trim();
+            assert!(!done, "nothing follows [DONE]: {data}");
+            if data == "[DONE]" {
+                done = true;
+            } else {
+                events.push(serde_json::from_str(data).unwrap_or_else(|_| panic!("{data}")));
+            }
+        }
+        assert!(done, "the stream ended without [DONE]: {text}");
+        events
+    }
+
+    /// The value of a metric without labels, or with exactly the labels given in `name`.
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        let (_, text) = self.get("/metrics").expect("metrics answer");
+        text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+    }
+
+    /// The worker's process id: the only child of the server.
+    pub fn worker_pid(&self) -> Option<u32> {
+        let server = self.child.id();
+        let children = std::fs::read_to_string(format!("/proc/{server}/task/{server}/children"));
+        let mut found: Vec<u32> = Vec::new();
+        if let Ok(list) = children {
+            found.extend(list.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+        }
+        // The child may belong to any thread of the server.
+        for task in std::fs::read_dir(format!("/proc/{server}/task")).ok()?.flatten() {
+            if let Ok(list) = std::fs::read_to_string(task.path().join("children")) {
+                found.extend(list.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+            }
+        }
+        found.first().copied()
+    }
+
+    /// Resident bytes of the server process.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))
+            .expect("the server lives");
+        let kib = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+        kib.expect("VmRSS") * 1024
+    }
+
+    /// Process id of the server.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for the server to end by itself.
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        self.child.wait().expect("waited for")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn client() -> reqwest::blocking::Client {
+    reqwest::blocking::Client::builder()
+        .timeout(Duration::from_secs(120))
+        .build()
+        .expect("a client")
+}
+
+/// Sends a signal by number-free name, as a person would.
+pub fn signal(name: &str, pid: u32) {
+    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
+    assert!(status.is_ok_and(|s| s.success()), "kill -{name} {pid}");
+}
+
+/// Makes a random checkpoint of `config` in a fresh folder with the parity profile.
+pub fn checkpoint(config: &Path, seed: u64, into: &Path) -> PathBuf {
+    let out = into.join("checkpoint");
+    let made = Command::new(PROGRAM)
+        .args(["model", "random"])
+        .arg(config)
+        .arg("--out")
+        .arg(&out)
+        .args(["--seed", &seed.to_string(), "--profile", "parity", "--dtype", "float32"])
+        .output()
+        .expect("the binary starts");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    out
+}
