@@ -99,7 +99,7 @@ impl Reply {
     pub(crate) fn count(&mut self, delta: &Delta) {
         self.usage.completion_tokens += delta.tokens.len();
         self.usage.total_tokens += delta.tokens.len();
-        let first_of_prompt = delta.index % self.checked.common.n as usize == 0;
+        let first_of_prompt = delta.index.is_multiple_of(self.checked.common.n as usize);
         if let Some(opening) = delta.opening.as_ref().filter(|_| first_of_prompt) {
             self.usage.prompt_tokens_details.cached_tokens += opening.cached.as_usize();
         }

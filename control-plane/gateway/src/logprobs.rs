@@ -39,8 +39,7 @@ impl<'a> Names<'a> {
 }
 
 fn finite(logprob: f32) -> f32 {
-    // `max` of NaN and a number is the number.
-    logprob.max(LOWEST).min(0.0)
+    if logprob.is_nan() { LOWEST } else { logprob.clamp(LOWEST, 0.0) }
 }
 
 /// The alternatives to report, in order of likelihood, the token itself last where it is not one.
