@@ -6,6 +6,8 @@
 
 pub mod act;
 pub mod embed;
+mod exp;
+mod flash;
 pub mod gqa;
 pub mod linear;
 pub mod matrix;
@@ -19,5 +21,6 @@ mod share;
 mod simd;
 #[cfg(test)]
 mod testing;
+mod tile;
 
 pub use matrix::{Matrix, WeightSlice};

@@ -7,7 +7,7 @@ use device::ThreadPool;
 use ids::Bytes;
 use model::lower::{LocalAttention, Lowered, Op};
 use model::memory::activation_bytes;
-use ops::{mla, moe};
+use ops::{gqa, mla, moe};
 
 /// Rows of logits computed at once, at most.
 pub const HEAD_ROWS: usize = 64;
@@ -23,6 +23,13 @@ pub fn step_bytes(lowered: &Lowered, tokens: usize, threads: usize) -> Bytes {
             Op::Linear { x, .. } => {
                 let cols = lowered.buffers[x.0].width;
                 scratch = scratch.max(ops::linear::scratch_len(&one, cols));
+            }
+            Op::Attention {
+                attention: LocalAttention::Gqa { heads, kv_heads, head_dim, scale, window },
+                ..
+            } => {
+                let shape = gqa::Gqa { heads, kv_heads, head_dim, scale: scale as f32, window };
+                scratch = scratch.max(gqa::scratch_len(&one, &shape));
             }
             Op::Attention {
                 attention: LocalAttention::Mla { heads, nope, rope, v, latent, scale, .. },

@@ -16,7 +16,7 @@ const TOKENS: usize = 4;
 const LANES: usize = 16;
 
 /// Sixteen elements widened to f32.
-pub(super) trait Load: Copy {
+pub(crate) trait Load: Copy {
     /// # Safety
     /// `at` must be readable for the elements that `mask` names; AVX-512 F, BW and VL must exist.
     unsafe fn load(at: *const Self, mask: __mmask16) -> __m512;
@@ -126,6 +126,6 @@ fn block<E: Load, const T: usize>(
 
 /// The mask of the next register when `left` elements are left.
 #[inline]
-pub(super) fn lanes(left: usize) -> __mmask16 {
+pub(crate) fn lanes(left: usize) -> __mmask16 {
     if left >= LANES { u16::MAX } else { (1 << left) - 1 }
 }

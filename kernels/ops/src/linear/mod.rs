@@ -16,6 +16,9 @@ mod rows;
 #[cfg(test)]
 mod tests;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use gemv_avx512::{Load, lanes};
+
 use crate::Matrix;
 use crate::share::{PerThread, Shared};
 use device::{Isa, ThreadPool};

@@ -1,71 +1,99 @@
-//! One head for all rows of a segment, keys and values made 64 tokens at a time.
+//! Latents into head space: keys and values of one head are made for 64 tokens at a time, and all
+//! rows of a tile use them while they are in cache.
 
-use super::{Mla, Operands, Running, score};
-use crate::paged::{BLOCK, Segment};
+use super::{Mla, Operands};
+use crate::WeightSlice;
+use crate::flash::{self, Piece, Queries, Slots, State, Work, visible};
+use crate::paged::{BLOCK, Kv, Segment};
 use crate::share::Shared;
-use crate::simd::{Element, axpy, dot};
+use crate::tile::{Lines, Stored, dots};
 
-/// A tile of keys and values, a latent widened to f32, and each row's running maximum and mass.
-pub(super) const fn piece_len(shape: &Mla, rows: usize) -> usize {
-    BLOCK * (shape.nope + shape.v) + shape.latent + 2 * rows
+/// Query rows of a tile: the more, the less is expanded twice.
+const TILE: usize = 1024;
+/// Pieces in flight per thread.
+const SLOTS_PER_THREAD: usize = 4;
+/// Latents that stay in the nearest cache while the weights stream by.
+const LATENTS: usize = 16;
+
+/// A state, keys and values of a block, and its latents as f32.
+fn slot_len(shape: &Mla, rows: usize) -> usize {
+    let Mla { nope, rope, v, latent, .. } = *shape;
+    State::len(rows.min(TILE), v) + BLOCK * (nope + rope + v) + LATENTS * latent
 }
 
-pub(super) fn head<E: Element, W: Element>(
+/// Elements per thread for steps of up to `rows` rows.
+pub(super) fn scratch_len(shape: &Mla, rows: usize) -> usize {
+    SLOTS_PER_THREAD * slot_len(shape, rows)
+}
+
+pub(super) fn run(
+    operands: &Operands<'_>,
+    segments: &[Segment<'_>],
+    out: &Shared<'_, f32>,
+    scratch: &mut [f32],
+) {
+    let Operands { pool, shape, .. } = *operands;
+    let Mla { heads, v, .. } = *shape;
+    let tokens = operands.tokens();
+    let work = Work { segments, rows: 0..tokens, heads, tile: TILE, window: None };
+    let slots = Slots { memory: scratch, len: slot_len(shape, tokens), lines: 1, width: v };
+    let compute = |piece: &Piece, state: &mut State<'_>, rest: &mut [f32]| {
+        let segment = &segments[piece.segment];
+        with_kv!(operands.arena, kv => with_weights!(operands.kv_b.data, w =>
+            attend(operands, segment, piece, kv, w, state, rest)));
+    };
+    let finish = |piece: &Piece, state: &State<'_>| {
+        for m in 0..piece.rows {
+            let token = segments[piece.segment].start + piece.first + m;
+            // SAFETY: a tile of a head is finished once, and its cells are no other tile's.
+            state.finish(m, unsafe { out.part((token * heads + piece.head) * v, v) });
+        }
+    };
+    flash::run(pool, &work, slots, &compute, &finish);
+}
+
+fn attend<E: Stored, W: Stored>(
     operands: &Operands<'_>,
     segment: &Segment<'_>,
-    head: usize,
+    piece: &Piece,
     kv: &[E],
-    kv_b: &[W],
-    out: &Shared<'_, f32>,
-    piece: &mut [f32],
+    w: &[W],
+    state: &mut State<'_>,
+    rest: &mut [f32],
 ) {
     let Operands { isa, q, shape, layer, .. } = *operands;
     let Mla { heads, nope, rope, v, latent, scale } = *shape;
-    let width = nope + v;
-    let expand = &kv_b[head * width * latent..][..width * latent];
-    let (tile, rest) = piece.split_at_mut(BLOCK * width);
-    let (wide, rest) = rest.split_at_mut(latent);
-    let (highest, rest) = rest.split_at_mut(segment.len);
-    let mass = &mut rest[..segment.len];
-    highest.fill(Running::START.highest);
-    mass.fill(Running::START.mass);
-    // SAFETY: each head's columns belong to exactly one item.
-    let out_of = |i: usize| unsafe { out.part(((segment.start + i) * heads + head) * v, v) };
-    (0..segment.len).for_each(|i| out_of(i).fill(0.0));
-
-    for block in 0..segment.context.div_ceil(BLOCK) {
-        let base = layer.block_start(segment.table, block);
-        let count = (segment.context - block * BLOCK).min(BLOCK);
-        let line = |t: usize| &kv[base + t * layer.row..][..latent + rope];
-        for (t, made) in tile.chunks_exact_mut(width).enumerate().take(count) {
-            wide.iter_mut().zip(line(t)).for_each(|(y, x)| *y = x.widen());
-            for (y, w) in made.iter_mut().zip(expand.chunks_exact(latent)) {
-                *y = dot(isa, wide, w);
+    let w = &w[piece.head * (nope + v) * latent..(piece.head + 1) * (nope + v) * latent];
+    let key_weights = Lines::new(w, nope, latent, latent);
+    let value_weights = Lines::new(&w[nope * latent..], v, latent, latent);
+    let (keys, rest) = rest.split_at_mut(BLOCK * (nope + rope));
+    let (values, rest) = rest.split_at_mut(BLOCK * v);
+    let wide = &mut rest[..LATENTS * latent];
+    let first = ((segment.start + piece.first) * heads + piece.head) * (nope + rope);
+    let lines = Lines::new(&q[first..], piece.rows, nope + rope, heads * (nope + rope));
+    let queries = Queries { isa, lines, scale };
+    for block in piece.begin / BLOCK..piece.end.div_ceil(BLOCK) {
+        let base = block * BLOCK;
+        let cached = &kv[layer.block(kv.len(), segment.table, block)];
+        let count = (piece.end - base).min(BLOCK);
+        let cached = Lines::new(cached, count, latent + rope, layer.row);
+        for t in (0..count).step_by(LATENTS) {
+            let some = (count - t).min(LATENTS);
+            for (i, wide) in wide.chunks_exact_mut(latent).take(some).enumerate() {
+                let (plain, turned) = cached.line(t + i).split_at(latent);
+                wide.iter_mut().zip(plain).for_each(|(y, x)| *y = x.widen());
+                let key = &mut keys[(t + i) * (nope + rope) + nope..][..rope];
+                key.iter_mut().zip(turned).for_each(|(y, x)| *y = x.widen());
             }
+            let wide = Lines::new(wide, some, latent, latent);
+            dots(isa, wide, key_weights, 1.0, &mut keys[t * (nope + rope)..], nope + rope);
+            dots(isa, wide, value_weights, 1.0, &mut values[t * v..], v);
         }
-        // Rows before this block's first key see nothing of it.
-        let first = (block * BLOCK).saturating_sub(segment.position(0));
-        for i in first..segment.len {
-            let seen = (segment.position(i) + 1 - block * BLOCK).min(count);
-            let at = ((segment.start + i) * heads + head) * (nope + rope);
-            let q = q[at..at + nope + rope].split_at(nope);
-            let mut scores = [0.0_f32; BLOCK];
-            for (t, slot) in scores.iter_mut().enumerate().take(seen) {
-                let key = &tile[t * width..t * width + nope];
-                *slot = score(isa, q, (key, &line(t)[latent..])) * scale;
-            }
-            let mut running = Running { highest: highest[i], mass: mass[i] };
-            let shrink = running.absorb(&mut scores[..seen]);
-            (highest[i], mass[i]) = (running.highest, running.mass);
-            let sum = out_of(i);
-            sum.iter_mut().for_each(|x| *x *= shrink);
-            for (t, weight) in scores[..seen].iter().enumerate() {
-                axpy(isa, *weight, &tile[t * width + nope..(t + 1) * width], sum);
-            }
-        }
-    }
-    for (i, mass) in mass.iter().enumerate() {
-        let inverse = 1.0 / mass;
-        out_of(i).iter_mut().for_each(|x| *x *= inverse);
+        let keys = Lines::new(keys, count, nope + rope, nope + rope);
+        let values = Lines::new(values, count, v, v);
+        state.absorb(queries, keys, values, |m| {
+            let seen = visible(segment.position(piece.first + m), None);
+            0..seen.end.saturating_sub(base).min(count)
+        });
     }
 }

@@ -7,8 +7,10 @@
 //! - [`Form::Expanded`] makes keys and values of 64 tokens at a time and uses them for all rows.
 //!   Right for many rows. Tiles are merged by their running maximum, so the workspace is bounded.
 //!
-//! Both take any number of rows per sequence and agree within f32 rounding. A row's result does not
-//! depend on other rows of its form. Queries are `[tokens, heads * (nope + rope)]`, already rotated.
+//! Both take any number of rows per sequence and agree within f32 rounding. Queries are
+//! `[tokens, heads * (nope + rope)]`, already rotated. A row sees at least itself, so a softmax over
+//! nothing does not occur; NaN in one sequence's cache reaches no other sequence. Invariant: within
+//! a form, a row's bits depend on its query, its keys and the instruction set alone.
 
 macro_rules! with_kv {
     ($arena:expr, $kv:ident => $body:expr) => {
@@ -31,12 +33,13 @@ macro_rules! with_weights {
 mod absorbed;
 mod expanded;
 #[cfg(test)]
+mod reference;
+#[cfg(test)]
 mod tests;
 
+use crate::Matrix;
 use crate::paged::{Kv, KvLayer, Segment};
-use crate::share::{PerThread, Shared};
-use crate::simd::Element;
-use crate::{Matrix, WeightSlice};
+use crate::share::Shared;
 use device::{Isa, ThreadPool};
 
 /// Shape of the attention.
@@ -76,23 +79,31 @@ pub const fn select(shape: &Mla, rows: usize) -> Form {
     if absorbed <= expanded { Form::Absorbed } else { Form::Expanded }
 }
 
-/// Elements of scratch for steps of up to `rows` rows.
+/// Elements of scratch for steps of up to `rows` rows, whatever the context; proportional to the
+/// threads.
 #[must_use]
 pub fn scratch_len(pool: &ThreadPool, shape: &Mla, rows: usize) -> usize {
-    piece_len(shape, rows) * pool.threads()
+    let piece = absorbed::scratch_len(shape, rows).max(expanded::scratch_len(shape, rows));
+    piece * pool.threads()
 }
 
-fn piece_len(shape: &Mla, rows: usize) -> usize {
-    absorbed::piece_len(shape).max(expanded::piece_len(shape, rows))
-}
-
-/// The operands that both forms share.
+/// What both forms work with.
 struct Operands<'a> {
     isa: Isa,
+    pool: &'a ThreadPool,
     q: &'a [f32],
     kv_b: Matrix<'a>,
     shape: &'a Mla,
     layer: KvLayer,
+    arena: Kv<'a>,
+}
+
+impl Operands<'_> {
+    /// Rows of the batch.
+    const fn tokens(&self) -> usize {
+        let Mla { heads, nope, rope, .. } = *self.shape;
+        self.q.len() / (heads * (nope + rope))
+    }
 }
 
 /// `out` is `[tokens, heads * v]`; the form is chosen per segment by its rows.
@@ -112,8 +123,8 @@ pub fn attention(
     scratch: &mut [f32],
 ) {
     let form = |segment: &Segment<'_>| select(shape, segment.len);
-    let operands = Operands { isa: Isa::detect(), q, kv_b, shape, layer };
-    run(pool, &operands, segments, arena, out, scratch, form);
+    let operands = Operands { isa: Isa::detect(), pool, q, kv_b, shape, layer, arena };
+    run(&operands, segments, out, scratch, form);
 }
 
 /// As [`attention`], all segments in one form, on a given instruction set.
@@ -134,73 +145,35 @@ pub fn attention_as(
     out: &mut [f32],
     scratch: &mut [f32],
 ) {
-    let operands = Operands { isa, q, kv_b, shape, layer };
-    run(pool, &operands, segments, arena, out, scratch, |_| form);
+    let operands = Operands { isa, pool, q, kv_b, shape, layer, arena };
+    run(&operands, segments, out, scratch, |_| form);
 }
 
 fn run(
-    pool: &ThreadPool,
     operands: &Operands<'_>,
     segments: &[Segment<'_>],
-    arena: Kv<'_>,
     out: &mut [f32],
     scratch: &mut [f32],
     form: impl Fn(&Segment<'_>) -> Form,
 ) {
     let Mla { heads, nope, rope, v, latent, .. } = *operands.shape;
-    let tokens = operands.q.len() / (heads * (nope + rope)).max(1);
+    assert!(heads > 0 && nope + rope > 0 && v > 0 && latent > 0, "{:?}", operands.shape);
+    let tokens = operands.tokens();
     assert_eq!(operands.q.len(), tokens * heads * (nope + rope), "queries");
     assert_eq!(out.len(), tokens * heads * v, "outputs");
     assert_eq!((operands.kv_b.rows, operands.kv_b.cols), (heads * (nope + v), latent), "kv_b");
     assert_eq!(operands.layer.row, latent + rope, "a latent and its rotated part");
-    let most = segments.iter().map(|segment| segment.len).max().unwrap_or(0);
-    let pieces = PerThread::new(scratch, piece_len(operands.shape, most));
+    let needed = scratch_len(operands.pool, operands.shape, tokens);
+    assert!(scratch.len() >= needed, "scratch of {needed} elements, got {}", scratch.len());
+    segments.iter().for_each(|segment| segment.check(tokens));
     let out = Shared::new(out);
-    for segment in segments {
-        match form(segment) {
-            Form::Absorbed => pool.run(segment.len * heads, &|item| {
-                let (i, head) = (item / heads, item % heads);
-                pieces.with(|piece| {
-                    with_kv!(arena, kv => with_weights!(operands.kv_b.data, w =>
-                    absorbed::row(operands, segment, i, head, kv, w, &out, piece)))
-                });
-            }),
-            Form::Expanded => pool.run(heads, &|head| {
-                pieces.with(|piece| {
-                    with_kv!(arena, kv => with_weights!(operands.kv_b.data, w =>
-                    expanded::head(operands, segment, head, kv, w, &out, piece)))
-                });
-            }),
+    // Neighbours of one form go together; for the absorbed form only where their rows adjoin.
+    for together in segments.chunk_by(|a, b| {
+        form(a) == form(b) && (form(a) == Form::Expanded || a.start + a.len == b.start)
+    }) {
+        match form(&together[0]) {
+            Form::Absorbed => absorbed::run(operands, together, &out, scratch),
+            Form::Expanded => expanded::run(operands, together, &out, scratch),
         }
     }
-}
-
-/// Scales and merges: what a running softmax does when a new maximum may have come.
-struct Running {
-    highest: f32,
-    mass: f32,
-}
-
-impl Running {
-    const START: Self = Self { highest: f32::NEG_INFINITY, mass: 0.0 };
-
-    /// Turns scores into weights relative to the new maximum and returns by how much the sum so
-    /// far shrinks.
-    fn absorb(&mut self, scores: &mut [f32]) -> f32 {
-        let top = scores.iter().copied().fold(self.highest, f32::max);
-        let shrink = if self.highest == top { 1.0 } else { (self.highest - top).exp() };
-        self.highest = top;
-        self.mass *= shrink;
-        for score in scores {
-            *score = (*score - top).exp();
-            self.mass += *score;
-        }
-        shrink
-    }
-}
-
-/// A key's product with a query in two parts.
-#[inline]
-fn score<A: Element, B: Element>(isa: Isa, q: (&[f32], &[f32]), k: (&[A], &[B])) -> f32 {
-    crate::simd::dot(isa, q.0, k.0) + crate::simd::dot(isa, q.1, k.1)
 }

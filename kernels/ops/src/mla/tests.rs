@@ -1,6 +1,7 @@
 //! Both forms against a plain f64 softmax over fully expanded keys and values.
 
 use super::*;
+use crate::WeightSlice;
 use crate::paged::testing::Cache;
 use crate::testing::{Random, assert_close, poisoned};
 use half::bf16;
@@ -35,33 +36,6 @@ impl Setup {
         segments
     }
 
-    /// Output of row `position` of sequence `s`, head `h`, in f64.
-    fn expected(&self, q: &[f32], s: usize, position: usize, h: usize) -> Vec<f64> {
-        let Mla { nope, rope, v, latent, scale, .. } = self.shape;
-        let line = |t: usize| &self.contents[s][t * (latent + rope)..][..latent + rope];
-        let expand = |t: usize, row: usize| -> f64 {
-            let w = &self.kv_b[(h * (nope + v) + row) * latent..][..latent];
-            line(t).iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
-        };
-        let scores: Vec<f64> = (0..=position)
-            .map(|t| {
-                let head: f64 = (0..nope).map(|n| f64::from(q[n]) * expand(t, n)).sum();
-                let turned: f64 = (0..rope)
-                    .map(|r| f64::from(q[nope + r]) * f64::from(line(t)[latent + r]))
-                    .sum();
-                (head + turned) * f64::from(scale)
-            })
-            .collect();
-        let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
-        let mass: f64 = weights.iter().sum();
-        (0..v)
-            .map(|i| {
-                weights.iter().enumerate().map(|(t, w)| w * expand(t, nope + i)).sum::<f64>() / mass
-            })
-            .collect()
-    }
-
     fn run(&self, form: Form, isa: Isa, threads: usize) -> Vec<f32> {
         let pool = ThreadPool::new(threads);
         let shape = &self.shape;
@@ -86,6 +60,21 @@ impl Setup {
         out.to_vec()
     }
 
+    /// Each segment in the form that suits it.
+    fn mixed(&self) -> Vec<f32> {
+        let pool = ThreadPool::new(2);
+        let shape = &self.shape;
+        let rows = shape.heads * (shape.nope + shape.v);
+        let kv_b = Matrix::new(WeightSlice::F32(&self.kv_b), rows, shape.latent);
+        let tokens = self.q.len() / (shape.heads * (shape.nope + shape.rope));
+        let mut out = poisoned(tokens * shape.heads * shape.v);
+        let mut scratch = poisoned(scratch_len(&pool, shape, tokens));
+        let (layer, arena) = (self.cache.layer, Kv::F32(&self.cache.arena));
+        let segments = self.segments();
+        attention(&pool, &self.q, kv_b, shape, layer, &segments, arena, &mut out, &mut scratch);
+        out.to_vec()
+    }
+
     fn check(&self) {
         let Mla { heads, nope, rope, v, .. } = self.shape;
         let mut expected = Vec::new();
@@ -94,15 +83,19 @@ impl Setup {
                 for h in 0..heads {
                     let at = ((segment.start + i) * heads + h) * (nope + rope);
                     let q = &self.q[at..at + nope + rope];
-                    expected.extend(self.expected(q, s, segment.position(i), h));
+                    let position = segment.position(i);
+                    let kv = &self.contents[s];
+                    expected.extend(reference::row(q, kv, &self.kv_b, &self.shape, position, h));
                 }
             }
         }
         assert_eq!(expected.len() % v, 0);
         for isa in Isa::available() {
             for form in [Form::Absorbed, Form::Expanded] {
-                let got = self.run(form, isa, 3);
-                assert_close(&format!("{form:?} {isa} {:?}", self.shape), &got, &expected, 5e-5);
+                let what = format!("{form:?} {isa} {:?}", self.shape);
+                let one = self.run(form, isa, 1);
+                assert_close(&what, &one, &expected, 5e-5);
+                assert_eq!(one, self.run(form, isa, 3), "{what}: threads change nothing");
             }
         }
     }
@@ -112,8 +105,23 @@ const SMALL: Mla = Mla { heads: 3, nope: 5, rope: 4, v: 7, latent: 19, scale: 0.
 
 #[test]
 fn both_forms_agree_with_f64_at_odd_sizes() {
-    Setup::new(SMALL, &[(1, 1), (1, 64), (1, 65), (3, 3), (7, 130), (64, 64), (65, 129)]).check();
-    Setup::new(Mla { heads: 1, v: 3, ..SMALL }, &[(2, 63), (1, 128)]).check();
+    let ragged = [(1, 1), (1, 64), (1, 65), (3, 3), (7, 130), (63, 63), (64, 64), (65, 129)];
+    Setup::new(SMALL, &ragged).check();
+    Setup::new(Mla { heads: 1, v: 3, ..SMALL }, &[(2, 63), (1, 128), (129, 129)]).check();
+    Setup::new(Mla { heads: 5, rope: 2, ..SMALL }, &[(40, 100), (1, 7)]).check();
+    Setup::new(Mla { heads: 7, nope: 1, ..SMALL }, &[(33, 33), (1, 1)]).check();
+}
+
+#[test]
+fn long_contexts_are_split_and_merged() {
+    let shape = Mla { heads: 2, nope: 2, rope: 2, v: 2, latent: 3, scale: 0.5 };
+    Setup::new(shape, &[(1, 511), (1, 513), (70, 1100), (1, 6000)]).check();
+}
+
+#[test]
+fn more_rows_than_a_tile_are_cut() {
+    let shape = Mla { heads: 1, nope: 2, rope: 2, v: 1, latent: 2, scale: 0.5 };
+    Setup::new(shape, &[(1030, 1100)]).check();
 }
 
 #[test]
@@ -144,11 +152,38 @@ fn a_chunk_gives_the_bits_that_single_rows_give_in_the_same_form() {
 }
 
 #[test]
-fn the_cheaper_form_is_chosen() {
+fn the_cheaper_form_is_chosen_segment_by_segment() {
     let native = Mla { heads: 16, nope: 128, rope: 64, v: 128, latent: 512, scale: 1.0 };
     assert_eq!(select(&native, 1), Form::Absorbed);
     assert_eq!(select(&native, 170), Form::Absorbed);
     assert_eq!(select(&native, 172), Form::Expanded);
+    // Forms alternate in one batch; each row has the bits of its segment's form.
+    let at = (1..).find(|rows| select(&SMALL, *rows) == Form::Expanded).expect("a crossover");
+    let setup = Setup::new(SMALL, &[(1, 70), (1, 3), (at, 200), (2, 65), (at + 9, 600), (1, 1)]);
+    let both = [Form::Absorbed, Form::Expanded].map(|form| setup.run(form, Isa::detect(), 2));
+    let mixed = setup.mixed();
+    let width = SMALL.heads * SMALL.v;
+    for segment in setup.segments() {
+        let rows = segment.start * width..(segment.start + segment.len) * width;
+        let of_form = &both[usize::from(select(&SMALL, segment.len) == Form::Expanded)];
+        assert_eq!(mixed[rows.clone()], of_form[rows]);
+    }
+}
+
+#[test]
+fn nan_in_one_sequence_stays_there() {
+    let mut setup = Setup::new(SMALL, &[(1, 70), (3, 70), (2, 70)]);
+    let block = usize::try_from(setup.cache.tables[1][0]).expect("small");
+    setup.cache.arena[block + setup.cache.layer.offset + 3] = f32::NAN;
+    for form in [Form::Absorbed, Form::Expanded] {
+        for isa in Isa::available() {
+            let out = setup.run(form, isa, 2);
+            for (token, row) in out.chunks_exact(SMALL.heads * SMALL.v).enumerate() {
+                let in_second = (1..4).contains(&token);
+                assert!(row.iter().all(|x| x.is_nan() == in_second), "{form:?} {isa} {token}");
+            }
+        }
+    }
 }
 
 #[test]

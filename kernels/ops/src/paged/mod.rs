@@ -6,6 +6,7 @@
 //! `table[p / 64] + layer.offset + (p % 64) * layer.row`.
 
 use half::bf16;
+use std::ops::Range;
 
 /// Tokens of a block.
 pub const BLOCK: usize = 64;
@@ -26,6 +27,16 @@ pub enum KvMut<'a> {
     F32(&'a mut [f32]),
     /// 2 bytes an element; values are rounded to nearest even.
     Bf16(&'a mut [bf16]),
+}
+
+impl KvMut<'_> {
+    /// Elements.
+    const fn len(&self) -> usize {
+        match self {
+            Self::F32(arena) => arena.len(),
+            Self::Bf16(arena) => arena.len(),
+        }
+    }
 }
 
 /// Where a layer lies in a block, in elements.
@@ -56,37 +67,78 @@ impl Segment<'_> {
     pub fn position(&self, i: usize) -> usize {
         self.context - self.len + i
     }
+
+    /// Panics where a segment is not what it claims to be.
+    pub(crate) fn check(&self, tokens: usize) {
+        let Self { start, len, context, table } = *self;
+        assert!(
+            start.checked_add(len).is_some_and(|end| end <= tokens),
+            "rows {start} + {len} of a batch of {tokens}"
+        );
+        assert!(len <= context, "{len} rows end a context of {context} tokens");
+        let blocks = context.div_ceil(BLOCK);
+        assert!(table.len() >= blocks, "{blocks} blocks of {context} tokens, got {}", table.len());
+    }
 }
 
 impl KvLayer {
-    /// Element where the layer's rows of block `block` start.
+    /// The elements of one block of the layer, checked against an arena of `len` elements.
+    ///
+    /// # Panics
+    /// When the table has no such block, or the block leaves the arena.
     #[inline]
-    pub(crate) fn block_start(&self, table: &[u64], block: usize) -> usize {
-        usize::try_from(table[block]).expect("an offset fits the address space") + self.offset
+    pub(crate) fn block(&self, len: usize, table: &[u64], block: usize) -> Range<usize> {
+        let Some(&offset) = table.get(block) else {
+            panic!("block {block} of a table of {} blocks", table.len());
+        };
+        let start = usize::try_from(offset).ok().and_then(|at| at.checked_add(self.offset));
+        let end = start.and_then(|at| at.checked_add(BLOCK * self.row));
+        match (start, end) {
+            (Some(start), Some(end)) if end <= len => start..end,
+            _ => panic!("{self:?} of the block at {offset} leaves the arena of {len} elements"),
+        }
     }
 }
 
 /// Writes one row per token of each segment: `rows` is `[tokens, layer.row]`.
 ///
+/// Blocks that several segments name are shared prefixes and written by none of them; that is the
+/// promise of whoever owns the blocks, and breaking it costs wrong values, never memory safety.
+///
 /// # Panics
 /// When a row would leave the arena or its table.
 pub fn write_kv(rows: &[f32], layer: KvLayer, segments: &[Segment<'_>], arena: &mut KvMut<'_>) {
     for segment in segments {
-        for i in 0..segment.len {
+        segment.check(rows.len() / layer.row.max(1));
+        let mut i = 0;
+        while i < segment.len {
             let position = segment.position(i);
-            let at =
-                layer.block_start(segment.table, position / BLOCK) + position % BLOCK * layer.row;
-            let row = (segment.start + i) * layer.row;
-            let row = &rows[row..row + layer.row];
+            // The rows that go to one block lie side by side on both sides.
+            let count = (BLOCK - position % BLOCK).min(segment.len - i);
+            let from = (segment.start + i) * layer.row;
+            let from = &rows[from..from + count * layer.row];
+            let block = layer.block(arena.len(), segment.table, position / BLOCK);
+            let to = block.start + position % BLOCK * layer.row;
+            let to = to..to + from.len();
             match arena {
-                KvMut::F32(arena) => arena[at..at + layer.row].copy_from_slice(row),
+                KvMut::F32(arena) => arena[to].copy_from_slice(from),
                 KvMut::Bf16(arena) => {
-                    let cells = &mut arena[at..at + layer.row];
-                    cells.iter_mut().zip(row).for_each(|(y, x)| *y = bf16::from_f32(*x));
+                    let cells = &mut arena[to];
+                    cells.iter_mut().zip(from).for_each(|(y, x)| *y = narrow(*x));
                 }
             }
+            i += count;
         }
     }
+}
+
+/// Rounds to nearest, ties to even, without a branch; NaN stays a quiet NaN.
+#[inline]
+fn narrow(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
+    let quiet = bits >> 16 | 0x40;
+    bf16::from_bits(if x.is_nan() { quiet } else { rounded } as u16)
 }
 
 #[cfg(test)]
@@ -149,10 +201,58 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "out of range")]
+    #[should_panic(expected = "leaves the arena of 64 elements")]
     fn a_block_outside_of_the_arena_is_refused() {
         let layer = KvLayer { offset: 0, row: 1 };
         let segment = Segment { start: 0, len: 1, context: 1, table: &[64] };
         write_kv(&[1.0], layer, &[segment], &mut KvMut::F32(&mut [0.0; 64]));
+    }
+
+    #[test]
+    #[should_panic(expected = "leaves the arena of 64 elements")]
+    fn an_offset_that_overflows_is_refused() {
+        let layer = KvLayer { offset: 64, row: 1 };
+        let segment = Segment { start: 0, len: 1, context: 1, table: &[u64::MAX - 10] };
+        write_kv(&[1.0], layer, &[segment], &mut KvMut::F32(&mut [0.0; 64]));
+    }
+
+    #[test]
+    #[should_panic(expected = "2 blocks of 65 tokens, got 1")]
+    fn a_table_that_is_too_short_is_refused() {
+        let layer = KvLayer { offset: 0, row: 1 };
+        let segment = Segment { start: 0, len: 1, context: 65, table: &[0] };
+        write_kv(&[1.0], layer, &[segment], &mut KvMut::F32(&mut [0.0; 64]));
+    }
+
+    #[test]
+    fn chunks_of_any_length_land_where_single_rows_do() {
+        let layer = KvLayer { offset: 1, row: 2 };
+        let table = [300, 0, 150];
+        let rows: Vec<f32> = (1..=2 * 150).map(|x| x as f32).collect();
+        let mut whole = vec![0.0; 450];
+        let segment = Segment { start: 0, len: 150, context: 150, table: &table };
+        write_kv(&rows, layer, &[segment], &mut KvMut::F32(&mut whole));
+        for chunk in [1, 3, 63, 64, 65, 129] {
+            let mut parts = vec![0.0; 450];
+            for start in (0..150).step_by(chunk) {
+                let len = chunk.min(150 - start);
+                let segment = Segment { start, len, context: start + len, table: &table };
+                write_kv(&rows, layer, &[segment], &mut KvMut::F32(&mut parts));
+            }
+            assert_eq!(parts, whole, "{chunk}");
+        }
+        assert_eq!(whole.iter().filter(|x| **x != 0.0).count(), rows.len());
+    }
+
+    #[test]
+    fn narrowing_is_the_rounding_of_the_format() {
+        let mut random = crate::testing::Random::new(6);
+        let specials = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN_POSITIVE];
+        let ties = [0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 1, 0x7F7F_8000].map(f32::from_bits);
+        let any = (0..10_000).map(|_| f32::from_bits(random.next() as u32));
+        for x in specials.into_iter().chain(ties).chain(any) {
+            let (got, expected) = (narrow(x), bf16::from_f32(x));
+            assert_eq!(got.to_bits(), expected.to_bits(), "{x:e}");
+        }
     }
 }

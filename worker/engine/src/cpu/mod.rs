@@ -181,6 +181,7 @@ impl<'w> Cpu<'w> {
 fn scratch_len(pool: &ThreadPool, launch: &Launch<'_>, tokens: usize) -> usize {
     match launch {
         Launch::Linear { x, .. } => ops::linear::scratch_len(pool, x.width),
+        Launch::Gqa { shape, .. } => ops::gqa::scratch_len(pool, shape),
         Launch::Mla { shape, .. } => ops::mla::scratch_len(pool, shape, tokens),
         _ => 0,
     }

@@ -70,7 +70,7 @@ impl Step<'_> {
             }
             Launch::Gqa { q, shape, layer, out } => {
                 let [q, out] = arena.two([*q, *out], rows);
-                ops::gqa::attention(pool, q, shape, layer.kv, segments, kv.read(), out);
+                ops::gqa::attention(pool, q, shape, layer.kv, segments, kv.read(), out, scratch);
             }
             Launch::Mla { q, shape, kv_b, layer, out } => {
                 let [q, out] = arena.two([*q, *out], rows);
