@@ -77,8 +77,7 @@ fn pure_crates_reach_no_runtime() {
             let name = metadata[id].name.as_str();
             assert!(!IMPURE.contains(&name), "{} reaches {name}", package.name);
             next.extend(nodes[id].deps.iter().filter_map(|dep| {
-                let built_in =
-                    dep.dep_kinds.iter().any(|kind| kind.kind == DependencyKind::Normal);
+                let built_in = dep.dep_kinds.iter().any(|kind| kind.kind == DependencyKind::Normal);
                 built_in.then_some(&dep.pkg)
             }));
         }

@@ -6,7 +6,10 @@ mod common;
 const MAX_LINES: usize = 600;
 
 /// Files that may be longer, with the reason. Take a line off when its file shrinks.
-const LONG: [(&str, &str); 0] = [];
+const LONG: [(&str, &str); 1] = [(
+    "bench/sim/src/world.rs",
+    "the simulated world: every event and every invariant on one screen",
+)];
 
 #[test]
 fn every_file_opens_with_what_it_is() {
@@ -36,11 +39,14 @@ fn no_file_outgrows_one_concept() {
 
 #[test]
 fn unsafe_stays_at_its_addresses() {
-    const ADDRESSES: [&str; 3] = ["kernels/device/", "kernels/ops/", "worker/weights/src/map_file.rs"];
+    const ADDRESSES: [&str; 3] =
+        ["kernels/device/", "kernels/ops/", "worker/weights/src/map_file.rs"];
+    const MARKS: [&str; 3] = ["{", "impl", "fn"];
     for (path, text) in common::rust_sources() {
         let at_address = ADDRESSES.iter().any(|address| path.starts_with(address));
         let has_unsafe = text.lines().map(str::trim_start).any(|line| {
-            !line.starts_with("//") && (line.contains("unsafe {") || line.contains("unsafe impl"))
+            !line.starts_with("//")
+                && MARKS.iter().any(|mark| line.contains(&format!("unsafe {mark}")))
         });
         assert!(at_address || !has_unsafe, "{path} holds unsafe code");
     }

@@ -4,30 +4,36 @@ use cargo_metadata::{Metadata, MetadataCommand};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// What is shipped.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
 /// The repository's root.
-pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().expect("docs/tidy lies two deep")
+pub(crate) fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .canonicalize()
+        .expect("docs/tidy lies two deep")
 }
 
-/// The resolved graph, as locked.
+/// The resolved graph, as locked, of the one target that is shipped.
 #[allow(dead_code, reason = "each test file uses its part of this module")]
-pub fn metadata() -> Metadata {
+pub(crate) fn metadata() -> Metadata {
     MetadataCommand::new()
         .manifest_path(root().join("Cargo.toml"))
-        .other_options(vec!["--locked".into(), "--offline".into()])
+        .other_options(vec!["--locked".into(), "--filter-platform".into(), TARGET.into()])
         .exec()
         .expect("cargo metadata")
 }
 
 /// A file of the repository.
 #[allow(dead_code, reason = "each test file uses its part of this module")]
-pub fn read(path: &str) -> String {
+pub(crate) fn read(path: &str) -> String {
     fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
 /// Every Rust source of the repository, by path from the root, build output excepted.
 #[allow(dead_code, reason = "each test file uses its part of this module")]
-pub fn rust_sources() -> Vec<(String, String)> {
+pub(crate) fn rust_sources() -> Vec<(String, String)> {
     fn walk(folder: &Path, root: &Path, found: &mut Vec<(String, String)>) {
         for entry in fs::read_dir(folder).expect("readable folder") {
             let path = entry.expect("readable entry").path();

@@ -1,0 +1,65 @@
+//! The command line and the pages agree: every flag and every recipe field is documented, and serve
+//! keeps below forty flags.
+
+use std::process::Command;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_tokenmill");
+
+fn help(command: &[&str]) -> String {
+    let output = Command::new(PROGRAM).args(command).arg("--help").output().expect("starts");
+    assert!(output.status.success());
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+fn page(name: &str) -> String {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    std::fs::read_to_string(root.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+fn flags(help: &str) -> Vec<String> {
+    help.lines()
+        .map(str::trim_start)
+        .filter(|line| line.starts_with('-'))
+        .filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")))
+        .map(|flag| flag.trim_end_matches(',').to_owned())
+        .filter(|flag| flag != "--help" && flag != "--version")
+        .collect()
+}
+
+#[test]
+fn every_flag_is_on_its_page() {
+    let page = page("docs/reference/cli.md");
+    let commands: [&[&str]; 9] = [
+        &["serve"],
+        &["chat"],
+        &["bench", "latency"],
+        &["bench", "throughput"],
+        &["bench", "serve"],
+        &["bench", "planner"],
+        &["model", "explain"],
+        &["model", "random"],
+        &["model", "fetch"],
+    ];
+    for command in commands {
+        let flags = flags(&help(command));
+        assert!(!flags.is_empty(), "{command:?} has flags");
+        for flag in flags {
+            assert!(page.contains(&format!("`{flag}`")), "{command:?}: {flag} is not in the page");
+        }
+    }
+}
+
+#[test]
+fn serve_has_fewer_than_forty_flags() {
+    let count = flags(&help(&["serve"])).len();
+    assert!((10..40).contains(&count), "{count} flags");
+}
+
+#[test]
+fn every_recipe_field_is_on_its_page() {
+    let page = page("docs/reference/recipe.md");
+    for field in recipe::FIELDS {
+        let line = format!("| `{}` | {} |", field.name, field.about);
+        assert!(page.lines().any(|found| found == line), "docs/reference/recipe.md lacks: {line}");
+    }
+}
