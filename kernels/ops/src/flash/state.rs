@@ -91,7 +91,7 @@ impl<'a> State<'a> {
             return;
         }
         let top = self.highest[m].max(maximum(isa, scores));
-        // A NaN score does not raise the maximum; it poisons the mass.
+        // A NaN among the scores does not become the maximum; it poisons the mass.
         if top > self.highest[m] {
             let shrink = (self.highest[m] - top).exp();
             self.highest[m] = top;

@@ -1,4 +1,11 @@
 //! Log-probabilities of a raw row.
+//!
+//! Exponentials in 32 bits, their sum in 64. A row that holds NaN has NaN for every log-probability;
+//! its ranks mean nothing.
+
+use super::choose::CHUNK;
+use crate::exp::{maximum, weights};
+use device::Isa;
 
 /// A token with its log-probability and rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,8 +29,15 @@ impl LogSoftmax {
     /// Of `logits`; NaN anywhere makes every log-probability NaN.
     #[must_use]
     pub fn of(logits: &[f32]) -> Self {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|x| f64::from((x - max).exp())).sum();
+        let isa = Isa::detect();
+        let max = maximum(isa, logits);
+        let mut buffer = [0.0_f32; CHUNK];
+        let mut sum = 0.0_f64;
+        for chunk in logits.chunks(CHUNK) {
+            let buffer = &mut buffer[..chunk.len()];
+            weights(isa, chunk, max, 1.0, buffer);
+            sum += buffer.iter().map(|weight| f64::from(*weight)).sum::<f64>();
+        }
         Self { max, log_sum: sum.ln() }
     }
 
@@ -40,8 +54,8 @@ impl LogSoftmax {
     #[must_use]
     pub fn token(&self, logits: &[f32], token: u32) -> TokenLogprob {
         let logit = logits[token as usize];
-        let likelier = logits.iter().filter(|x| **x > logit).count();
-        TokenLogprob { token, logprob: self.logprob(logit), rank: likelier as u32 + 1 }
+        let likelier: u32 = logits.iter().map(|x| u32::from(*x > logit)).sum();
+        TokenLogprob { token, logprob: self.logprob(logit), rank: likelier + 1 }
     }
 
     /// The `n` likeliest tokens in order, ties by number, into `top`.
@@ -50,15 +64,21 @@ impl LogSoftmax {
         if n == 0 {
             return;
         }
-        // Insertion into a short sorted list: n is at most 20 and most logits fail the first test.
+        let isa = Isa::detect();
+        // Insertion into a short sorted list: n is at most 20, and most chunks hold nothing for it.
         // `logprob` holds the logit until the end.
-        for (token, logit) in (0_u32..).zip(logits) {
-            if top.len() == n && top[n - 1].logprob >= *logit {
+        for (index, chunk) in logits.chunks(CHUNK).enumerate() {
+            if top.len() == n && maximum(isa, chunk) <= top[n - 1].logprob {
                 continue;
             }
-            let at = top.partition_point(|t| t.logprob >= *logit);
-            top.truncate(n - 1);
-            top.insert(at, TokenLogprob { token, logprob: *logit, rank: 0 });
+            for (token, logit) in (index * CHUNK..).zip(chunk) {
+                if top.len() == n && *logit <= top[n - 1].logprob {
+                    continue;
+                }
+                let at = top.partition_point(|t| t.logprob >= *logit);
+                top.truncate(n - 1);
+                top.insert(at, TokenLogprob { token: token as u32, logprob: *logit, rank: 0 });
+            }
         }
         let (mut rank, mut previous) = (1, f32::INFINITY);
         for (i, entry) in (1_u32..).zip(top.iter_mut()) {

@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::testing::Random;
+use device::Isa;
+use proptest::prelude::*;
 
 const PLAIN: Params<'static> = Params {
     temperature: 1.0,
@@ -20,29 +22,48 @@ const PLAIN: Params<'static> = Params {
 };
 static NOTHING: Seen = Seen::none();
 
-/// Tokens kept with their probabilities, by a full sort.
-fn exact(logits: &[f32], params: &Params<'_>) -> Vec<(u32, f64)> {
+/// Tokens kept with their probabilities, in f64 by a full sort; `slack` moves top-p and min-p.
+fn exact(logits: &[f32], params: &Params<'_>, slack: f64) -> Vec<(u32, f64)> {
     let t = f64::from(params.temperature);
     let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut all: Vec<(u32, f64)> =
         (0..).zip(logits).map(|(i, l)| (i, ((f64::from(*l) - f64::from(top)) / t).exp())).collect();
-    all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    all.retain(|x| logits[x.0 as usize] > f32::NEG_INFINITY);
+    let of = |x: &(u32, f64)| logits[x.0 as usize];
+    all.sort_by(|a, b| of(b).partial_cmp(&of(a)).expect("numbers").then(a.0.cmp(&b.0)));
     if params.top_k > 0 {
         all.truncate(params.top_k as usize);
     }
-    let whole: f64 = all.iter().map(|x| x.1).sum();
-    let mut mass = 0.0;
-    let mut count = 0;
-    while count < all.len() && (count == 0 || mass < f64::from(params.top_p) * whole) {
-        mass += all[count].1;
-        count += 1;
-    }
     if params.top_p < 1.0 {
-        all.truncate(count);
+        let whole: f64 = all.iter().map(|x| x.1).sum();
+        let target = (f64::from(params.top_p) + slack) * whole;
+        let mut mass = 0.0;
+        let reached = all.iter().position(|x| {
+            mass += x.1;
+            mass >= target
+        });
+        all.truncate(reached.map_or(all.len(), |last| last + 1));
     }
-    all.retain(|x| x.1 >= f64::from(params.min_p));
+    all.retain(|x| x.1 >= f64::from(params.min_p) * (1.0 - slack) || x.1 == 1.0);
     let whole: f64 = all.iter().map(|x| x.1).sum();
     all.into_iter().map(|(i, w)| (i, w / whole)).collect()
+}
+
+/// What the filters keep, sorted.
+fn kept(logits: &[f32], params: &Params<'_>, workspace: &mut Workspace) -> Vec<u32> {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    workspace.tops.clear();
+    workspace.tops.extend(
+        logits.chunks(choose::CHUNK).map(|c| c.iter().copied().fold(f32::NEG_INFINITY, f32::max)),
+    );
+    filter::keep(Isa::detect(), logits, highest, params, workspace);
+    let Workspace { tokens, weights, .. } = workspace;
+    if tokens.is_empty() {
+        assert_eq!(weights.len(), logits.len());
+        return (0..logits.len() as u32).collect();
+    }
+    assert!(tokens.is_sorted_by(|a, b| a < b) && tokens.len() == weights.len());
+    tokens.clone()
 }
 
 #[test]
@@ -73,7 +94,7 @@ fn draws_follow_the_exact_distribution() {
         Params { min_p: 0.2, ..PLAIN },
         Params { top_k: 9, top_p: 0.9, min_p: 0.05, ..PLAIN },
     ] {
-        let expected = exact(&logits, &params);
+        let expected = exact(&logits, &params, 0.0);
         let mut counts = [0_u32; 20];
         let draws = 20_000;
         let mut workspace = Workspace::new(20);
@@ -99,31 +120,128 @@ fn draws_follow_the_exact_distribution() {
     }
 }
 
-#[test]
-fn filters_keep_what_a_full_sort_keeps() {
-    let mut random = Random::new(2);
-    for case in 0..300 {
-        let vocab = 1 + random.below(1500);
-        // Coarse logits, so that ties are common.
-        let logits: Vec<f32> =
-            random.vector(vocab).iter().map(|x| (x * 12.0).round() / 2.0).collect();
-        let params = Params {
-            temperature: 0.25 + random.below(8) as f32 / 4.0,
-            top_k: random.below(vocab + 1) as u32,
-            top_p: [1.0, 0.1, 0.5, 0.9, 0.99][random.below(5)],
-            min_p: [0.0, 0.01, 0.3][random.below(3)],
-            ..PLAIN
-        };
-        let expected = exact(&logits, &params);
-        let mut workspace = Workspace::new(vocab);
-        let mut got = std::collections::BTreeSet::new();
-        for position in 0..200 {
-            let mut row = logits.clone();
-            let token = sample(&mut row, &Params { position, ..params }, &mut workspace);
-            got.insert(token.expect("a token"));
+/// Rows of all shapes: spread out, flat, with ties, with one far ahead, with banned tokens.
+fn rows() -> impl Strategy<Value = Vec<f32>> {
+    let vocab = prop_oneof![1_usize..4, 4_usize..700, 700_usize..3000];
+    (vocab, any::<u64>(), 0_u8..5).prop_map(|(vocab, seed, shape)| {
+        let mut random = Random::new(seed);
+        let mut row: Vec<f32> = random.vector(vocab);
+        for x in &mut row {
+            *x = match shape {
+                0 => *x * 20.0,
+                1 => *x * 0.01,
+                2 => (*x * 12.0).round() / 2.0,
+                3 => *x * *x * *x * 30.0 - 500.0,
+                _ if *x < -0.5 => f32::NEG_INFINITY,
+                _ => *x * 8.0,
+            };
         }
-        for token in got {
-            assert!(expected.iter().any(|e| e.0 == token), "case {case}: {token} {params:?}");
+        row[random.below(vocab)] = if seed % 3 == 0 { 21.0 } else { 3.0 };
+        row
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn filters_keep_exactly_what_a_full_sort_keeps(
+        logits in rows(),
+        temperature in prop_oneof![Just(1.0_f32), 0.05_f32..2.0],
+        top_k in prop_oneof![Just(0_u32), Just(1), 2_u32..100, 100_u32..3000],
+        top_p in prop_oneof![Just(1.0_f32), 0.01_f32..1.0, 0.9_f32..0.999],
+        min_p in prop_oneof![Just(0.0_f32), 0.0_f32..1.0, Just(1.0)],
+    ) {
+        let params = Params { temperature, top_k, top_p, min_p, ..PLAIN };
+        let mut workspace = Workspace::new(logits.len());
+        let got = kept(&logits, &params, &mut workspace);
+        let ids = |list: Vec<(u32, f64)>| {
+            let mut ids: Vec<u32> = list.into_iter().map(|x| x.0).collect();
+            ids.sort_unstable();
+            ids
+        };
+        // Where no filter is on, tokens without weight are listed and never drawn.
+        let got: Vec<u32> =
+            got.into_iter().filter(|i| logits[*i as usize] > f32::NEG_INFINITY).collect();
+        // Weights are 32 bits wide: at a cut that lies within rounding either side may be taken.
+        let [less, same, more] = [-2e-6, 0.0, 2e-6].map(|slack| ids(exact(&logits, &params, slack)));
+        if less == more {
+            prop_assert_eq!(&got, &same);
+        } else {
+            let inside = |a: &[u32], b: &[u32]| a.iter().all(|x| b.binary_search(x).is_ok());
+            prop_assert!(inside(&less, &got) && inside(&got, &more));
+        }
+        // Another processor keeps the same, to the bit.
+        let weights = workspace.weights.clone();
+        for isa in Isa::available() {
+            let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            filter::keep(isa, &logits, highest, &params, &mut workspace);
+            prop_assert_eq!(&workspace.weights, &weights);
+        }
+    }
+
+    #[test]
+    fn the_same_inputs_give_the_same_token_whatever_came_before(
+        logits in rows(),
+        other in rows(),
+        seed in any::<u64>(),
+        top_p in prop_oneof![Just(1.0_f32), 0.5_f32..1.0],
+        top_k in prop_oneof![Just(0_u32), 1_u32..50],
+    ) {
+        let params = Params { seed, top_p, top_k, position: 3, ..PLAIN };
+        let fresh = sample(&mut logits.clone(), &params, &mut Workspace::default());
+        let mut used = Workspace::default();
+        let _ = sample(&mut other.clone(), &params, &mut used);
+        prop_assert_eq!(sample(&mut logits.clone(), &params, &mut used), fresh);
+    }
+}
+
+#[test]
+fn any_temperature_that_is_allowed_gives_a_token() {
+    let logits = [1.0, 5.0, 2.0, f32::NEG_INFINITY, 4.9];
+    for temperature in [f32::MIN_POSITIVE, 1e-40, 1e-6, 0.01] {
+        for (top_k, top_p, min_p) in [(0, 1.0, 0.0), (3, 0.5, 0.0), (0, 0.9, 0.1)] {
+            let params = Params { temperature, top_k, top_p, min_p, ..PLAIN };
+            let mut workspace = Workspace::default();
+            assert_eq!(sample(&mut logits.clone(), &params, &mut workspace), Ok(1), "{params:?}");
+        }
+    }
+}
+
+#[test]
+fn seed_choice_and_position_each_change_the_draw() {
+    let mut random = Random::new(4);
+    let mut numbers = std::collections::BTreeSet::new();
+    for _ in 0..1000 {
+        let (seed, choice, position) = (random.next(), random.below(9) as u32, random.below(99));
+        for (s, c, p) in [(0, 0, 0), (1, 0, 0), (1 << 40, 0, 0), (0, 1, 0), (0, 0, 1)] {
+            let u = uniform(seed ^ s, choice + c, position as u32 + p);
+            assert!(u > 0.0 && u < 1.0);
+            numbers.insert(u.to_bits());
+        }
+    }
+    assert_eq!(numbers.len(), 5000);
+}
+
+#[test]
+fn faults_are_named_wherever_they_lie() {
+    for len in [1, 255, 256, 257, 600] {
+        for at in [0, len / 2, len - 1] {
+            for temperature in [0.0, 1.0] {
+                let params = Params { temperature, ..PLAIN };
+                let mut workspace = Workspace::default();
+                for bad in [f32::NAN, f32::INFINITY] {
+                    let mut row = vec![0.5; len];
+                    row[at] = bad;
+                    let got = sample(&mut row, &params, &mut workspace);
+                    assert_eq!(got, Err(Fault::NotANumber), "{bad} at {at} of {len}");
+                }
+                let mut row = vec![f32::NEG_INFINITY; len];
+                let got = sample(&mut row, &params, &mut workspace);
+                assert_eq!(got, Err(Fault::NothingAllowed));
+                row[at] = -3.0;
+                assert_eq!(sample(&mut row, &params, &mut workspace), Ok(at as u32));
+            }
         }
     }
 }
@@ -164,7 +282,7 @@ fn penalties_bias_and_bans_move_the_right_logits() {
 #[test]
 fn log_probabilities_and_ranks_are_those_of_the_raw_row() {
     let mut random = Random::new(7);
-    for vocab in [1, 5, 300] {
+    for vocab in [1, 5, 255, 256, 257, 3000] {
         let logits: Vec<f32> =
             random.vector(vocab).iter().map(|x| (x * 40.0).round() / 4.0).collect();
         let softmax = LogSoftmax::of(&logits);
@@ -184,5 +302,18 @@ fn log_probabilities_and_ranks_are_those_of_the_raw_row() {
                 "rank of one equals rank in list"
             );
         }
+    }
+}
+
+#[test]
+fn a_row_with_nan_has_no_log_probabilities_and_no_panic() {
+    let mut logits = Random::new(3).vector(600);
+    for at in [0, 300, 599] {
+        logits[at] = f32::NAN;
+        let softmax = LogSoftmax::of(&logits);
+        let mut top = Vec::new();
+        softmax.top(&logits, 20, &mut top);
+        assert!(top.iter().all(|entry| entry.logprob.is_nan()));
+        assert!(softmax.token(&logits, 7).logprob.is_nan());
     }
 }
