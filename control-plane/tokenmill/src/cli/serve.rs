@@ -94,7 +94,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value_t = 120, help_heading = "Workers")]
     pub(crate) step_timeout: u64,
     /// Replace the engine by one without a model, for tests: BASE_US,DECODE_US,PREFILL_NS.
-    #[arg(long, hide = true, value_delimiter = ',', num_args = 3)]
+    #[arg(long, hide = true, value_delimiter = ',', num_args = 1)]
     pub(crate) fake_engine: Option<Vec<u64>>,
 }
 

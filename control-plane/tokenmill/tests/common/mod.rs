@@ -13,18 +13,18 @@ use std::time::{Duration, Instant};
 const READY: Duration = Duration::from_secs(60);
 
 /// The program under test.
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_tokenmill");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_tokenmill");
 
 /// A running server; killed on drop.
-pub struct Server {
+pub(crate) struct Server {
     child: Child,
     /// `http://127.0.0.1:PORT`.
-    pub url: String,
+    pub(crate) url: String,
 }
 
 impl Server {
     /// Starts `tokenmill serve ARGS --port 0` and waits until it is ready.
-    pub fn start(args: &[&str]) -> Self {
+    pub(crate) fn start(args: &[&str]) -> Self {
         let mut child = Command::new(PROGRAM)
             .arg("serve")
             .args(args)
@@ -56,7 +56,7 @@ impl Server {
     }
 
     /// Waits until `/readyz` answers 200.
-    pub fn wait_ready(&self, limit: Duration) {
+    pub(crate) fn wait_ready(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
         while Instant::now() < deadline {
             if self.get("/readyz").is_ok_and(|(status, _)| status == 200) {
@@ -68,13 +68,13 @@ impl Server {
     }
 
     /// GET; status and body.
-    pub fn get(&self, path: &str) -> Result<(u16, String), reqwest::Error> {
+    pub(crate) fn get(&self, path: &str) -> Result<(u16, String), reqwest::Error> {
         let response = client().get(format!("{}{path}", self.url)).send()?;
         Ok((response.status().as_u16(), response.text()?))
     }
 
     /// POST of JSON; status and parsed body.
-    pub fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> (u16, Value) {
         let response = client()
             .post(format!("{}{path}", self.url))
             .json(body)
@@ -86,14 +86,14 @@ impl Server {
     }
 
     /// POST that must succeed.
-    pub fn ok(&self, path: &str, body: &Value) -> Value {
+    pub(crate) fn ok(&self, path: &str, body: &Value) -> Value {
         let (status, answer) = self.post(path, body);
         assert_eq!(status, 200, "{path} {body}: {answer}");
         answer
     }
 
     /// POST whose answer is a stream; every `data:` object up to `[DONE]`.
-    pub fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
+    pub(crate) fn stream(&self, path: &str, body: &Value) -> Vec<Value> {
         let mut response = client()
             .post(format!("{}{path}", self.url))
             .json(body)
@@ -116,14 +116,20 @@ impl Server {
         events
     }
 
-    /// The value of a metric without labels, or with exactly the labels given in `name`.
-    pub fn metric(&self, name: &str) -> Option<f64> {
+    /// The value of a metric: `name`, or `name{label="value"}` to choose among series.
+    pub(crate) fn metric(&self, name: &str) -> Option<f64> {
         let (_, text) = self.get("/metrics").expect("metrics answer");
-        text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+        let (base, label) = name.trim_end_matches('}').split_once('{').unwrap_or((name, ""));
+        text.lines().find_map(|line| {
+            let rest = line.strip_prefix(base)?;
+            let (labels, value) = rest.rsplit_once(' ')?;
+            let same_name = labels.is_empty() || labels.starts_with('{');
+            (same_name && labels.contains(label)).then(|| value.parse().ok())?
+        })
     }
 
     /// The worker's process id: the only child of the server.
-    pub fn worker_pid(&self) -> Option<u32> {
+    pub(crate) fn worker_pid(&self) -> Option<u32> {
         let server = self.child.id();
         let children = std::fs::read_to_string(format!("/proc/{server}/task/{server}/children"));
         let mut found: Vec<u32> = Vec::new();
@@ -140,7 +146,7 @@ impl Server {
     }
 
     /// Resident bytes of the server process.
-    pub fn resident_bytes(&self) -> u64 {
+    pub(crate) fn resident_bytes(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))
             .expect("the server lives");
         let kib = status
@@ -151,12 +157,12 @@ impl Server {
     }
 
     /// Process id of the server.
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// Waits for the server to end by itself.
-    pub fn wait(&mut self) -> std::process::ExitStatus {
+    pub(crate) fn wait(&mut self) -> std::process::ExitStatus {
         self.child.wait().expect("waited for")
     }
 }
@@ -176,13 +182,13 @@ fn client() -> reqwest::blocking::Client {
 }
 
 /// Sends a signal by number-free name, as a person would.
-pub fn signal(name: &str, pid: u32) {
+pub(crate) fn signal(name: &str, pid: u32) {
     let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
     assert!(status.is_ok_and(|s| s.success()), "kill -{name} {pid}");
 }
 
 /// Makes a random checkpoint of `config` in a fresh folder with the parity profile.
-pub fn checkpoint(config: &Path, seed: u64, into: &Path) -> PathBuf {
+pub(crate) fn checkpoint(config: &Path, seed: u64, into: &Path) -> PathBuf {
     let out = into.join("checkpoint");
     let made = Command::new(PROGRAM)
         .args(["model", "random"])

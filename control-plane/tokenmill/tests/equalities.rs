@@ -1,0 +1,174 @@
+//! What must not change an answer does not: chunks, batches, prefix hits, run-ahead, streaming.
+//!
+//! Through HTTP, float32, each with proof that the feature fired. Tokens are equal and log-probabilities
+//! within 1e-4. Preemption at every step is shown in process, where it can be forced.
+
+mod common;
+
+use common::{Server, checkpoint};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// Families with a sliding window, with latents and experts, and plain.
+const CASES: [&str; 3] =
+    ["qwen3/native_layer_types", "deepseek_v3/native_yarn", "llama/native_tied"];
+const LIMITS: [&str; 6] =
+    ["--max-model-len", "1024", "--max-num-seqs", "32", "--max-num-batched-tokens", "512"];
+
+struct Model {
+    _folder: tempfile::TempDir,
+    path: PathBuf,
+}
+
+fn model(case: &str) -> Model {
+    let config = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/parity/cases")
+        .join(case)
+        .join("config.json");
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let path = checkpoint(&config, 3, folder.path());
+    Model { _folder: folder, path }
+}
+
+impl Model {
+    fn serve(&self, flags: &[&str]) -> Server {
+        let mut args = vec![self.path.to_str().expect("UTF-8")];
+        args.extend(LIMITS);
+        args.extend(flags);
+        Server::start(&args)
+    }
+}
+
+/// A prompt of `length` tokens, different for each `which`.
+fn prompt(which: u64, length: u64) -> Vec<u64> {
+    (0..length).map(|i| (which * 7919 + i * i * 31 + i * 17) % 300).collect()
+}
+
+fn body(prompt: &[u64], temperature: f64) -> Value {
+    json!({
+        "model": "checkpoint", "prompt": prompt, "max_tokens": 12, "temperature": temperature,
+        "seed": 11, "logprobs": 0, "return_token_ids": true, "ignore_eos": true,
+    })
+}
+
+/// Token ids and log-probabilities of an answer, and its cached prompt tokens.
+#[derive(Debug)]
+struct Answer {
+    tokens: Vec<u64>,
+    logprobs: Vec<f64>,
+    cached: u64,
+}
+
+fn answer(value: &Value) -> Answer {
+    let choice = &value["choices"][0];
+    let list = |value: &Value| value.as_array().expect("an array").clone();
+    Answer {
+        tokens: list(&choice["token_ids"]).iter().filter_map(Value::as_u64).collect(),
+        logprobs: list(&choice["logprobs"]["token_logprobs"])
+            .iter()
+            .filter_map(Value::as_f64)
+            .collect(),
+        cached: value["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0),
+    }
+}
+
+fn ask(server: &Server, prompt: &[u64], temperature: f64) -> Answer {
+    answer(&server.ok("/v1/completions", &body(prompt, temperature)))
+}
+
+fn assert_same(what: &str, a: &Answer, b: &Answer) {
+    assert_eq!(a.tokens.len(), 12, "{what}");
+    assert_eq!(a.tokens, b.tokens, "{what}");
+    for (x, y) in a.logprobs.iter().zip(&b.logprobs) {
+        assert!((x - y).abs() <= 1e-4, "{what}: {x} and {y}");
+    }
+}
+
+#[test]
+fn chunks_and_run_ahead_change_nothing() {
+    for case in CASES {
+        let model = model(case);
+        let prompt = prompt(1, 150);
+        let whole = ask(&model.serve(&["--run-ahead", "0"]), &prompt, 0.0);
+        for chunk in ["1", "63", "64", "65"] {
+            let server = model.serve(&["--max-prefill-chunk", chunk, "--no-enable-prefix-caching"]);
+            assert_same(&format!("{case}, chunks of {chunk}"), &whole, &ask(&server, &prompt, 0.0));
+            let steps = server.metric("tokenmill_step_seconds_count").expect("steps are counted");
+            let least = 150 / chunk.parse::<u32>().expect("a number") + 11;
+            assert!(steps >= f64::from(least), "{steps} steps for chunks of {chunk}");
+        }
+        for depth in ["1", "2"] {
+            let server = model.serve(&["--run-ahead", depth]);
+            assert_same(&format!("{case}, depth {depth}"), &whole, &ask(&server, &prompt, 0.0));
+        }
+    }
+}
+
+#[test]
+fn a_prefix_hit_changes_nothing() {
+    for case in CASES {
+        let model = model(case);
+        let prompt = prompt(2, 200);
+        let server = model.serve(&[]);
+        let cold = ask(&server, &prompt, 0.0);
+        let hit = ask(&server, &prompt, 0.0);
+        assert_eq!(cold.cached, 0);
+        assert!(hit.cached >= 128, "{case}: {} cached tokens", hit.cached);
+        assert_same(case, &cold, &hit);
+        let off = model.serve(&["--no-enable-prefix-caching"]);
+        ask(&off, &prompt, 0.0);
+        assert_eq!(ask(&off, &prompt, 0.0).cached, 0, "{case}");
+    }
+}
+
+#[test]
+fn a_batch_gives_what_each_gets_alone() {
+    for case in CASES {
+        let model = model(case);
+        let server = model.serve(&["--no-enable-prefix-caching"]);
+        for temperature in [0.0, 0.8] {
+            let prompts: Vec<Vec<u64>> = (0..32).map(|i| prompt(i, 3 + i * 5)).collect();
+            let alone: Vec<Answer> =
+                prompts.iter().map(|prompt| ask(&server, prompt, temperature)).collect();
+            let together: Vec<Answer> = std::thread::scope(|scope| {
+                let asked: Vec<_> = prompts
+                    .iter()
+                    .map(|prompt| scope.spawn(|| ask(&server, prompt, temperature)))
+                    .collect();
+                asked.into_iter().map(|one| one.join().expect("answered")).collect()
+            });
+            for (i, (a, b)) in alone.iter().zip(&together).enumerate() {
+                assert_same(&format!("{case}, prompt {i} at {temperature}"), a, b);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stream_says_what_the_whole_answer_says() {
+    let model = model(CASES[1]);
+    let server = model.serve(&[]);
+    let prompt = prompt(4, 70);
+    for temperature in [0.0, 0.8] {
+        let whole = ask(&server, &prompt, temperature);
+        let mut streamed = body(&prompt, temperature);
+        streamed["stream"] = true.into();
+        let events = server.stream("/v1/completions", &streamed);
+        assert!(events.len() >= 12, "a token at a time, not {} events", events.len());
+        let of = |field: &dyn Fn(&Value) -> Value| -> Vec<Value> {
+            events
+                .iter()
+                .filter_map(|e| field(&e["choices"][0]).as_array().cloned())
+                .flatten()
+                .collect()
+        };
+        let tokens = of(&|choice| choice["token_ids"].clone());
+        let logprobs = of(&|choice| choice["logprobs"]["token_logprobs"].clone());
+        let streamed = Answer {
+            tokens: tokens.iter().filter_map(Value::as_u64).collect(),
+            logprobs: logprobs.iter().filter_map(Value::as_f64).collect(),
+            cached: 0,
+        };
+        assert_same("stream", &whole, &streamed);
+    }
+}

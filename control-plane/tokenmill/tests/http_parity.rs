@@ -1,0 +1,135 @@
+//! Log-probabilities through HTTP equal those of transformers, for every family and case.
+//!
+//! The whole path runs: weights written by `model random`, a server, its worker, float32. It does not
+//! say how goldens were made (tests/parity/README.md does). A comparison that would also pass for a
+//! faulty model is worth nothing, so every planted fault must be far outside of the tolerance.
+
+mod common;
+
+use common::{Server, checkpoint};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// Of every log-probability.
+const TOLERANCE: f64 = 2e-3;
+/// Above this margin the likeliest token must be the reference's.
+const CLEAR: f64 = 1e-2;
+/// How far outside of the tolerance a planted fault must be.
+const FAULT_FACTOR: f64 = 50.0;
+
+fn read(path: &Path) -> Value {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).expect("JSON")
+}
+
+fn floats(value: &Value) -> Vec<f64> {
+    value.as_array().expect("an array").iter().map(|x| x.as_f64().expect("a number")).collect()
+}
+
+/// The answer's log-probability of each prompt token from the second on, and the likeliest token there.
+fn prompt_of(choice: &Value, prompt: &[Value]) -> Vec<(f64, u64)> {
+    let entries = choice["prompt_logprobs"].as_array().expect("prompt_logprobs");
+    assert_eq!(entries.len(), prompt.len());
+    assert!(entries[0].is_null(), "the first token has no probability");
+    let at = |(entry, token): (&Value, &Value)| {
+        let own = entry[token.to_string()]["logprob"].as_f64().expect("the token itself");
+        let first = entry.as_object().expect("tokens").iter().find(|(_, about)| about["rank"] == 1);
+        (own, first.expect("a likeliest token").0.parse().expect("a token id"))
+    };
+    entries.iter().zip(prompt).skip(1).map(at).collect()
+}
+
+/// Compares one case; the largest difference seen.
+fn check(case: &Path) -> f64 {
+    let golden = read(&case.join("golden.json"));
+    let faults = read(&case.join("faults.json"));
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let seed = golden["seed"].as_u64().expect("a seed");
+    let model = checkpoint(&case.join("config.json"), seed, folder.path());
+    let limits =
+        ["--max-model-len", "1024", "--max-num-seqs", "8", "--max-num-batched-tokens", "512"];
+    let mut args = vec![model.to_str().expect("UTF-8")];
+    args.extend(limits);
+    let server = Server::start(&args);
+    let mut worst: f64 = 0.0;
+    for item in golden["prompts"].as_array().expect("prompts") {
+        let prompt = item["prompt"].as_array().expect("a prompt");
+        let answer = server.ok(
+            "/v1/completions",
+            &json!({
+                "model": "checkpoint", "prompt": prompt, "max_tokens": 8, "temperature": 0,
+                "logprobs": 1, "prompt_logprobs": 1, "return_token_ids": true, "ignore_eos": true,
+            }),
+        );
+        let choice = &answer["choices"][0];
+        let what = format!("{} with {} tokens", case.display(), prompt.len());
+        let ours = prompt_of(choice, prompt);
+        let theirs = floats(&item["prompt_logprobs"]);
+        let (tops, margins) = (floats(&item["prompt_top"]), floats(&item["prompt_margins"]));
+        for (i, (logprob, top)) in ours.iter().enumerate() {
+            let difference = (logprob - theirs[i]).abs();
+            assert!(difference <= TOLERANCE, "{what}: {difference} at prompt position {i}");
+            worst = worst.max(difference);
+            assert!(margins[i] <= CLEAR || *top as f64 == tops[i], "{what}: top token at {i}");
+        }
+        assert_eq!(choice["token_ids"], item["continuation"], "{what}: greedy tokens");
+        let steps = floats(&choice["logprobs"]["token_logprobs"]);
+        for (ours, theirs) in steps.iter().zip(floats(&item["logprobs"])) {
+            assert!((ours - theirs).abs() <= TOLERANCE, "{what}: step {ours}, {theirs}");
+            worst = worst.max((ours - theirs).abs());
+        }
+        if let Some(faults) = faults.get(prompt.len().to_string()).and_then(Value::as_object) {
+            for (fault, faulty) in faults {
+                let largest = ours
+                    .iter()
+                    .zip(floats(faulty))
+                    .map(|((ours, _), faulty)| (ours - faulty).abs())
+                    .fold(0.0, f64::max);
+                assert!(
+                    largest >= FAULT_FACTOR * TOLERANCE,
+                    "{what}: {fault} is only {largest} off"
+                );
+            }
+        }
+    }
+    worst
+}
+
+fn family(name: &str) {
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/cases").join(name);
+    let mut found: Vec<PathBuf> = std::fs::read_dir(&cases)
+        .expect("the family's cases")
+        .map(|entry| entry.expect("readable").path())
+        .collect();
+    found.sort();
+    assert!(found.len() >= 4, "{name} has {} cases", found.len());
+    for case in found {
+        let worst = check(&case);
+        println!("{}: largest difference {worst:.2e}", case.display());
+    }
+}
+
+#[test]
+fn deepseek_v2() {
+    family("deepseek_v2");
+}
+
+#[test]
+fn deepseek_v3() {
+    family("deepseek_v3");
+}
+
+#[test]
+fn qwen3() {
+    family("qwen3");
+}
+
+#[test]
+fn qwen3_moe() {
+    family("qwen3_moe");
+}
+
+#[test]
+fn llama() {
+    family("llama");
+}
