@@ -13,9 +13,6 @@ use std::path::{Path, PathBuf};
 use weights::Dtype;
 use weights::random::TensorSpec;
 
-/// Rows that the head runs at once, at most.
-const HEAD_ROWS: usize = 64;
-
 /// A parsed configuration with its program for one rank.
 pub(crate) struct ModelDir {
     /// The folder.
@@ -88,8 +85,8 @@ impl ModelDir {
         model::memory::sequence_bytes(&self.lowered, blocks, element).0
     }
 
-    /// Bytes of activations of a step of `tokens`.
-    pub(crate) fn activation_bytes(&self, tokens: u32) -> u64 {
-        model::memory::activation_bytes(&self.lowered, tokens as usize, HEAD_ROWS).0
+    /// Bytes of activations and scratch of a step of `tokens` on `threads`.
+    pub(crate) fn step_bytes(&self, tokens: u32, threads: usize) -> u64 {
+        engine::step_bytes(&self.lowered, tokens as usize, threads).0
     }
 }

@@ -109,6 +109,7 @@ fn memory_plan(recipe: &Recipe) -> Result<MemoryPlan> {
             max_context: Some(recipe.limits.max_model_len),
             max_seqs: recipe.limits.max_num_seqs,
             max_step_tokens: recipe.limits.max_num_batched_tokens,
+            threads: recipe.hardware.threads.map_or(1, usize::from),
             kv_bytes: recipe.cache.bytes,
             available: Some(u64::from(recipe.hardware.memory_gib) << 30),
         },

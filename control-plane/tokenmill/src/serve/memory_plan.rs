@@ -20,7 +20,7 @@ pub(crate) struct MemoryPlan {
     pub(crate) weights: u64,
     /// The KV cache.
     pub(crate) kv: u64,
-    /// Activations of the largest step.
+    /// Activations and scratch of the largest step.
     pub(crate) activations: u64,
     /// What the machine has to give, where that is known.
     pub(crate) available: Option<u64>,
@@ -42,6 +42,8 @@ pub(crate) struct Wanted {
     pub(crate) max_seqs: u32,
     /// Tokens of the largest step.
     pub(crate) max_step_tokens: u32,
+    /// Threads of the backend; each has scratch of its own.
+    pub(crate) threads: usize,
     /// Bytes of the KV cache, where somebody says.
     pub(crate) kv_bytes: Option<u64>,
     /// What the machine has to give.
@@ -55,7 +57,7 @@ pub(crate) struct Wanted {
 /// largest that would.
 pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
     let weights = dir.weight_bytes(wanted.weight_element);
-    let activations = dir.activation_bytes(wanted.max_step_tokens);
+    let activations = dir.step_bytes(wanted.max_step_tokens, wanted.threads);
     let budget = wanted.available.map(|bytes| bytes / 100 * USABLE_PERCENT);
     let left = budget.map(|budget| budget.saturating_sub(weights + activations));
     let per_token = dir.kv_token_bytes(wanted.kv_element).max(1);

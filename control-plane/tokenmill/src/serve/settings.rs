@@ -93,6 +93,7 @@ impl Settings {
                 max_context: args.max_model_len,
                 max_seqs: args.max_num_seqs,
                 max_step_tokens: args.max_num_batched_tokens,
+                threads,
                 kv_bytes: args.kv_cache_memory_bytes,
                 available: super::memory::available(),
             },
