@@ -105,7 +105,7 @@ fn family(name: &str) {
     assert!(found.len() >= 4, "{name} has {} cases", found.len());
     for case in found {
         let worst = check(&case);
-        println!("{}: largest difference {worst:.2e}", case.display());
+        eprintln!("{}: largest difference {worst:.2e}", case.display());
     }
 }
 
