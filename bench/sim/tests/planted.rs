@@ -87,7 +87,7 @@ fn every_planted_bug_is_found() {
         fs::write(&path, good.replacen(bug.from, bug.to, 1)).expect("writable");
         let passed = storm(&copy);
         fs::write(&path, good).expect("writable");
-        println!("{}: {}", if passed { "MISSED" } else { "found" }, bug.name);
+        eprintln!("{}: {}", if passed { "MISSED" } else { "found" }, bug.name);
         if passed {
             missed.push(bug.name);
         }

@@ -38,7 +38,7 @@ fn no_storm_breaks_an_invariant() {
             }
         }
     }
-    println!("{sum:?} {ends:?} {refused:?}");
+    eprintln!("{sum:?} {ends:?} {refused:?}");
     // A storm in which nothing happened would prove nothing.
     assert!(sum.events >= 1_000_000);
     assert!(sum.full_cache_steps * 3 > sum.steps, "the cache is hardly ever full");
