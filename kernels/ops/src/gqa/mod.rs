@@ -145,12 +145,12 @@ fn attend<E: Stored>(
 ) {
     let Gqa { kv_heads, head_dim, window, .. } = *shape;
     let group = shape.group();
+    let key = piece.head * head_dim;
+    let value = key + kv_heads * head_dim;
     for block in piece.begin / BLOCK..piece.end.div_ceil(BLOCK) {
         let base = block * BLOCK;
         let rows = &arena[layer.block(arena.len(), segment.table, block)];
         let count = (piece.end - base).min(BLOCK);
-        let key = piece.head * head_dim;
-        let value = key + kv_heads * head_dim;
         let keys = Lines::new(&rows[key..], count, head_dim, layer.row);
         let values = Lines::new(&rows[value..], count, head_dim, layer.row);
         state.absorb(queries, keys, values, |m| {

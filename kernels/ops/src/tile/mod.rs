@@ -8,6 +8,8 @@
 #[cfg(target_arch = "x86_64")]
 mod dots_avx512;
 mod sums;
+#[cfg(target_arch = "x86_64")]
+mod sums_avx512;
 #[cfg(test)]
 mod tests;
 

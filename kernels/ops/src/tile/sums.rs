@@ -1,5 +1,5 @@
 //! Weights with values: every row of the result keeps a strip of columns in registers while the
-//! stored rows stream by. One source, compiled for each instruction set.
+//! stored rows stream by. One source for all instruction sets below AVX-512.
 
 use super::{Lines, Stored};
 use crate::simd::fused;
@@ -27,25 +27,12 @@ pub(crate) fn sums<E: Stored>(
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: an `Isa` above scalar comes from detection on this processor.
-        Isa::Avx512 => unsafe { avx512(rows, p, p_stride, b, out, stride) },
+        Isa::Avx512 => unsafe { super::sums_avx512::sums(rows, p, p_stride, b, out, stride) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { avx2(rows, p, p_stride, b, out, stride) },
-        _ => sweep::<false, 4, 8, E>(rows, p, p_stride, b, out, stride),
+        _ => sweep::<false, 8, E>(rows, p, p_stride, b, out, stride),
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-fn avx512<E: Stored>(
-    rows: usize,
-    p: &[f32],
-    p_stride: usize,
-    b: Lines<'_, E>,
-    out: &mut [f32],
-    stride: usize,
-) {
-    sweep::<true, 8, 32, E>(rows, p, p_stride, b, out, stride);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -58,12 +45,13 @@ fn avx2<E: Stored>(
     out: &mut [f32],
     stride: usize,
 ) {
-    sweep::<true, 4, 16, E>(rows, p, p_stride, b, out, stride);
+    sweep::<true, 16, E>(rows, p, p_stride, b, out, stride);
 }
 
-/// Strips of `C` columns, then single columns; `M` rows at a time, then single rows.
+/// Strips of `C` columns, then single columns; two rows at a time, which is as many as compilers
+/// keep in registers.
 #[inline(always)]
-fn sweep<const FMA: bool, const M: usize, const C: usize, E: Stored>(
+fn sweep<const FMA: bool, const C: usize, E: Stored>(
     rows: usize,
     p: &[f32],
     p_stride: usize,
@@ -75,10 +63,8 @@ fn sweep<const FMA: bool, const M: usize, const C: usize, E: Stored>(
     while m < rows {
         let (p, out) = (&p[m * p_stride..], &mut out[m * stride..]);
         m += match rows - m {
-            left if left >= M => strips::<FMA, M, C, E>(p, p_stride, b, out, stride),
-            left if left >= 4 => strips::<FMA, 4, C, E>(p, p_stride, b, out, stride),
-            left if left >= 2 => strips::<FMA, 2, C, E>(p, p_stride, b, out, stride),
-            _ => strips::<FMA, 1, C, E>(p, p_stride, b, out, stride),
+            1 => strips::<FMA, 1, C, E>(p, p_stride, b, out, stride),
+            _ => strips::<FMA, 2, C, E>(p, p_stride, b, out, stride),
         };
     }
 }
