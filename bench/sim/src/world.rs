@@ -4,15 +4,18 @@
 //! It makes no scheduling decision. Invariant: after each event the cache adds up, every output is
 //! one that its client can justify, and the plan stream was carried out without complaint.
 
-use crate::client::{Client, END, VOCAB};
-use crate::rng::{Rng, chain};
+use crate::client::{Client, VOCAB};
+use crate::rng::Rng;
 use crate::scenario::Scenario;
 use crate::worker::Worker;
 use core::time::Duration;
 use ids::{Incarnation, RequestId, StepSeq, Timestamp, TokenId, Tokens};
-use scheduler::{Event, FinishReason, Gauges, Output, Refusal, Scheduler, Submit, WorkerReady};
+use scheduler::{Event, FinishReason, Gauges, Output, Refusal, Scheduler, WorkerReady};
 use std::collections::{BTreeMap, BTreeSet};
-use step::{Outcome, Sampling, SlotOp, StepPlan};
+use step::{Outcome, StepPlan};
+
+mod digest;
+mod traffic;
 
 /// Full recounts are made once in so many events.
 const RECOUNT_EVERY: u64 = 16;
@@ -457,145 +460,9 @@ impl World {
         Ok(())
     }
 
-    fn arrive(&mut self) -> Check {
-        let pause = self.scenario.pause.as_nanos() as u64;
-        let wait = Duration::from_nanos(self.rng.below(2 * pause));
-        self.after(wait, Happening::Arrive);
-        // Bursts are what fills queues.
-        let many = if self.rng.one_in(12) { 1 + self.rng.below(10) } else { 1 };
-        for _ in 0..many {
-            self.submit()?;
-        }
-        Ok(())
-    }
-
-    fn submit(&mut self) -> Check {
-        let request = RequestId(self.next_request);
-        self.next_request += 1;
-        let submit = self.make_request(request);
-        let rng = &mut self.rng;
-        let stop_at = rng.one_in(self.scenario.stops).then(|| {
-            let at = 1 + rng.below_u32(30);
-            (at, rng.below_u32(at + 1))
-        });
-        let abort = rng.one_in(self.scenario.aborts);
-        let delay = Duration::from_micros(rng.below(1_500_000));
-        let mut client = Client::new(submit.clone(), stop_at);
-        if submit.deadline.is_some() {
-            client.asked.push(FinishReason::Deadline);
-        }
-        self.unstarted.insert(rank_of(&client));
-        self.clients.insert(request, client);
-        self.figures.requests += 1;
-        if abort {
-            self.after(delay, Happening::Abort(request));
-        }
-        self.handle(Event::Submit(Box::new(submit.clone())))?;
-        if self.rng.one_in(50) && self.clients.contains_key(&request) {
-            // The id of a live request again: must change nothing.
-            self.handle(Event::Submit(Box::new(submit)))?;
-        }
-        Ok(())
-    }
-
-    fn make_request(&mut self, request: RequestId) -> Submit {
-        let rng = &mut self.rng;
-        let scenario = &self.scenario;
-        let shared = &self.documents[rng.below(self.documents.len() as u64) as usize];
-        let lengths = [1, 2, 63, 64, 65, 128, 300];
-        let prompt_len = if rng.one_in(4) {
-            lengths[rng.below(lengths.len() as u64) as usize]
-        } else {
-            1 + rng.below_u32(scenario.prompt_most)
-        };
-        let kept = rng.below_u32(prompt_len + 1) as usize;
-        let mut prompt = shared[..kept.min(shared.len())].to_vec();
-        while prompt.len() < prompt_len as usize {
-            prompt.push(token(rng));
-        }
-        let key = &scenario.config.hash_key;
-        let root = key.root(b"");
-        let mut hashes = key.chain_all(root, &prompt);
-        if rng.one_in(5) {
-            hashes.truncate(rng.below(hashes.len() as u64 + 1) as usize);
-        }
-        let sampling = Sampling { seed: rng.below(6), ..Sampling::default() };
-        let deadline = rng
-            .one_in(scenario.deadlines)
-            .then(|| self.now.after(Duration::from_micros(1 + rng.below(2_000_000))));
-        Submit {
-            request,
-            prompt: prompt.into(),
-            prompt_hashes: hashes.into(),
-            root,
-            sampling: sampling.into(),
-            max_tokens: Tokens(rng.below_u32(scenario.output_most)),
-            end_tokens: [END].into(),
-            ignore_eos: rng.one_in(3),
-            stop_tokens: if rng.one_in(8) { [TokenId(5)].into() } else { [].into() },
-            prompt_logprobs: rng.one_in(scenario.prompt_logprobs).then_some(0),
-            priority: rng.below(3) as i32,
-            deadline,
-            arrival: self.now,
-        }
-    }
-
     fn after(&mut self, delay: Duration, happening: Happening) {
         self.scheduled += 1;
         self.agenda.insert((self.now.after(delay), self.scheduled), happening);
-    }
-
-    fn note(&mut self, word: u64) {
-        self.figures.digest = chain(self.figures.digest, word);
-    }
-
-    fn note_plan(&mut self, plan: &StepPlan) {
-        self.note(plan.seq.0);
-        for section in &plan.sections {
-            for op in &section.ops {
-                match op {
-                    SlotOp::Admit(admit) => {
-                        self.note(admit.request.0);
-                        self.note(u64::from(admit.slot.slot.0) << 32 | u64::from(admit.cached.0));
-                    }
-                    SlotOp::Extend { slot, blocks } => {
-                        for grant in blocks {
-                            let block = u64::from(grant.block.0);
-                            self.note(
-                                u64::from(slot.0) << 40 | u64::from(grant.group.0) << 32 | block,
-                            );
-                        }
-                    }
-                    SlotOp::Trim { slot, first_live, .. } => {
-                        self.note(u64::from(slot.0) << 32 | u64::from(*first_live));
-                    }
-                    SlotOp::Retire { slot } => self.note(u64::from(slot.0)),
-                }
-            }
-            for run in &section.prefill {
-                self.note(u64::from(run.slot.0) << 32 | u64::from(run.tokens.0));
-            }
-            for slot in section.decode.join.iter().chain(&section.decode.leave) {
-                self.note(u64::from(slot.0));
-            }
-        }
-    }
-
-    fn note_output(&mut self, output: &Output) {
-        match output {
-            Output::Upload(upload) => {
-                self.note(upload.request.0 << 32 | upload.tokens.len() as u64)
-            }
-            Output::Token { request, token, .. } => self.note(request.0 << 32 | u64::from(token.0)),
-            Output::Finished { request, usage, .. } => {
-                self.note(request.0 << 32 | u64::from(usage.output.0));
-            }
-            Output::Forget(_, request)
-            | Output::Started { request, .. }
-            | Output::Refused { request, .. } => self.note(request.0),
-            Output::PromptLogprobs(part) => self.note(u64::from(part.first.0)),
-            Output::RestartWorker { incarnation, .. } => self.note(incarnation.0),
-        }
     }
 }
 
