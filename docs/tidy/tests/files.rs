@@ -38,12 +38,14 @@ fn no_file_outgrows_one_concept() {
 fn unsafe_stays_at_its_addresses() {
     const ADDRESSES: [&str; 3] =
         ["kernels/device/", "kernels/ops/", "worker/weights/src/map_file.rs"];
+    // In two parts, so that this file does not hold what it looks for.
+    const KEYWORD: &str = concat!("un", "safe");
     const MARKS: [&str; 3] = ["{", "impl", "fn"];
     for (path, text) in common::rust_sources() {
         let at_address = ADDRESSES.iter().any(|address| path.starts_with(address));
         let has_unsafe = text.lines().map(str::trim_start).any(|line| {
             !line.starts_with("//")
-                && MARKS.iter().any(|mark| line.contains(&format!("unsafe {mark}")))
+                && MARKS.iter().any(|mark| line.contains(&format!("{KEYWORD} {mark}")))
         });
         assert!(at_address || !has_unsafe, "{path} holds unsafe code");
     }
