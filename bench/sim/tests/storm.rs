@@ -60,3 +60,11 @@ fn a_seed_is_a_run() {
         assert_ne!(once.digest, storm(4, 4000, depth, Model::Mixed).digest);
     }
 }
+
+/// Cached blocks of the first in line, scattered over super-blocks, left no room for its next one
+/// while nothing ran that could have made room.
+#[test]
+fn a_prefix_hit_that_pins_the_pool_is_given_up() {
+    let figures = storm(1021, 40_000, 1, Model::Mixed);
+    assert!(figures.gauges.purges > 0);
+}

@@ -8,7 +8,7 @@
 use crate::life::{Flight, Life};
 use crate::policy::bucket::bucket;
 use crate::policy::cost::Load;
-use crate::report::{PlanReport, Planned};
+use crate::report::{PlanReport, Planned, Waits};
 use crate::request::Live;
 use crate::scheduler::{Scheduler, count};
 use crate::slab::Key;
@@ -59,7 +59,8 @@ impl Scheduler {
                 life.drain();
                 draft = self.compose(life);
             }
-            if draft.is_idle() && !life.running.is_empty() {
+            let short = matches!(self.head, Some((_, Waits::Blocks { .. })));
+            if draft.is_idle() && (short || !life.running.is_empty()) {
                 self.unjam(life);
                 draft = self.compose(life);
             }
@@ -80,9 +81,9 @@ impl Scheduler {
         draft
     }
 
-    /// Nothing runs, nothing is in flight, and a seat is held: blocks of one group keep
-    /// super-blocks from another. Start over with one request and an empty pool, which
-    /// `Refusal::CacheTooSmall` promised is enough.
+    /// Nothing runs, nothing is in flight, and still blocks are short: those of one group, held or
+    /// cached for the first in line itself, keep super-blocks from another. Start over with one
+    /// request and an empty pool, which `Refusal::CacheTooSmall` promised is enough.
     fn unjam(&mut self, life: &mut Life) {
         self.counters.purges += 1;
         let seated: Vec<Key> = life.running.values().copied().collect();
