@@ -1,0 +1,278 @@
+//! The command line as a person or a script meets it: help, version, recipes, explain, doctor, bench.
+//!
+//! It serves nothing but the fake engine and does not judge figures. That every flag is documented is
+//! compared elsewhere. Invariant: what scripts rely on (flags, exit codes, one JSON object a line, and
+//! errors that name what was wrong) does not change unnoticed.
+
+mod common;
+
+use common::{PROGRAM, Server};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// Every command with flags that scripts and documents rely on. Written out, so that a renamed flag fails.
+const COMMANDS: [(&[&str], &[&str]); 15] = [
+    (
+        &["serve"],
+        &[
+            "--host",
+            "--port",
+            "--served-model-name",
+            "--shutdown-timeout",
+            "--dtype",
+            "--load-format",
+            "--revision",
+            "--seed",
+            "--max-model-len",
+            "--chat-template",
+            "--max-num-seqs",
+            "--max-num-batched-tokens",
+            "--max-prefill-chunk",
+            "--max-step-ms",
+            "--run-ahead",
+            "--max-queued-requests",
+            "--max-queued-tokens",
+            "--no-enable-prefix-caching",
+            "--kv-cache-dtype",
+            "--kv-cache-memory-bytes",
+            "--tensor-parallel-size",
+            "--threads",
+            "--step-timeout",
+        ],
+    ),
+    (&["chat"], &["--url", "--model", "--system", "--max-tokens", "--temperature"]),
+    (
+        &["bench", "latency"],
+        &["--url", "--input-len", "--vocab-size", "--output-len", "--seed", "--json", "--repeats"],
+    ),
+    (&["bench", "throughput"], &["--url", "--input-len", "--output-len", "--num-prompts"]),
+    (&["bench", "serve"], &["--num-prompts", "--max-concurrency", "--request-rate", "--json"]),
+    (&["bench", "planner"], &["--json", "--steps"]),
+    (&["model", "explain"], &["--tp", "--dp", "--ep", "--bucket"]),
+    (&["model", "random"], &["--out", "--seed", "--dtype", "--profile"]),
+    (&["model", "fetch"], &["--revision"]),
+    (&["recipe", "list"], &[]),
+    (&["recipe", "check"], &[]),
+    (&["recipe", "plan"], &[]),
+    (&["recipe", "explain"], &[]),
+    (&["doctor"], &[]),
+    (&["completions"], &[]),
+];
+
+fn run(args: &[&str]) -> Output {
+    Command::new(PROGRAM).args(args).output().expect("the binary starts")
+}
+
+/// Standard output of a command that must succeed.
+fn ok(args: &[&str]) -> String {
+    let output = run(args);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// All that a command says that must fail.
+fn refused(args: &[&str]) -> String {
+    let output = run(args);
+    assert!(!output.status.success(), "{args:?} succeeded");
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+fn objects(lines: &str) -> Vec<Value> {
+    let object = |line: &str| -> Value {
+        let value: Value =
+            serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        assert!(value.is_object(), "{line}");
+        value
+    };
+    lines.lines().map(object).collect()
+}
+
+fn case(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/cases").join(name)
+}
+
+/// The commands that a help page lists, without `help` itself.
+fn listed(help: &str) -> Vec<String> {
+    help.lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        // Continued descriptions are indented further than names.
+        .filter(|line| line.starts_with("  ") && !line.starts_with("   "))
+        .filter_map(|line| line.split_whitespace().next().map(str::to_owned))
+        .filter(|name| name != "help")
+        .collect()
+}
+
+#[test]
+fn help_of_every_command_lists_its_flags() {
+    let mut found: Vec<Vec<String>> = Vec::new();
+    for name in listed(&ok(&["--help"])) {
+        let below = listed(&ok(&[&name, "--help"]));
+        if below.is_empty() {
+            found.push(vec![name]);
+        } else {
+            found.extend(below.into_iter().map(|below| vec![name.clone(), below]));
+        }
+    }
+    let mut expected: Vec<Vec<String>> = COMMANDS
+        .iter()
+        .map(|(command, _)| command.iter().map(|word| (*word).to_owned()).collect())
+        .collect();
+    found.sort();
+    expected.sort();
+    assert_eq!(found, expected, "a command without an entry here, or an entry without a command");
+    for (command, flags) in COMMANDS {
+        let help = ok(&[command, &["--help"]].concat());
+        for flag in flags {
+            let mut words =
+                help.split(|c: char| c.is_whitespace() || c == ',').filter(|word| word == flag);
+            assert!(words.next().is_some(), "{command:?} does not list {flag}");
+        }
+    }
+}
+
+#[test]
+fn the_version_names_an_existing_commit() {
+    let version = ok(&["--version"]);
+    let commit = version.trim().rsplit_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
+    let commit = commit.unwrap_or_else(|| panic!("{version} has no commit"));
+    let git = |args: &[&str]| {
+        let asked = Command::new("git").args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output();
+        asked.ok().filter(|asked| asked.status.success())
+    };
+    // A source archive has no history to ask.
+    if git(&["rev-parse", "HEAD"]).is_none() {
+        assert_eq!(commit, "unknown commit");
+        return;
+    }
+    let kind = git(&["cat-file", "-t", commit]).unwrap_or_else(|| panic!("{commit} is no object"));
+    assert_eq!(String::from_utf8_lossy(&kind.stdout).trim(), "commit");
+    assert_eq!(ok(&["serve", "--version"]).split_once(' ').map(|(_, rest)| rest.trim()), {
+        version.split_once(' ').map(|(_, rest)| rest.trim())
+    });
+}
+
+#[test]
+fn every_built_in_recipe_checks_plans_and_explains() {
+    let list = ok(&["recipe", "list"]);
+    let names: Vec<&str> = list.lines().filter_map(|l| l.split_whitespace().next()).collect();
+    assert!(names.len() >= 6, "{names:?}");
+    let check = ok(&["recipe", "check"]);
+    assert_eq!(check.lines().count(), names.len());
+    for name in names {
+        let good = |line: &str| line.starts_with("ok ") && line.contains(&format!(" {name}: "));
+        assert!(check.lines().any(good), "{name} is not ok: {check}");
+        let plan = ok(&["recipe", "plan", name]);
+        for part in [name, "1 process", "weights", "KV cache", "in all", "available"] {
+            assert!(plan.contains(part), "{name}: no {part} in {plan}");
+        }
+        let explain = ok(&["recipe", "explain", name]);
+        for field in recipe::FIELDS {
+            let own = |line: &&str| line.split_whitespace().next() == Some(field.name);
+            let line = explain.lines().find(own);
+            let line = line.unwrap_or_else(|| panic!("{name}: {} is not explained", field.name));
+            assert!(line.contains(field.about), "{line}");
+        }
+    }
+}
+
+#[test]
+fn a_broken_recipe_is_refused_by_name() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let file = folder.path().join("odd.toml");
+    let text = recipe::builtins().first().expect("a recipe").text;
+    std::fs::write(&file, format!("no_such_field = 1\n{text}")).expect("written");
+    let file = file.to_str().expect("UTF-8");
+    for command in ["check", "plan", "explain"] {
+        let said = refused(&["recipe", command, file]);
+        assert!(said.contains("odd.toml") && said.contains("no_such_field"), "{command}: {said}");
+        let said = refused(&["recipe", command, "no-such-recipe"]);
+        assert!(said.contains("no-such-recipe"), "{command}: {said}");
+    }
+}
+
+#[test]
+fn explain_prints_collectives_only_where_ranks_share_layers() {
+    let model = case("qwen3/native_layer_types");
+    let model = model.to_str().expect("UTF-8");
+    let of = |tp| ok(&["model", "explain", model, "--tp", tp]);
+    let (alone, shared) = (of("1"), of("2"));
+    for kind in ["all_reduce", "all_gather"] {
+        assert!(shared.contains(kind), "tp 2 has no {kind}: {shared}");
+        assert!(!alone.contains(kind), "tp 1 has {kind}: {alone}");
+    }
+    let bytes = shared.lines().find_map(|line| {
+        let rest = line.strip_prefix("collectives tp")?;
+        rest.split_whitespace().next()?.parse::<u64>().ok()
+    });
+    assert!(bytes.is_some_and(|bytes| bytes > 0), "{shared}");
+    // A count that cannot cut the model is refused with those that can.
+    let said = refused(&["model", "explain", model, "--tp", "3"]);
+    assert!(said.contains("tp = 3") && said.contains("tp may be 1, 2"), "{said}");
+}
+
+#[test]
+fn doctor_reports_every_check() {
+    let report = ok(&["doctor"]);
+    for check in ["version", "processor", "memory", "gpu", "temporary folder", "port 8000"] {
+        let line = report.lines().find(|line| line.contains(&format!("  {check} ")));
+        let line = line.unwrap_or_else(|| panic!("{check} is not checked: {report}"));
+        assert!(line.starts_with("ok ") || line.starts_with("note "), "{line}");
+    }
+}
+
+#[test]
+fn bash_completions_know_every_flag() {
+    let script = ok(&["completions", "bash"]);
+    assert!(script.contains("complete -F _tokenmill"), "not a script that bash would register");
+    // The script has one line of words per command.
+    let offered: Vec<Vec<&str>> = script
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("opts=\""))
+        .map(|words| words.trim_end_matches('"').split_whitespace().collect())
+        .collect();
+    for (command, flags) in COMMANDS {
+        let complete = offered.iter().any(|words| flags.iter().all(|flag| words.contains(flag)));
+        assert!(complete, "{command:?}: no completion offers all of {flags:?}");
+    }
+}
+
+#[test]
+fn the_planner_bench_prints_one_object_per_case() {
+    let cases = objects(&ok(&["bench", "planner", "--json", "--steps", "50"]));
+    assert!(cases.len() >= 6, "{cases:?}");
+    let mut seen: Vec<String> = Vec::new();
+    for case in &cases {
+        assert_eq!(case["bench"], "planner");
+        assert_eq!(case["steps"], 50);
+        assert!(case["p50_us"].as_f64().is_some_and(|us| us > 0.0), "{case}");
+        seen.push(format!("{} {} {}", case["requests"], case["context_tokens"], case["kind"]));
+    }
+    seen.sort();
+    seen.dedup();
+    assert_eq!(seen.len(), cases.len(), "every case once");
+}
+
+#[test]
+fn measurements_of_a_server_print_one_object() {
+    let server = Server::start(&["--fake-engine", "1000,0,0", "--max-model-len", "4096"]);
+    let common = ["--url", &server.url, "--input-len", "8", "--output-len", "5", "--json"];
+    for (bench, flags) in [
+        ("latency", vec!["--repeats", "2"]),
+        ("throughput", vec!["--num-prompts", "4"]),
+        ("serve", vec!["--num-prompts", "6", "--max-concurrency", "3"]),
+    ] {
+        let args = [&["bench", bench], common.as_slice(), &flags].concat();
+        let found = objects(&ok(&args));
+        assert_eq!(found.len(), 1, "{bench}: {found:?}");
+    }
+    // Nothing listens on port 1: the address has to be in the message.
+    let said = refused(&["bench", "latency", "--url", "http://127.0.0.1:1"]);
+    assert!(said.contains("127.0.0.1:1"), "{said}");
+}
