@@ -115,7 +115,7 @@ pub struct Carving {
     pub per_super: Vec<u32>,
 }
 
-/// Tokens of a request, before it is admitted. Large prompts come in several, in order.
+/// Tokens of a request, before it is admitted. May come in several, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Upload {
     /// The life this is meant for.

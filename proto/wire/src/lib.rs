@@ -12,12 +12,9 @@ pub use client::{ConnectError, Session, SessionError, connect};
 pub use from_wire::Malformed;
 pub use server::{Incoming, ServeError, serve};
 
-/// Largest message either side accepts: 4 Mi tokens of upload, or the log-probabilities of a
-/// prompt part. Uploads and prompt parts are split well below it.
+/// Largest message either side accepts: an upload of more than six million tokens, or the
+/// log-probabilities of one step's prompt chunks.
 pub const MAX_MESSAGE_BYTES: usize = 32 << 20;
-
-/// Tokens of one upload message; longer prompts are sent in several.
-pub const MAX_UPLOAD_TOKENS: usize = 1 << 16;
 
 #[allow(missing_docs, clippy::all, clippy::disallowed_types, unreachable_pub)]
 mod pb {
