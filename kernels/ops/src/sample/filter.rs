@@ -12,6 +12,8 @@ use std::cmp::Ordering;
 
 /// Candidates beyond the `k` best that are collected before the best are selected again.
 const SLACK: usize = 256;
+/// Stretches of logits whose mass is summed to find a cut.
+const STRETCHES: usize = 1024;
 /// Candidates that are simply sorted.
 const FEW: usize = 64;
 /// By how much a bound on logits is widened against rounding, in natural logs of weights.
@@ -55,12 +57,19 @@ impl Row<'_> {
         self.highest + (weight.ln() - MARGIN) / self.scale
     }
 
-    /// Tokens of the chunks that hold a logit of at least `bound`.
-    fn above(&self, bound: f32) -> impl Iterator<Item = (usize, f32)> {
-        let chunks = self.tops.iter().zip(self.logits.chunks(CHUNK)).enumerate();
-        chunks
-            .filter(move |(_, (top, _))| **top >= bound)
-            .flat_map(|(i, (_, chunk))| (i * CHUNK..).zip(chunk.iter().copied()))
+    /// Visits the tokens with a logit of at least `bound`, in order. A callback, since an iterator
+    /// over chunks that are passed over costs several times as much per token.
+    #[inline(always)]
+    fn above(&self, bound: f32, mut visit: impl FnMut(usize, f32)) {
+        for (index, (chunk, top)) in self.logits.chunks(CHUNK).zip(self.tops).enumerate() {
+            if *top >= bound {
+                for (at, logit) in chunk.iter().enumerate() {
+                    if *logit >= bound {
+                        visit(index * CHUNK + at, *logit);
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -91,16 +100,17 @@ pub(super) fn keep(
         cut = top_k(&row, k, ranked);
     }
     if some_p {
-        let whole = if some_k {
-            ranked.iter().map(|candidate| f64::from(candidate.weight)).sum()
+        let p = f64::from(params.top_p);
+        let found = if some_k {
+            let whole: f64 = ranked.iter().map(|candidate| f64::from(candidate.weight)).sum();
+            nucleus(ranked, p * whole)
         } else {
             weights.resize(logits.len(), 0.0);
             weigh(isa, logits, highest, scale, weights);
             let whole = draw::mass(weights, sums);
-            collect_heavy(&row, whole, params.top_p, ranked);
-            whole
+            nucleus_of_row(&row, weights, p, whole, ranked)
         };
-        cut = nucleus(ranked, f64::from(params.top_p) * whole).or(cut);
+        cut = found.or(cut);
     }
     gather(&row, cut, params.min_p, tokens, weights);
 }
@@ -135,24 +145,44 @@ fn best(ranked: &mut Vec<Candidate>, k: usize) -> Candidate {
     last
 }
 
-/// The candidates for a nucleus of `p`. All tokens lighter than `(1 - p) / vocabulary` of the whole
-/// weigh less than `1 - p` together, so the nucleus is complete without them.
-fn collect_heavy(row: &Row<'_>, whole: f64, p: f32, ranked: &mut Vec<Candidate>) {
-    let share = (1.0 - f64::from(p)) / row.logits.len() as f64;
-    // Half of it, against rounding.
-    let least = (0.5 * share * whole) as f32;
-    let bound = row.bound(least);
+/// The cut of top-p in a whole row. The mass of each of many stretches of logits tells in which of
+/// them the cut lies, and only that one's tokens are ranked.
+fn nucleus_of_row(
+    row: &Row<'_>,
+    weights: &[f32],
+    p: f64,
+    whole: f64,
+    ranked: &mut Vec<Candidate>,
+) -> Option<Candidate> {
+    // Tokens lighter than (1 - p) / vocabulary of the whole weigh less than 1 - p together, so the
+    // cut does not lie among them; half of it, against rounding.
+    let bound = row.bound((0.5 * (1.0 - p) * whole / row.logits.len() as f64) as f32);
+    let heavy = |logit: f32| if logit >= bound { logit } else { row.highest };
+    let lowest = row.logits.iter().map(|logit| heavy(*logit)).fold(row.highest, f32::min);
+    // Rounding is monotonic: a higher logit is never in a later stretch. Where all logits are
+    // equal the product is not a number, which counts as the first.
+    let per_logit = STRETCHES as f32 / (row.highest - lowest);
+    let stretch = |logit| (((row.highest - logit) * per_logit) as usize).min(STRETCHES - 1);
+    let mut masses = [0.0_f64; STRETCHES];
+    row.above(bound, |token, logit| masses[stretch(logit)] += f64::from(weights[token]));
+    let mut before = 0.0;
+    let at = masses.iter().position(|mass| {
+        let reached = before + mass >= p * whole;
+        before += if reached { 0.0 } else { *mass };
+        reached
+    })?;
     ranked.clear();
-    ranked.extend(
-        row.above(bound)
-            .filter(|(_, logit)| *logit >= bound)
-            .map(|(token, logit)| row.candidate(token, logit))
-            .filter(|candidate| candidate.weight >= least),
-    );
+    row.above(bound, |token, logit| {
+        if stretch(logit) == at {
+            ranked.push(row.candidate(token, logit));
+        }
+    });
+    // The sum inside goes in another order and may end just short: then all of it is kept.
+    nucleus(ranked, p * whole - before).or_else(|| ranked.last().copied())
 }
 
 /// The last candidate of the shortest beginning of the order that holds `target`; none where all
-/// together do not. Halves the range that holds it, as quickselect does, by mass instead of rank.
+/// together do not; `ranked` is sorted where it matters. Halves the range that holds it, as quickselect does, by mass instead of rank.
 fn nucleus(ranked: &mut [Candidate], target: f64) -> Option<Candidate> {
     let weight = |candidate: &Candidate| f64::from(candidate.weight);
     let (mut begin, mut end) = (0, ranked.len());
@@ -189,13 +219,13 @@ fn gather(
         (logit, token) = (bound, u32::MAX);
     }
     weights.clear();
-    for (at, x) in row.above(logit) {
-        if x > logit || x == logit && at as u32 <= token {
+    row.above(logit, |at, x| {
+        if x > logit || at as u32 <= token {
             let candidate = row.candidate(at, x);
             if candidate.weight >= min_p {
                 tokens.push(candidate.token);
                 weights.push(candidate.weight);
             }
         }
-    }
+    });
 }
