@@ -76,9 +76,15 @@ fn ask(server: &Server, prompt: &[u64], temperature: f64) -> Answer {
     answer(&server.ok("/v1/completions", &body(prompt, temperature)))
 }
 
+/// Steps that the server has run.
+fn steps(server: &Server) -> f64 {
+    server.metric("tokenmill_step_seconds_count").expect("steps are counted")
+}
+
 fn assert_same(what: &str, a: &Answer, b: &Answer) {
     assert_eq!(a.tokens.len(), 12, "{what}");
     assert_eq!(a.tokens, b.tokens, "{what}");
+    assert_eq!((a.logprobs.len(), b.logprobs.len()), (12, 12), "{what}");
     for (x, y) in a.logprobs.iter().zip(&b.logprobs) {
         assert!((x - y).abs() <= 1e-4, "{what}: {x} and {y}");
     }
@@ -93,7 +99,7 @@ fn chunks_and_run_ahead_change_nothing() {
         for chunk in ["1", "63", "64", "65"] {
             let server = model.serve(&["--max-prefill-chunk", chunk, "--no-enable-prefix-caching"]);
             assert_same(&format!("{case}, chunks of {chunk}"), &whole, &ask(&server, &prompt, 0.0));
-            let steps = server.metric("tokenmill_step_seconds_count").expect("steps are counted");
+            let steps = steps(&server);
             let least = 150 / chunk.parse::<u32>().expect("a number") + 11;
             assert!(steps >= f64::from(least), "{steps} steps for chunks of {chunk}");
         }
@@ -128,8 +134,10 @@ fn a_batch_gives_what_each_gets_alone() {
         let server = model.serve(&["--no-enable-prefix-caching"]);
         for temperature in [0.0, 0.8] {
             let prompts: Vec<Vec<u64>> = (0..32).map(|i| prompt(i, 3 + i * 5)).collect();
+            let before = steps(&server);
             let alone: Vec<Answer> =
                 prompts.iter().map(|prompt| ask(&server, prompt, temperature)).collect();
+            let between = steps(&server);
             let together: Vec<Answer> = std::thread::scope(|scope| {
                 let asked: Vec<_> = prompts
                     .iter()
@@ -137,6 +145,13 @@ fn a_batch_gives_what_each_gets_alone() {
                     .collect();
                 asked.into_iter().map(|one| one.join().expect("answered")).collect()
             });
+            // Alone each takes twelve steps; a step that serves several makes fewer of them.
+            let (alone_steps, batch_steps) = (between - before, steps(&server) - between);
+            eprintln!(
+                "{case} at {temperature}: {alone_steps} steps alone, {batch_steps} in a batch"
+            );
+            assert!(alone_steps >= 384.0, "{alone_steps} steps for one after the other");
+            assert!(batch_steps <= alone_steps / 2.0, "{batch_steps} of {alone_steps} steps");
             for (i, (a, b)) in alone.iter().zip(&together).enumerate() {
                 assert_same(&format!("{case}, prompt {i} at {temperature}"), a, b);
             }
@@ -146,29 +161,31 @@ fn a_batch_gives_what_each_gets_alone() {
 
 #[test]
 fn a_stream_says_what_the_whole_answer_says() {
-    let model = model(CASES[1]);
-    let server = model.serve(&[]);
-    let prompt = prompt(4, 70);
-    for temperature in [0.0, 0.8] {
-        let whole = ask(&server, &prompt, temperature);
-        let mut streamed = body(&prompt, temperature);
-        streamed["stream"] = true.into();
-        let events = server.stream("/v1/completions", &streamed);
-        assert!(events.len() >= 12, "a token at a time, not {} events", events.len());
-        let of = |field: &dyn Fn(&Value) -> Value| -> Vec<Value> {
-            events
-                .iter()
-                .filter_map(|e| field(&e["choices"][0]).as_array().cloned())
-                .flatten()
-                .collect()
-        };
-        let tokens = of(&|choice| choice["token_ids"].clone());
-        let logprobs = of(&|choice| choice["logprobs"]["token_logprobs"].clone());
-        let streamed = Answer {
-            tokens: tokens.iter().filter_map(Value::as_u64).collect(),
-            logprobs: logprobs.iter().filter_map(Value::as_f64).collect(),
-            cached: 0,
-        };
-        assert_same("stream", &whole, &streamed);
+    for case in CASES {
+        let model = model(case);
+        let server = model.serve(&[]);
+        let prompt = prompt(4, 70);
+        for temperature in [0.0, 0.8] {
+            let whole = ask(&server, &prompt, temperature);
+            let mut streamed = body(&prompt, temperature);
+            streamed["stream"] = true.into();
+            let events = server.stream("/v1/completions", &streamed);
+            assert!(events.len() >= 12, "a token at a time, not {} events", events.len());
+            let of = |field: &dyn Fn(&Value) -> Value| -> Vec<Value> {
+                events
+                    .iter()
+                    .filter_map(|e| field(&e["choices"][0]).as_array().cloned())
+                    .flatten()
+                    .collect()
+            };
+            let tokens = of(&|choice| choice["token_ids"].clone());
+            let logprobs = of(&|choice| choice["logprobs"]["token_logprobs"].clone());
+            let streamed = Answer {
+                tokens: tokens.iter().filter_map(Value::as_u64).collect(),
+                logprobs: logprobs.iter().filter_map(Value::as_f64).collect(),
+                cached: 0,
+            };
+            assert_same(&format!("{case}, streamed at {temperature}"), &whole, &streamed);
+        }
     }
 }

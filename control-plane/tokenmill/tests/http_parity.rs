@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 const TOLERANCE: f64 = 2e-3;
 /// Above this margin the likeliest token must be the reference's.
 const CLEAR: f64 = 1e-2;
+/// Prompt lengths of every case: one token, within a block, at and over its edge, over several.
+const LENGTHS: [usize; 5] = [1, 7, 64, 65, 300];
 /// How far outside of the tolerance a planted fault must be.
 const FAULT_FACTOR: f64 = 50.0;
 
@@ -39,20 +41,33 @@ fn prompt_of(choice: &Value, prompt: &[Value]) -> Vec<(f64, u64)> {
     entries.iter().zip(prompt).skip(1).map(at).collect()
 }
 
-/// Compares one case; the largest difference seen.
-fn check(case: &Path) -> f64 {
+/// What a case came to.
+struct Outcome {
+    /// The largest difference to the golden.
+    worst: f64,
+    /// The least that a planted fault is off.
+    nearest_fault: f64,
+}
+
+/// Compares one case.
+fn check(case: &Path) -> Outcome {
     let golden = read(&case.join("golden.json"));
     let faults = read(&case.join("faults.json"));
     let folder = tempfile::tempdir().expect("temporary folder");
     let seed = golden["seed"].as_u64().expect("a seed");
     let model = checkpoint(&case.join("config.json"), seed, folder.path());
-    let limits =
-        ["--max-model-len", "1024", "--max-num-seqs", "8", "--max-num-batched-tokens", "512"];
+    let limits = ["--dtype", "float32", "--max-model-len", "1024"];
+    let batch = ["--max-num-seqs", "8", "--max-num-batched-tokens", "512"];
     let mut args = vec![model.to_str().expect("UTF-8")];
-    args.extend(limits);
+    args.extend(limits.iter().chain(&batch));
     let server = Server::start(&args);
     let mut worst: f64 = 0.0;
-    for item in golden["prompts"].as_array().expect("prompts") {
+    let mut nearest_fault = f64::INFINITY;
+    let items = golden["prompts"].as_array().expect("prompts");
+    let lengths: Vec<_> =
+        items.iter().filter_map(|i| Some(i["prompt"].as_array()?.len())).collect();
+    assert_eq!(lengths, LENGTHS, "{}", case.display());
+    for item in items {
         let prompt = item["prompt"].as_array().expect("a prompt");
         let answer = server.ok(
             "/v1/completions",
@@ -65,6 +80,7 @@ fn check(case: &Path) -> f64 {
         let what = format!("{} with {} tokens", case.display(), prompt.len());
         let ours = prompt_of(choice, prompt);
         let theirs = floats(&item["prompt_logprobs"]);
+        assert_eq!(ours.len(), theirs.len(), "{what}");
         let (tops, margins) = (floats(&item["prompt_top"]), floats(&item["prompt_margins"]));
         for (i, (logprob, top)) in ours.iter().enumerate() {
             let difference = (logprob - theirs[i]).abs();
@@ -74,25 +90,31 @@ fn check(case: &Path) -> f64 {
         }
         assert_eq!(choice["token_ids"], item["continuation"], "{what}: greedy tokens");
         let steps = floats(&choice["logprobs"]["token_logprobs"]);
-        for (ours, theirs) in steps.iter().zip(floats(&item["logprobs"])) {
+        let theirs = floats(&item["logprobs"]);
+        assert_eq!((steps.len(), theirs.len()), (8, 8), "{what}: steps");
+        for (ours, theirs) in steps.iter().zip(theirs) {
             assert!((ours - theirs).abs() <= TOLERANCE, "{what}: step {ours}, {theirs}");
             worst = worst.max((ours - theirs).abs());
         }
         if let Some(faults) = faults.get(prompt.len().to_string()).and_then(Value::as_object) {
             for (fault, faulty) in faults {
+                let faulty = floats(faulty);
+                assert_eq!(ours.len(), faulty.len(), "{what}: {fault}");
                 let largest = ours
                     .iter()
-                    .zip(floats(faulty))
+                    .zip(faulty)
                     .map(|((ours, _), faulty)| (ours - faulty).abs())
                     .fold(0.0, f64::max);
                 assert!(
                     largest >= FAULT_FACTOR * TOLERANCE,
                     "{what}: {fault} is only {largest} off"
                 );
+                nearest_fault = nearest_fault.min(largest);
             }
         }
     }
-    worst
+    assert!(nearest_fault.is_finite(), "{}: no fault was compared", case.display());
+    Outcome { worst, nearest_fault }
 }
 
 fn family(name: &str) {
@@ -104,8 +126,11 @@ fn family(name: &str) {
     found.sort();
     assert!(found.len() >= 4, "{name} has {} cases", found.len());
     for case in found {
-        let worst = check(&case);
-        eprintln!("{}: largest difference {worst:.2e}", case.display());
+        let Outcome { worst, nearest_fault } = check(&case);
+        eprintln!(
+            "{}: largest difference {worst:.2e}, nearest fault {nearest_fault:.3}",
+            case.display()
+        );
     }
 }
 
