@@ -1,8 +1,9 @@
 //! How long the scheduler takes for a step, measured from outside: the caller passes the clock.
 //!
 //! One step is what the driver does between two outcomes: handle the outcome (with churn also one
-//! abort and one submission), drain what is said, plan the next step, drain again. Contexts are private from their first token on, so that tables
-//! are as large as they get. It encodes nothing: that is the wire's part.
+//! abort and one submission), drain what is said, plan the next step, drain again, encode the plan.
+//! Contexts are private from their first token on, so that tables are as large as they get. How a
+//! plan is encoded is the caller's: the scheduler knows no wire.
 //! Invariant: every measured step decodes every request, and the stated number of blocks is sealed.
 
 use core::time::Duration;
@@ -14,7 +15,8 @@ use scheduler::{Config, Event, Output, Planned, Scheduler, Submit, WorkerReady};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use step::{
-    GroupKind, GroupSpec, Outcome, Sampled, Sampling, Section, SlotOp, SlotRef, StepTiming,
+    GroupKind, GroupSpec, Outcome, Sampled, Sampling, Section, SlotOp, SlotRef, StepPlan,
+    StepTiming,
 };
 
 /// What the measured steps do besides decoding.
@@ -123,11 +125,16 @@ fn answer(at: SlotRef) -> Sampled {
     Sampled { slot, generation, token: TokenId(1), fault: None, logprobs: None }
 }
 
-/// Measures a case. `clock` says how long ago an origin of the caller's choice was.
+/// Measures a case. `clock` says how long ago an origin of the caller's choice was; `encode` turns a
+/// plan into what is sent, and is part of the step.
 ///
 /// # Errors
 /// When the scheduler does not settle into the case.
-pub fn measure(case: Case, mut clock: impl FnMut() -> Duration) -> Result<Timings, BenchError> {
+pub fn measure(
+    case: Case,
+    mut clock: impl FnMut() -> Duration,
+    mut encode: impl FnMut(&StepPlan),
+) -> Result<Timings, BenchError> {
     let mut bench = Bench::new(case)?;
     bench.settle()?;
     let mut spent = Vec::with_capacity(case.steps as usize);
@@ -145,6 +152,9 @@ pub fn measure(case: Case, mut clock: impl FnMut() -> Duration) -> Result<Timing
         bench.drain();
         let planned = bench.scheduler.plan_step(bench.now);
         bench.drain();
+        if let Some(planned) = &planned {
+            encode(&planned.plan);
+        }
         spent.push(clock().saturating_sub(begun));
         bench.now = bench.now.after(Duration::from_millis(10));
         let Some(planned) = planned else {
@@ -316,7 +326,7 @@ mod tests {
     fn the_cases_are_what_they_say() {
         for kind in [Kind::Steady, Kind::Churn] {
             let case = Case { requests: 256, context: Tokens(700), kind, steps: 256 };
-            let timings = measure(case, ticks()).expect("measures");
+            let timings = measure(case, ticks(), |_| ()).expect("measures");
             assert!((timings.mean_us - 1.0).abs() < 1e-6);
             if kind == Kind::Steady {
                 assert!((timings.seals - 4.0).abs() < 0.5, "{} seals a step", timings.seals);

@@ -11,6 +11,7 @@ mod to_wire;
 pub use client::{ConnectError, Session, SessionError, connect};
 pub use from_wire::Malformed;
 pub use server::{Incoming, ServeError, serve};
+pub use to_wire::encode_step;
 
 /// Largest message either side accepts: an upload of more than six million tokens, or the
 /// log-probabilities of one step's prompt chunks.

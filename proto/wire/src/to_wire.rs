@@ -42,6 +42,14 @@ impl From<ToScheduler> for pb::ToScheduler {
     }
 }
 
+/// Appends the message of a step as it travels to a worker: what the session does with a plan, for
+/// those who measure it without a session.
+pub fn encode_step(plan: &StepPlan, into: &mut Vec<u8>) {
+    let message = pb::to_worker::Message::Step(step_plan(plan));
+    let encoded = prost::Message::encode(&pb::ToWorker { message: Some(message) }, into);
+    debug_assert!(encoded.is_ok(), "a vector grows as needed");
+}
+
 fn raw(tokens: &[TokenId]) -> Vec<u32> {
     tokens.iter().map(|t| t.0).collect()
 }

@@ -1,6 +1,7 @@
 //! `bench planner`: the scheduler without a worker, timed from outside.
 //!
-//! A step here is an outcome handled, the next step planned, and outputs drained.
+//! A step here is an outcome handled, the next step planned, outputs drained, and the
+//! plan encoded as it travels to a worker.
 
 use crate::cli::PlannerArgs;
 use anyhow::{Context, Result};
@@ -8,6 +9,7 @@ use ids::Tokens;
 use serde_json::json;
 use sim::planner_bench::{Case, Kind, measure};
 use std::time::Instant;
+use step::StepPlan;
 
 /// Requests, context, kind.
 const CASES: [(u32, u32, Kind); 6] = [
@@ -31,7 +33,12 @@ pub(crate) fn run(args: &PlannerArgs) -> Result<()> {
     for (requests, context, kind) in CASES {
         let case = Case { requests, context: Tokens(context), kind, steps: args.steps };
         let origin = Instant::now();
-        let t = measure(case, || origin.elapsed())
+        let mut message = Vec::with_capacity(1 << 16);
+        let encode = |plan: &StepPlan| {
+            message.clear();
+            wire::encode_step(plan, &mut message);
+        };
+        let t = measure(case, || origin.elapsed(), encode)
             .with_context(|| format!("measure {requests} x {context}"))?;
         let kind = match kind {
             Kind::Steady => "steady",
