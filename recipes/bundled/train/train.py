@@ -1,13 +1,17 @@
 """Trains the demo model: DeepSeek V3 architecture at toy size, in plain PyTorch on one GPU.
 
-    python train.py DATA OUT --minutes 7
+    python train.py DATA OUT --minutes 7.5
 
 Multi-head latent attention with the native head dimensions, one dense layer, then mixture-of-experts
 layers with sigmoid scoring, group-limited choice and the auxiliary-loss-free balancing rule
 (DeepSeek-V3, section 2.1.2): after every step the correction bias of an expert that got more than its
-share goes down, of one that got less goes up. Experts are small, so all of them are computed and the
-choice masks them. The checkpoint with the best held-out loss is written to OUT in the published
-layout of DeepSeek-V3 checkpoints.
+share goes down, of one that got less goes up. Experts are small, so all of them are computed as one
+wide layer and the choice masks them.
+
+Every window is BOS and the next tokens of documents packed one after another, as long as the context
+that config.json promises, so every position that is served was trained. Matrices are trained with Muon
+(Jordan and others, 2024), embedding, router and vectors with AdamW; the rate falls linearly to zero.
+The checkpoint with the best held-out loss is written to OUT in the published layout of DeepSeek-V3 checkpoints.
 """
 
 import argparse
@@ -28,18 +32,18 @@ CONFIG = {
     "torch_dtype": "bfloat16",
     "vocab_size": 2048,
     "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 64,
+    "intermediate_size": 768,
+    "moe_intermediate_size": 88,
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
-    "n_shared_experts": 1,
+    "n_shared_experts": 2,
     "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 4,
     "first_k_dense_replace": 1,
     "moe_layer_freq": 1,
     "n_group": 4,
-    "topk_group": 2,
+    "topk_group": 3,
     "routed_scaling_factor": 1.5,
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
@@ -57,7 +61,7 @@ CONFIG = {
     "rope_interleave": True,
     "attention_bias": False,
     "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": True,
     "num_nextn_predict_layers": 0,
     "pretraining_tp": 1,
     "use_cache": True,
@@ -65,12 +69,14 @@ CONFIG = {
     "eos_token_id": 1,
     "initializer_range": 0.02,
 }
-CONTEXT = 512
-BATCH = 96
-PEAK_RATE = 3e-3
-WARM_UP = 200
+CONTEXT = CONFIG["max_position_embeddings"]
+BATCH = 48
+MATRIX_RATE, OTHER_RATE = 0.02, 3e-3
+MATRIX_DECAY = 0.05
+WARM_UP, COOL_DOWN = 200, 0.6  # steps; share of the time in which the rate falls to zero
 BALANCE_RATE = 1e-3
-DROPOUT = 0.12
+DROPOUT = 0.1
+BOS, IGNORED = CONFIG["bos_token_id"], -100
 
 
 class Norm(nn.Module):
@@ -110,7 +116,10 @@ class Attention(nn.Module):
         k_rope = rotate(k_rope, cos, sin)[:, None].expand(-1, self.heads, -1, -1)
         q = torch.cat((q_nope, rotate(q_rope, cos, sin)), -1)
         k = torch.cat((k_nope, k_rope), -1)
+        # Padded to the keys' width, which the flash kernel asks for.
+        v = F.pad(v, (0, self.nope + self.rope - self.v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=(self.nope + self.rope) ** -0.5)
+        y = y[..., : self.v]
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -154,10 +163,11 @@ class Moe(nn.Module):
 
     def forward(self, x):
         weights = self.choose(x).to(x.dtype)
-        g = torch.einsum("bth,eih->beti", x, self.gate.to(x.dtype))
-        u = torch.einsum("bth,eih->beti", x, self.up.to(x.dtype))
-        inner = F.silu(g) * u * weights.transpose(1, 2)[..., None]
-        return torch.einsum("beti,ehi->bth", inner, self.down.to(x.dtype)) + self.shared_experts(x)
+        experts, inner, hidden = self.gate.shape
+        wide = F.silu(F.linear(x, self.gate.view(-1, hidden))) * F.linear(x, self.up.view(-1, hidden))
+        wide = (wide.unflatten(-1, (experts, inner)) * weights[..., None]).flatten(-2)
+        down = self.down.transpose(0, 1).reshape(hidden, -1)
+        return F.linear(wide, down) + self.shared_experts(x)
 
     @torch.no_grad()
     def balance(self):
@@ -186,24 +196,24 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c["num_hidden_layers"]))
         self.norm = Norm(c["hidden_size"])
-        self.lm_head = nn.Linear(c["hidden_size"], c["vocab_size"], bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
-        nn.init.normal_(self.embed_tokens.weight, std=1.0)
-        nn.init.normal_(self.lm_head.weight, std=0.02)
+        nn.init.normal_(self.embed_tokens.weight, std=c["initializer_range"])
         rope = c["qk_rope_head_dim"]
         frequency = c["rope_theta"] ** (-torch.arange(0, rope, 2).float() / rope)
         angle = torch.arange(c["max_position_embeddings"]).float()[:, None] * frequency
         self.register_buffer("cos", angle.cos())
         self.register_buffer("sin", angle.sin())
 
-    def forward(self, ids):
+    def forward(self, ids, targets):
+        """Sum of negative log-likelihoods of the targets that are not IGNORED."""
         t = ids.shape[1]
         x = F.dropout(self.embed_tokens(ids), DROPOUT, self.training)
         for layer in self.layers:
             x = layer(x, self.cos[:t].to(x.dtype), self.sin[:t].to(x.dtype))
-        return self.lm_head(self.norm(x))
+        logits = F.linear(self.norm(x), self.embed_tokens.weight)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def published(model):
@@ -212,9 +222,6 @@ def published(model):
     for name, value in model.state_dict().items():
         value = value.detach().cpu()
         if name in ("cos", "sin"):
-            continue
-        if name.startswith("lm_head"):
-            out[name] = value.bfloat16()
             continue
         name = f"model.{name}"
         head, _, last = name.rpartition(".")
@@ -230,81 +237,130 @@ def published(model):
     return {name: value.contiguous() for name, value in out.items()}
 
 
-def windows(ids, device):
-    """A batch of random windows."""
-    starts = np.random.randint(0, len(ids) - CONTEXT - 1, BATCH)
-    rows = np.stack([ids[s : s + CONTEXT + 1] for s in starts]).astype(np.int64)
-    return torch.from_numpy(rows).to(device)
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal by five Newton-Schulz steps; matrices of one shape go together."""
+
+    def __init__(self, parameters, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault(tuple(p.shape[-2:]), []).append(p)
+            for (rows, columns), same in shapes.items():
+                updates = []
+                for p in same:
+                    buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(buffer, group["momentum"]).view(-1, rows, columns))
+                update = orthogonal(torch.cat(updates)) * max(1.0, rows / columns) ** 0.5
+                for p, part in zip(same, update.split([u.shape[0] for u in updates])):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(part.view_as(p), alpha=-group["lr"])
+
+
+def orthogonal(g):
+    x = g.bfloat16()
+    if wide := g.shape[-2] > g.shape[-1]:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
+    return (x.mT if wide else x).to(g.dtype)
+
+
+def window(ids, start):
+    """Inputs and targets of one window: BOS, then the packed tokens; a document's BOS is never a target."""
+    start += ids[start] == BOS
+    targets = ids[start : start + CONTEXT]
+    inputs = torch.cat((targets.new_full((1,), BOS), targets[:-1]))
+    return inputs, targets.masked_fill(targets == BOS, IGNORED)
+
+
+def batch(ids, starts):
+    inputs, targets = zip(*(window(ids, int(s)) for s in starts))
+    return torch.stack(inputs).cuda(non_blocking=True), torch.stack(targets).cuda(non_blocking=True)
 
 
 @torch.no_grad()
-def held_out_loss(model, ids, device):
+def held_out_loss(model, ids):
     """Mean negative log-likelihood per token over consecutive windows of the held-out part."""
     total, count = 0.0, 0
     model.eval()
-    for start in range(0, len(ids) - 1, CONTEXT * 32):
-        part = ids[start : start + CONTEXT * 32 + 1].astype(np.int64)
-        rows = (len(part) - 1) // CONTEXT
-        if rows == 0:
-            break
-        x = torch.from_numpy(part[: rows * CONTEXT]).view(rows, CONTEXT).to(device)
-        y = torch.from_numpy(part[1 : rows * CONTEXT + 1]).view(rows, CONTEXT).to(device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            logits = model(x)
-        total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
-        count += y.numel()
+    starts = np.arange(0, len(ids) - CONTEXT - 1, CONTEXT)
+    for first in range(0, len(starts), BATCH):
+        inputs, targets = batch(ids, starts[first : first + BATCH])
+        with torch.autocast("cuda", torch.bfloat16):
+            total += model(inputs, targets).item()
+        count += (targets != IGNORED).sum().item()
     model.train()
     return total / count
+
+
+def rate(progress, step):
+    return min(1.0, (step + 1) / WARM_UP) * min(1.0, (1 - progress) / COOL_DOWN)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=pathlib.Path)
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--minutes", type=float, default=7.5)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     np.random.seed(0)
-    train, held = np.load(args.data / "train.npy"), np.load(args.data / "held.npy")
-    model = Model().to(device)
+    torch.set_float32_matmul_precision("high")
+    train, held = (torch.from_numpy(np.load(args.data / f"{n}.npy").astype(np.int64)) for n in ("train", "held"))
+    model = Model().cuda()
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(train)} training tokens")
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-    )
-    run = torch.compile(model) if device == "cuda" else model
+    inner = {n: p for n, p in model.named_parameters() if p.dim() > 1 and not n.endswith(("router", "embed_tokens.weight"))}
+    other = [p for n, p in model.named_parameters() if n not in inner]
+    optimizers = [
+        Muon(inner.values(), lr=MATRIX_RATE, weight_decay=MATRIX_DECAY),
+        torch.optim.AdamW(other, lr=OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+    peaks = [MATRIX_RATE, OTHER_RATE]
+    run = torch.compile(model)
     moes = [layer.mlp for layer in model.layers if isinstance(layer.mlp, Moe)]
-    began, best, step = time.monotonic(), math.inf, 0
+    began, best, step = None, math.inf, 0
     budget = args.minutes * 60
-    while (spent := time.monotonic() - began) < budget:
-        progress = spent / budget
-        rate = PEAK_RATE * min(1.0, (step + 1) / WARM_UP) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        rows = windows(train, device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            logits = run(rows[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        for moe in moes:
-            moe.balance()
-        step += 1
-        if step % 200 == 0 or time.monotonic() - began >= budget:
-            held_loss = held_out_loss(model, held, device)
+    while True:
+        progress = (time.monotonic() - began) / budget if began else 0.0
+        done = progress >= 1
+        if done or (step and step % 1000 == 0):
+            held_loss = held_out_loss(model, held)
             worst = max(moe.load.max().item() for moe in moes)
-            print(f"step {step} {spent:.0f} s train {loss.item():.4f} held {held_loss:.4f} largest share {worst:.2f}", flush=True)
+            print(f"step {step} {progress:.3f} train {loss.item():.4f} held {held_loss:.4f} largest share {worst:.2f}", flush=True)
             if held_loss < best:
                 best = held_loss
                 save_file(published(model), args.out / "model.safetensors", metadata={"format": "pt"})
+        if done:
+            break
+        for optimizer, peak in zip(optimizers, peaks):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate(progress, step)
+        inputs, targets = batch(train, np.random.randint(0, len(train) - CONTEXT - 1, BATCH))
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = run(inputs, targets) / targets.numel()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for moe in moes:
+            moe.balance()
+        step += 1
+        if step % 50 == 0:
+            torch.cuda.synchronize()
+        if step == 20:  # compiled by now
+            torch.cuda.synchronize()
+            began = time.monotonic()
     (args.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    print(f"best held-out loss {best:.4f} after {step} steps")
+    print(f"best held-out loss {best:.4f} after {step} steps of {BATCH} x {CONTEXT} tokens")
 
 
 if __name__ == "__main__":
