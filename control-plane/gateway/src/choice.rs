@@ -165,6 +165,14 @@ impl Clock {
         self.metrics.generated_tokens.inc_by(count as u64);
     }
 
+    /// A request that was refused was never a generation.
+    fn fail(&self, error: &GenerationError) {
+        match error {
+            GenerationError::Refused(refusal) => self.metrics.refused(refusal.label()).inc(),
+            _ => self.end(FinishedBy::Error),
+        }
+    }
+
     fn end(&self, by: FinishedBy) {
         self.metrics.finished(by).inc();
         self.metrics.request_duration.observe(self.submitted.elapsed().as_secs_f64());
@@ -225,7 +233,7 @@ impl Choice {
                 }
                 GenerationEvent::Failed(error) => {
                     self.ended = true;
-                    self.clock.end(FinishedBy::Error);
+                    self.clock.fail(&error);
                     return Err(error);
                 }
             }

@@ -74,6 +74,10 @@ pub enum FinishReason {
 /// Why a generation ended without result.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GenerationError {
+    /// The engine's own check came to another result than the one at submission: the queue filled
+    /// up in between, or the worker that came up cannot hold the request.
+    #[error(transparent)]
+    Refused(#[from] SubmitError),
     /// The request's deadline passed.
     #[error("the request's deadline passed before it was done")]
     DeadlineExceeded,
@@ -108,15 +112,33 @@ pub enum SubmitError {
     NotReady(Readiness),
     /// It can never fit: its KV needs more blocks than there are.
     #[error(
-        "the request needs KV space for {needed} tokens and the cache holds {capacity}; \
-         shorten the prompt or lower max_tokens"
+        "{tokens} tokens need {need} large blocks of KV cache and there are {have}; shorten the \
+         prompt or lower max_tokens"
     )]
     TooLarge {
         /// Prompt and `max_tokens`.
-        needed: Tokens,
-        /// What the cache can hold for one request.
-        capacity: Tokens,
+        tokens: Tokens,
+        /// Large blocks needed.
+        need: u64,
+        /// Large blocks there are.
+        have: u64,
     },
+    /// Longer than the model's or the server's context.
+    #[error(
+        "the maximum context length is {max_context} tokens; you asked for {prompt} tokens in the \
+         prompt and {max_tokens} to generate"
+    )]
+    TooLong {
+        /// Tokens of the prompt.
+        prompt: Tokens,
+        /// Tokens to generate.
+        max_tokens: Tokens,
+        /// The limit.
+        max_context: Tokens,
+    },
+    /// Nothing to continue.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
 }
 
 /// Whether the engine serves. Readiness is progress, not a promise.

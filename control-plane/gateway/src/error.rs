@@ -141,6 +141,12 @@ impl From<SubmitError> for ApiError {
             SubmitError::TooLarge { .. } => {
                 Self::new(StatusCode::BAD_REQUEST, "kv_cache_too_small", message)
             }
+            SubmitError::TooLong { .. } => {
+                Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message)
+            }
+            SubmitError::EmptyPrompt => {
+                Self::new(StatusCode::BAD_REQUEST, "invalid_value", message)
+            }
         }
     }
 }
@@ -152,7 +158,8 @@ impl SubmitError {
         match self {
             Self::QueueFull { .. } => RefusedBy::QueueFull,
             Self::NotReady(_) => RefusedBy::NotReady,
-            Self::TooLarge { .. } => RefusedBy::TooLarge,
+            Self::TooLarge { .. } | Self::TooLong { .. } => RefusedBy::TooLarge,
+            Self::EmptyPrompt => RefusedBy::Validation,
         }
     }
 }
@@ -161,6 +168,7 @@ impl From<GenerationError> for ApiError {
     fn from(error: GenerationError) -> Self {
         let message = error.to_string();
         match error {
+            GenerationError::Refused(refusal) => refusal.into(),
             GenerationError::DeadlineExceeded => {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded", message)
             }
@@ -203,5 +211,14 @@ mod tests {
         assert_eq!(failed.headers()["x-should-retry"], "false");
         let full = SubmitError::QueueFull { retry_after: Duration::from_millis(1500) };
         assert_eq!(ApiError::from(full).into_response().headers()["retry-after"], "2");
+    }
+
+    #[test]
+    fn a_late_refusal_answers_as_an_early_one() {
+        let wait = Duration::from_secs(3);
+        let late = |error: SubmitError| ApiError::from(GenerationError::Refused(error));
+        let full = late(SubmitError::QueueFull { retry_after: wait });
+        assert_eq!((full.status, full.retry_after), (StatusCode::SERVICE_UNAVAILABLE, Some(wait)));
+        assert_eq!(late(SubmitError::EmptyPrompt).status, StatusCode::BAD_REQUEST);
     }
 }

@@ -22,7 +22,6 @@ pub(crate) fn submit(
     let deadline = gateway.deadline(timeout);
     let mut choices = Vec::with_capacity(checked.prompts.len() * common.n as usize);
     for (prompt, max_tokens) in &checked.prompts {
-        gateway.metrics.prompt_tokens.inc_by(prompt.tokens.len() as u64);
         for choice in 0..common.n {
             let mut sampling = common.sampling.clone();
             sampling.choice = choice;
@@ -48,6 +47,7 @@ pub(crate) fn submit(
             let metrics = Arc::clone(&gateway.metrics);
             choices.push(Choice::new(choices.len(), generation, decoder, metrics));
         }
+        gateway.metrics.prompt_tokens.inc_by(prompt.tokens.len() as u64);
     }
     Ok(choices)
 }

@@ -122,6 +122,7 @@ impl Scheduler {
         let tokens = Tokens(load.decode) + prefill_tokens;
         let report = PlanReport {
             seq: flight.seq,
+            ahead: count(life.flights.len()),
             decode: load.decode,
             chunks: count(draft.chunks.len()),
             prefill_tokens,

@@ -21,6 +21,8 @@ pub struct Planned {
 pub struct PlanReport {
     /// The step.
     pub seq: StepSeq,
+    /// Steps in flight when this one was planned: how far it runs ahead of what is known.
+    pub ahead: u32,
     /// Slots that decode.
     pub decode: u32,
     /// Requests with a prompt chunk.

@@ -90,12 +90,22 @@ fn assert_same(what: &str, a: &Answer, b: &Answer) {
     }
 }
 
+/// Steps planned while so many others were in flight; no series stands for more than two.
+fn ahead(server: &Server, others: u32) -> f64 {
+    let name = format!("tokenmill_steps_planned_total{{in_flight=\"{others}\"}}");
+    server.metric(&name).unwrap_or(0.0)
+}
+
 #[test]
 fn chunks_and_run_ahead_change_nothing() {
     for case in CASES {
         let model = model(case);
         let prompt = prompt(1, 150);
-        let whole = ask(&model.serve(&["--run-ahead", "0"]), &prompt, 0.0);
+        let patient = model.serve(&["--run-ahead", "0"]);
+        let whole = ask(&patient, &prompt, 0.0);
+        assert_eq!((ahead(&patient, 1), ahead(&patient, 2)), (0.0, 0.0), "{case}");
+        assert!(ahead(&patient, 0) >= 12.0, "{case}: every step is counted");
+        assert!(patient.metric("tokenmill_queue_seconds_count") >= Some(1.0), "{case}");
         for chunk in ["1", "63", "64", "65"] {
             let server = model.serve(&["--max-prefill-chunk", chunk, "--no-enable-prefix-caching"]);
             assert_same(&format!("{case}, chunks of {chunk}"), &whole, &ask(&server, &prompt, 0.0));
@@ -106,6 +116,9 @@ fn chunks_and_run_ahead_change_nothing() {
         for depth in ["1", "2"] {
             let server = model.serve(&["--run-ahead", depth]);
             assert_same(&format!("{case}, depth {depth}"), &whole, &ask(&server, &prompt, 0.0));
+            let depth = depth.parse().expect("a number");
+            assert!(ahead(&server, depth) > 0.0, "{case}: never {depth} ahead");
+            assert_eq!(ahead(&server, depth + 1), 0.0, "{case}: more than {depth} ahead");
         }
     }
 }

@@ -92,6 +92,30 @@ label! {
 }
 
 label! {
+    /// Steps in flight when another was planned.
+    StepsAhead {
+        /// None: the plan knows every result
+        Zero = "0",
+        /// One
+        One = "1",
+        /// Two, the most that may be
+        Two = "2",
+    }
+}
+
+impl StepsAhead {
+    /// The label of a number of steps.
+    #[must_use]
+    pub const fn of(steps: u32) -> Self {
+        match steps {
+            0 => Self::Zero,
+            1 => Self::One,
+            _ => Self::Two,
+        }
+    }
+}
+
+label! {
     /// What holds a KV block.
     BlockState {
         /// A live request

@@ -7,5 +7,5 @@ pub mod field;
 mod label;
 mod metrics;
 
-pub use label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass};
+pub use label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass, StepsAhead};
 pub use metrics::Metrics;

@@ -4,7 +4,7 @@
 //! yet is zero and not absent. Under [`Metrics::render`] the ones that dashboards for vLLM query
 //! can appear a second time under the names they have there.
 
-use crate::label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass};
+use crate::label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass, StepsAhead};
 use prometheus::core::Collector;
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
@@ -66,9 +66,9 @@ pub struct Metrics {
     pub inter_token: Histogram,
     /// From submission to the end of a generation.
     pub request_duration: Histogram,
-    /// From submission to leaving the queue.
+    /// From a request's arrival to the plan of the first step that runs it.
     pub queue_time: Histogram,
-    /// From sending a step's plan to its outcome.
+    /// Time that the worker took for a step, as it says itself.
     pub step_duration: Histogram,
     /// Client connections that are open.
     pub connections: IntGauge,
@@ -77,6 +77,7 @@ pub struct Metrics {
     /// 1 for the state that holds, 0 else: whether requests are served.
     pub ready: IntGauge,
     kv_blocks: IntGaugeVec,
+    steps_planned: IntCounterVec,
     replies: IntCounterVec,
     finished: IntCounterVec,
     refused: IntCounterVec,
@@ -123,10 +124,14 @@ impl Metrics {
             ),
             queue_time: make.histogram(
                 "queue_seconds",
-                "From submission to leaving the queue.",
+                "From arrival to the plan of the first step that runs the request.",
                 LATENCY,
             ),
-            step_duration: make.histogram("step_seconds", "From plan to outcome.", STEP),
+            step_duration: make.histogram(
+                "step_seconds",
+                "Time that the worker took for a step.",
+                STEP,
+            ),
             connections: make.gauge("connections", "Client connections that are open."),
             stalled_clients: make.counter(
                 "stalled_clients_total",
@@ -134,6 +139,11 @@ impl Metrics {
             ),
             ready: make.gauge("ready", "Whether requests are served."),
             kv_blocks: make.gauges("kv_blocks", "KV blocks by what holds them.", &["state"]),
+            steps_planned: make.counters(
+                "steps_planned_total",
+                "Steps planned, by how many others were in flight then.",
+                &["in_flight"],
+            ),
             replies: make.counters("http_replies_total", "Replies.", &["door", "status"]),
             finished: make.counters("generations_total", "Ends of generations.", &["finished_by"]),
             refused: make.counters("refused_total", "Requests not admitted.", &["refused_by"]),
@@ -154,6 +164,8 @@ impl Metrics {
         }
         FinishedBy::ALL.iter().for_each(|by| drop(metrics.finished(*by)));
         RefusedBy::ALL.iter().for_each(|by| drop(metrics.refused(*by)));
+        BlockState::ALL.iter().for_each(|state| drop(metrics.kv_blocks(*state)));
+        StepsAhead::ALL.iter().for_each(|steps| drop(metrics.steps_planned(*steps)));
         metrics
     }
 
@@ -161,6 +173,12 @@ impl Metrics {
     #[must_use]
     pub fn kv_blocks(&self, state: BlockState) -> IntGauge {
         self.kv_blocks.with_label_values(&[state.as_str()])
+    }
+
+    /// Steps planned while this many others were in flight.
+    #[must_use]
+    pub fn steps_planned(&self, in_flight: StepsAhead) -> IntCounter {
+        self.steps_planned.with_label_values(&[in_flight.as_str()])
     }
 
     /// Replies sent through a door.

@@ -19,10 +19,12 @@ pub(crate) struct SamplerState {
 }
 
 impl SamplerState {
-    /// Rebuilt from all known tokens, of which the first `prompt` are the client's.
-    pub(crate) fn new(sampling: &Sampling, tokens: &[u32], prompt: usize) -> Self {
+    /// Rebuilt from all known tokens, of which the first `prompt` are the client's. No sequence has
+    /// more than `most` distinct tokens; memory for them is taken now, so that no step takes any.
+    pub(crate) fn new(sampling: &Sampling, tokens: &[u32], prompt: usize, most: usize) -> Self {
         let seen = sampling.has_penalties().then(|| {
             let mut seen = Seen::none();
+            seen.reserve(most);
             let (prompt, output) = tokens.split_at(prompt.min(tokens.len()));
             prompt.iter().for_each(|&token| seen.prompt(token));
             output.iter().for_each(|&token| seen.output(token));
@@ -128,5 +130,23 @@ fn logprobs(raw: &[f32], token: u32, top: u8) -> Logprobs {
     Logprobs {
         chosen: convert(softmax.token(raw, token)),
         top: likeliest.into_iter().map(convert).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn penalties_take_their_memory_at_admission() {
+        let sampling = Sampling { presence_penalty: 1.0, ..Sampling::default() };
+        let mut state = SamplerState::new(&sampling, &[1, 2, 3], 2, 2000);
+        let held = |state: &SamplerState| state.seen.as_ref().map(Seen::capacity);
+        let before = held(&state);
+        assert!(before >= Some(2000), "{before:?}");
+        (0..2000).for_each(|token| state.record(TokenId(token)));
+        assert_eq!(held(&state), before, "counting took memory");
+        let plain = SamplerState::new(&Sampling::default(), &[1], 1, 2000);
+        assert!(plain.seen.is_none(), "nothing is counted where no penalty is on");
     }
 }

@@ -201,6 +201,8 @@ impl Slots {
         if admit.cached >= admit.known {
             return wrong("nothing is left to compute");
         }
+        let most = self.max_context.0.min(self.vocab) as usize;
+        let sampler = SamplerState::new(&admit.sampling, &tokens, admit.prompt.as_usize(), most);
         row.tables.clear();
         for table in &admit.tables {
             row.tables.skip(slot, table.group, table.skipped)?;
@@ -213,7 +215,7 @@ impl Slots {
         row.generation = Some(admit.slot.generation);
         row.life = Some(Life {
             request,
-            sampler: SamplerState::new(&admit.sampling, &tokens, admit.prompt.as_usize()),
+            sampler,
             tokens,
             prompt: admit.prompt,
             last: None,

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 use step::{ToScheduler, ToWorker};
-use telemetry::{BlockState, Metrics};
+use telemetry::{BlockState, Metrics, StepsAhead};
 use tokio::sync::mpsc::UnboundedSender;
 
 /// How often gauges are refreshed while steps run.
@@ -116,7 +116,7 @@ impl Driver {
     fn take(&mut self, now: Timestamp, message: Message, streams: &mut Streams) {
         let event = match message {
             Message::Submit(submit, events) => {
-                streams.open(submit.request, events);
+                streams.open(submit.request, submit.arrival, events);
                 Event::Submit(submit)
             }
             Message::Abort(request) => Event::Abort(request),
@@ -147,6 +147,7 @@ impl Driver {
             self.drain(streams);
             let Some(planned) = self.scheduler.plan_step(self.now()) else { break };
             self.drain(streams);
+            self.metrics.steps_planned(StepsAhead::of(planned.report.ahead)).inc();
             self.life.command(ToWorker::Step(planned.plan));
         }
         self.drain(streams);
@@ -166,7 +167,15 @@ impl Driver {
                     tracing::error!(%incarnation, %reason, "the worker cannot be trusted");
                     self.life.kill();
                 }
-                said => streams.say(said),
+                said => {
+                    if let Output::Started { request, .. } = &said
+                        && let Some(arrival) = streams.arrival(*request)
+                    {
+                        let waited = self.now().since(arrival);
+                        self.metrics.queue_time.observe(waited.as_secs_f64());
+                    }
+                    streams.say(said);
+                }
             }
         }
     }

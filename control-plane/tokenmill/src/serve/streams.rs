@@ -2,9 +2,12 @@
 //!
 //! It holds channels, no request state. Invariant: a channel is dropped with the request's last event.
 
-use gateway::engine::{FinishReason, GeneratedToken, GenerationError, GenerationEvent};
-use ids::RequestId;
-use scheduler::{FinishReason as Reason, Output};
+use super::handle::RETRY_AFTER;
+use gateway::engine::{
+    FinishReason, GeneratedToken, GenerationError, GenerationEvent, SubmitError,
+};
+use ids::{RequestId, Timestamp};
+use scheduler::{FinishReason as Reason, Output, Refusal};
 use std::collections::BTreeMap;
 use step::SampleFault;
 use tokio::sync::mpsc::UnboundedSender;
@@ -12,12 +15,28 @@ use tokio::sync::mpsc::UnboundedSender;
 /// The open streams.
 #[derive(Default)]
 pub(crate) struct Streams {
-    open: BTreeMap<RequestId, UnboundedSender<GenerationEvent>>,
+    open: BTreeMap<RequestId, Stream>,
+}
+
+/// One request's.
+struct Stream {
+    arrival: Timestamp,
+    events: UnboundedSender<GenerationEvent>,
 }
 
 impl Streams {
-    pub(crate) fn open(&mut self, request: RequestId, events: UnboundedSender<GenerationEvent>) {
-        self.open.insert(request, events);
+    pub(crate) fn open(
+        &mut self,
+        request: RequestId,
+        arrival: Timestamp,
+        events: UnboundedSender<GenerationEvent>,
+    ) {
+        self.open.insert(request, Stream { arrival, events });
+    }
+
+    /// When a request came in, while it lives.
+    pub(crate) fn arrival(&self, request: RequestId) -> Option<Timestamp> {
+        self.open.get(&request).map(|stream| stream.arrival)
     }
 
     /// Passes on what concerns a request; commands to the worker are the driver's.
@@ -34,26 +53,43 @@ impl Streams {
                 self.send(part.request, GenerationEvent::PromptLogprobs(part));
             }
             Output::Finished { request, reason, .. } => {
-                if let Some(events) = self.open.remove(&request) {
-                    // A client that is gone has closed its end; that is its right.
-                    let _ = events.send(last_event(reason));
-                }
+                self.end(request, last_event(reason));
             }
             Output::Refused { request, reason } => {
-                if let Some(events) = self.open.remove(&request) {
-                    let error = GenerationError::Internal(reason.to_string());
-                    let _ = events.send(GenerationEvent::Failed(error));
-                }
+                self.end(request, GenerationEvent::Failed(refused(reason)));
             }
             Output::Upload(_) | Output::Forget(..) | Output::RestartWorker { .. } => {}
         }
     }
 
     fn send(&self, request: RequestId, event: GenerationEvent) {
-        if let Some(events) = self.open.get(&request) {
-            let _ = events.send(event);
+        if let Some(stream) = self.open.get(&request) {
+            // A client that is gone has closed its end; that is its right.
+            let _ = stream.events.send(event);
         }
     }
+
+    fn end(&mut self, request: RequestId, last: GenerationEvent) {
+        self.send(request, last);
+        self.open.remove(&request);
+    }
+}
+
+/// What the client is told of a refusal that came after the gateway's own check.
+fn refused(refusal: Refusal) -> GenerationError {
+    GenerationError::Refused(match refusal {
+        Refusal::EmptyPrompt => SubmitError::EmptyPrompt,
+        Refusal::TooLong { prompt, max_tokens, max_context } => {
+            SubmitError::TooLong { prompt, max_tokens, max_context }
+        }
+        Refusal::CacheTooSmall { tokens, need, have } => {
+            SubmitError::TooLarge { tokens, need, have }
+        }
+        Refusal::QueueFull { .. } | Refusal::QueueTokens { .. } => {
+            SubmitError::QueueFull { retry_after: RETRY_AFTER }
+        }
+        Refusal::DeadlinePassed => return GenerationError::DeadlineExceeded,
+    })
 }
 
 fn last_event(reason: Reason) -> GenerationEvent {
@@ -66,8 +102,38 @@ fn last_event(reason: Reason) -> GenerationEvent {
         Reason::Deadline => GenerationError::DeadlineExceeded,
         Reason::Fault(SampleFault::NotANumber) => GenerationError::NotANumber,
         Reason::Fault(SampleFault::NothingAllowed) => GenerationError::NothingAllowed,
-        Reason::Refused(refusal) => GenerationError::Internal(refusal.to_string()),
+        Reason::Refused(refusal) => refused(refusal),
         Reason::WorkerDied { .. } => GenerationError::WorkerLost,
     };
     GenerationEvent::Failed(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ids::Tokens;
+
+    #[test]
+    fn late_refusals_are_told_as_early_ones() {
+        let full = SubmitError::QueueFull { retry_after: RETRY_AFTER };
+        let cases = [
+            (Refusal::QueueFull { waiting: 9, limit: 9 }, full),
+            (
+                Refusal::CacheTooSmall { tokens: Tokens(7), need: 2, have: 1 },
+                SubmitError::TooLarge { tokens: Tokens(7), need: 2, have: 1 },
+            ),
+            (Refusal::EmptyPrompt, SubmitError::EmptyPrompt),
+        ];
+        for (at, (reason, told)) in cases.into_iter().enumerate() {
+            let request = RequestId(at as u64 + 1);
+            let (sender, mut events) = tokio::sync::mpsc::unbounded_channel();
+            let mut streams = Streams::default();
+            streams.open(request, Timestamp::ZERO, sender);
+            streams.say(Output::Refused { request, reason });
+            let said = events.try_recv().expect("an event");
+            let GenerationEvent::Failed(error) = said else { panic!("a refusal is a failure") };
+            assert_eq!(error, GenerationError::Refused(told));
+            assert!(streams.arrival(request).is_none(), "the stream is closed");
+        }
+    }
 }

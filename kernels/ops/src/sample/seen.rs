@@ -38,6 +38,12 @@ impl Seen {
         }
     }
 
+    /// Distinct tokens that can be counted without taking memory.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.tokens.capacity().min(self.index.len() / 2)
+    }
+
     /// Counts a token of the prompt: it matters to the repetition penalty only.
     pub fn prompt(&mut self, token: u32) {
         self.entry(token);
