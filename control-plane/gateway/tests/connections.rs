@@ -9,7 +9,7 @@ use common::engine::{Ended, FakeEngine};
 use gateway::engine::{GenerationError, Readiness, SubmitError};
 use serde_json::json;
 use std::time::{Duration, Instant};
-use telemetry::FinishedBy;
+use telemetry::{FinishedBy, RefusedBy};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -230,6 +230,43 @@ async fn a_failure_that_would_repeat_is_not_retried_by_clients() {
     let reply = Server::start(engine).await.post(DOOR, "{\"prompt\":\"a\"}").await;
     assert_eq!((reply.status, reply.header("x-should-retry")), (500, Some("false")));
     assert_eq!(reply.json()["error"]["type"], "server_error");
+}
+
+/// The engine's own check comes after the gateway's: what it refuses is refused alike.
+#[tokio::test]
+async fn a_refusal_after_submission_is_no_internal_error() {
+    use ids::Tokens;
+    let retry_after = Duration::from_secs(3);
+    let (tokens, prompt, max_tokens) = (Tokens(9), Tokens(5), Tokens(4));
+    let too_long = SubmitError::TooLong { prompt, max_tokens, max_context: Tokens(8) };
+    for (refusal, status, code, label) in [
+        (SubmitError::QueueFull { retry_after }, 503, "queue_full", RefusedBy::QueueFull),
+        (too_long, 400, "context_length_exceeded", RefusedBy::TooLarge),
+        (
+            SubmitError::TooLarge { tokens, need: 2, have: 1 },
+            400,
+            "kv_cache_too_small",
+            RefusedBy::TooLarge,
+        ),
+        (SubmitError::EmptyPrompt, 400, "invalid_value", RefusedBy::Validation),
+        (SubmitError::NotReady(Readiness::Restarting), 503, "not_ready", RefusedBy::NotReady),
+    ] {
+        let fail = Some((0, GenerationError::Refused(refusal)));
+        let server = Server::start(FakeEngine { fail, ..FakeEngine::say("x") }).await;
+        for stream in [false, true] {
+            let body = json!({"prompt": "a", "stream": stream}).to_string();
+            let reply = server.post(DOOR, &body).await;
+            assert_eq!(reply.status, status, "{code}: {}", reply.text());
+            let error = reply.json()["error"].as_object().unwrap().clone();
+            let keys: Vec<&String> = error.keys().collect();
+            assert_eq!(keys, ["message", "type", "param", "code"]);
+            let kind = if status == 400 { "invalid_request_error" } else { "server_error" };
+            assert_eq!((&error["code"], &error["type"]), (&json!(code), &json!(kind)));
+            assert_eq!(reply.header("retry-after").is_some(), status == 503, "{code}");
+        }
+        assert_eq!(server.metrics.refused(label).get(), 2, "{code}");
+        assert_eq!(server.metrics.finished(FinishedBy::Error).get(), 0, "{code}: never began");
+    }
 }
 
 #[tokio::test]

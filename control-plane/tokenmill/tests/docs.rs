@@ -1,5 +1,5 @@
-//! The command line and the pages agree: every flag and every recipe field is documented, and serve
-//! keeps below forty flags.
+//! The program and the pages agree: every flag, every recipe field and every metric is documented, and
+//! serve keeps below forty flags.
 
 use std::process::Command;
 
@@ -62,4 +62,23 @@ fn every_recipe_field_is_on_its_page() {
         let line = format!("| `{}` | {} |", field.name, field.about);
         assert!(page.lines().any(|found| found == line), "docs/reference/recipe.md lacks: {line}");
     }
+}
+
+/// `TOKENMILL_WRITE_DOCS=1 cargo test -p tokenmill --test docs` writes the tables anew.
+#[test]
+fn every_metric_is_on_its_page() {
+    const NAME: &str = "docs/reference/metrics.md";
+    let page = page(NAME);
+    let (text, tables) = page.split_once("\n| metric |").expect("the page has the table");
+    let expected = telemetry::Metrics::new("m", "v").reference();
+    if std::env::var_os("TOKENMILL_WRITE_DOCS").is_some() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+        std::fs::write(root.join(NAME), format!("{text}\n{expected}")).expect("written");
+        return;
+    }
+    let found = format!("| metric |{tables}");
+    for line in expected.lines().filter(|line| !found.lines().any(|found| found == *line)) {
+        panic!("{NAME} lacks: {line}");
+    }
+    assert_eq!(found, expected, "{NAME} has lines that the registry has not");
 }

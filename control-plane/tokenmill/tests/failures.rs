@@ -4,10 +4,10 @@
 
 mod common;
 
-use common::{PROGRAM, Server, checkpoint, signal};
+use common::{PROGRAM, Server, checkpoint, config, signal, wait_until};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -48,20 +48,6 @@ fn a_killed_worker_ends_in_a_resumed_stream_and_a_ready_server() {
     });
     assert_eq!(resumed, undisturbed, "no token lost, none repeated");
     assert_eq!(server.metric("tokenmill_worker_restarts_total"), Some(1.0));
-}
-
-/// Polls until `done`, at most for `limit`.
-fn wait_until(what: &str, limit: Duration, done: impl Fn() -> bool) {
-    let deadline = Instant::now() + limit;
-    while !done() {
-        assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-fn config(case: &str) -> PathBuf {
-    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/cases");
-    cases.join(case).join("config.json")
 }
 
 /// Streams an answer; `each` hears how many tokens have arrived. Tokens with log-probabilities.

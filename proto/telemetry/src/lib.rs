@@ -6,6 +6,7 @@
 pub mod field;
 mod label;
 mod metrics;
+mod reference;
 
 pub use label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass, StepsAhead};
 pub use metrics::Metrics;

@@ -6,6 +6,7 @@
 
 use crate::label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass, StepsAhead};
 use prometheus::core::Collector;
+use prometheus::proto::MetricFamily;
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
@@ -37,6 +38,14 @@ const VLLM_ALIASES: [(&str, &str); 12] = [
     ("tokenmill_prefix_cache_hit_tokens_total", "vllm:prefix_cache_hits_total"),
     ("tokenmill_prefix_cache_queried_tokens_total", "vllm:prefix_cache_queries_total"),
 ];
+
+/// The counter of ended generations has another label there, so it is no plain alias.
+const VLLM_SUCCESS: (&str, &str) = ("tokenmill_generations_total", "vllm:request_success_total");
+
+/// Our names and vLLM's, all of them.
+pub(crate) fn aliases() -> impl Iterator<Item = (&'static str, &'static str)> {
+    VLLM_ALIASES.into_iter().chain([VLLM_SUCCESS])
+}
 
 /// All metrics of one server.
 #[derive(Debug)]
@@ -205,11 +214,16 @@ impl Metrics {
         self.unknown_fields.with_label_values(&[door.as_str()])
     }
 
+    /// The metrics by name.
+    pub(crate) fn families(&self) -> Vec<MetricFamily> {
+        self.registry.gather()
+    }
+
     /// Everything in Prometheus text format; with `vllm_names` the metrics that exist there a
     /// second time under those names.
     #[must_use]
     pub fn render(&self, vllm_names: bool) -> String {
-        let mut families = self.registry.gather();
+        let mut families = self.families();
         if vllm_names {
             for (ours, theirs) in VLLM_ALIASES {
                 let family = families.iter().find(|family| family.name() == ours);
@@ -219,7 +233,7 @@ impl Metrics {
             }
             let mut success = self.finished.collect();
             for family in &mut success {
-                family.set_name("vllm:request_success_total".to_owned());
+                family.set_name(VLLM_SUCCESS.1.to_owned());
                 for metric in family.mut_metric() {
                     let labels = metric.mut_label().iter_mut();
                     for label in labels.filter(|label| label.name() == "finished_by") {

@@ -111,29 +111,55 @@ fn last_event(reason: Reason) -> GenerationEvent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use gateway::ApiError;
     use ids::Tokens;
+    use tokio::sync::mpsc::unbounded_channel;
+
+    /// The last event of a request that ended so.
+    fn ends(output: impl Fn(RequestId) -> Output) -> GenerationEvent {
+        let (sender, mut events) = unbounded_channel();
+        let mut streams = Streams::default();
+        let request = RequestId(1);
+        streams.open(request, Timestamp::ZERO, sender);
+        streams.say(output(request));
+        assert_eq!(streams.arrival(request), None, "the channel is gone with its last event");
+        events.try_recv().expect("an event")
+    }
 
     #[test]
-    fn late_refusals_are_told_as_early_ones() {
-        let full = SubmitError::QueueFull { retry_after: RETRY_AFTER };
+    fn every_refusal_of_the_scheduler_has_a_status_of_its_own() {
+        let (tokens, waiting, limit) = (Tokens(9), 3, 3);
         let cases = [
-            (Refusal::QueueFull { waiting: 9, limit: 9 }, full),
+            (Refusal::EmptyPrompt, 400, "invalid_value", false),
             (
-                Refusal::CacheTooSmall { tokens: Tokens(7), need: 2, have: 1 },
-                SubmitError::TooLarge { tokens: Tokens(7), need: 2, have: 1 },
+                Refusal::TooLong { prompt: tokens, max_tokens: tokens, max_context: tokens },
+                400,
+                "context_length_exceeded",
+                false,
             ),
-            (Refusal::EmptyPrompt, SubmitError::EmptyPrompt),
+            (Refusal::CacheTooSmall { tokens, need: 2, have: 1 }, 400, "kv_cache_too_small", false),
+            (Refusal::QueueFull { waiting, limit }, 503, "queue_full", true),
+            (
+                Refusal::QueueTokens { waiting: 3, prompt: tokens, limit: 3 },
+                503,
+                "queue_full",
+                true,
+            ),
+            (Refusal::DeadlinePassed, 504, "deadline_exceeded", false),
         ];
-        for (at, (reason, told)) in cases.into_iter().enumerate() {
-            let request = RequestId(at as u64 + 1);
-            let (sender, mut events) = tokio::sync::mpsc::unbounded_channel();
-            let mut streams = Streams::default();
-            streams.open(request, Timestamp::ZERO, sender);
-            streams.say(Output::Refused { request, reason });
-            let said = events.try_recv().expect("an event");
-            let GenerationEvent::Failed(error) = said else { panic!("a refusal is a failure") };
-            assert_eq!(error, GenerationError::Refused(told));
-            assert!(streams.arrival(request).is_none(), "the stream is closed");
+        for (reason, status, code, comes_back) in cases {
+            let before = ends(|request| Output::Refused { request, reason });
+            let later = ends(|request| Output::Finished {
+                request,
+                reason: Reason::Refused(reason),
+                usage: scheduler::Usage::default(),
+            });
+            for event in [before, later] {
+                let GenerationEvent::Failed(error) = event else { panic!("{event:?}") };
+                let error = ApiError::from(error);
+                let got = (error.status.as_u16(), error.code, error.retry_after.is_some());
+                assert_eq!(got, (status, Some(code), comes_back), "{reason:?}: {error}");
+            }
         }
     }
 }

@@ -85,6 +85,16 @@ impl Server {
         (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
 
+    /// POST of a completion that gives up after so many milliseconds; status and parsed body.
+    pub(crate) fn post_within(&self, millis: u32, body: &Value) -> (u16, Value) {
+        let request = client()
+            .post(format!("{}/v1/completions", self.url))
+            .header("x-request-timeout-ms", millis.to_string())
+            .json(body);
+        let response = request.send().expect("the server answers");
+        (response.status().as_u16(), response.json().expect("JSON"))
+    }
+
     /// POST that must succeed.
     pub(crate) fn ok(&self, path: &str, body: &Value) -> Value {
         let (status, answer) = self.post(path, body);
@@ -185,6 +195,21 @@ fn client() -> reqwest::blocking::Client {
 pub(crate) fn signal(name: &str, pid: u32) {
     let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
     assert!(status.is_ok_and(|s| s.success()), "kill -{name} {pid}");
+}
+
+/// Polls until `done`, at most for `limit`.
+pub(crate) fn wait_until(what: &str, limit: Duration, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + limit;
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}: not within {limit:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The configuration of a parity case, such as `llama/native_tied`.
+pub(crate) fn config(case: &str) -> PathBuf {
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/cases");
+    cases.join(case).join("config.json")
 }
 
 /// Makes a random checkpoint of `config` in a fresh folder with the parity profile.
