@@ -7,6 +7,7 @@ use crate::logprobs::Names;
 use crate::state::{AppState, Gateway};
 use crate::validate::Checked;
 use crate::validate::prompt::Prompt;
+use futures::stream::{FuturesUnordered, TryStreamExt};
 use ids::TokenId;
 use serde::Serialize;
 use std::sync::Arc;
@@ -165,6 +166,12 @@ impl Finish {
 /// # Errors
 /// The first failure; the other choices are aborted then.
 pub(crate) async fn collect(choices: Vec<Choice>) -> Result<Vec<Delta>, ApiError> {
-    let all = choices.into_iter().map(Choice::whole);
-    futures::future::try_join_all(all).await.map_err(ApiError::from)
+    // Polled as they come: a failure must not wait for choices before it to run to their ends.
+    let mut running: FuturesUnordered<_> = choices.into_iter().map(Choice::whole).collect();
+    let mut ended = Vec::with_capacity(running.len());
+    while let Some(delta) = running.try_next().await? {
+        ended.push(delta);
+    }
+    ended.sort_unstable_by_key(|delta| delta.index);
+    Ok(ended)
 }

@@ -232,6 +232,24 @@ async fn a_failure_that_would_repeat_is_not_retried_by_clients() {
     assert_eq!(reply.json()["error"]["type"], "server_error");
 }
 
+/// Also with more choices than are polled in one batch, and the failed one among the last.
+#[tokio::test]
+async fn one_failed_choice_ends_all_at_once() {
+    const CHOICES: u64 = 64;
+    let fail = Some((0, GenerationError::WorkerLost));
+    let delay = Duration::from_millis(100);
+    let engine = FakeEngine { fail, fail_only: Some(CHOICES), delay, ..FakeEngine::say("x") };
+    let server = Server::start(engine).await;
+    let body = json!({"prompt": "a", "n": CHOICES, "max_tokens": 200, "ignore_eos": true});
+    let begun = Instant::now();
+    let reply = server.post(DOOR, &body.to_string()).await;
+    assert!(reply.status >= 500, "{}", reply.text());
+    // The others would take twenty seconds.
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    let others = CHOICES as usize - 1;
+    assert_eq!(server.engine.ended(others).await, vec![Ended::Aborted; others]);
+}
+
 /// The engine's own check comes after the gateway's: what it refuses is refused alike.
 #[tokio::test]
 async fn a_refusal_after_submission_is_no_internal_error() {

@@ -30,6 +30,8 @@ pub(crate) struct FakeEngine {
     pub(crate) delay: Duration,
     /// Fail after this many tokens.
     pub(crate) fail: Option<(usize, GenerationError)>,
+    /// Only the request of this number fails, counted from one; all where absent.
+    pub(crate) fail_only: Option<u64>,
     pub(crate) refuse: Option<SubmitError>,
     pub(crate) readiness: Mutex<Option<Readiness>>,
     pub(crate) requests: Mutex<Vec<GenerateRequest>>,
@@ -121,7 +123,8 @@ impl Engine for FakeEngine {
                 break;
             }
         }
-        let fail = self.fail.clone();
+        let fails = self.fail_only.is_none_or(|only| only == count);
+        let fail = self.fail.clone().filter(|_| fails);
         if let Some((after, _)) = &fail {
             tokens.truncate(*after);
         }
