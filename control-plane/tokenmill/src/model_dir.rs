@@ -89,4 +89,10 @@ impl ModelDir {
     pub(crate) fn step_bytes(&self, tokens: u32, threads: usize) -> u64 {
         engine::step_bytes(&self.lowered, tokens as usize, threads).0
     }
+
+    /// Bytes of what penalties count, if `slots` requests use them on contexts of `tokens`.
+    pub(crate) fn penalty_bytes(&self, slots: u32, tokens: u32) -> u64 {
+        let vocab = u32::try_from(self.program.vocab).unwrap_or(u32::MAX);
+        engine::penalty_bytes(slots, ids::Tokens(tokens), vocab).0
+    }
 }

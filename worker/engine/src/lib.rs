@@ -22,7 +22,7 @@ pub use batch::{Batch, Purpose, Run, Wanted};
 pub use engine::Engine;
 pub use error::{EngineError, PlanError, WeightError};
 pub use executor::{Executor, TableView};
-pub use memory::{HEAD_ROWS, step_bytes};
+pub use memory::{HEAD_ROWS, penalty_bytes, step_bytes};
 pub use options::{KvDtype, MlaForm, Options};
 pub use source::WeightSource;
 

@@ -4,9 +4,10 @@
 //! It allocates nothing. Invariant: not less than what an engine allocates when configured.
 
 use device::ThreadPool;
-use ids::Bytes;
+use ids::{Bytes, Tokens};
 use model::lower::{LocalAttention, Lowered, Op};
 use model::memory::activation_bytes;
+use ops::sample::Seen;
 use ops::{gqa, mla, moe};
 
 /// Rows of logits computed at once, at most.
@@ -52,4 +53,11 @@ pub fn step_bytes(lowered: &Lowered, tokens: usize, threads: usize) -> Bytes {
     let scratch = scratch.saturating_mul(threads).saturating_mul(size_of::<f32>());
     let rest = scratch.saturating_add(experts).saturating_add(routing) as u64;
     Bytes(activations.saturating_add(rest))
+}
+
+/// Bytes of the penalties' counts when every slot uses them, contexts as long as may be.
+#[must_use]
+pub fn penalty_bytes(slots: u32, max_context: Tokens, vocab: u32) -> Bytes {
+    let each = Seen::bytes(max_context.0.min(vocab) as usize) as u64;
+    Bytes(each.saturating_mul(u64::from(slots)))
 }

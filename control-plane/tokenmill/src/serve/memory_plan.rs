@@ -20,7 +20,7 @@ pub(crate) struct MemoryPlan {
     pub(crate) weights: u64,
     /// The KV cache.
     pub(crate) kv: u64,
-    /// Activations and scratch of the largest step.
+    /// Activations and scratch of the largest step, and what penalties count in every slot.
     pub(crate) activations: u64,
     /// What the machine has to give, where that is known.
     pub(crate) available: Option<u64>,
@@ -57,9 +57,6 @@ pub(crate) struct Wanted {
 /// largest that would.
 pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
     let weights = dir.weight_bytes(wanted.weight_element);
-    let activations = dir.step_bytes(wanted.max_step_tokens, wanted.threads);
-    let budget = wanted.available.map(|bytes| bytes / 100 * USABLE_PERCENT);
-    let left = budget.map(|budget| budget.saturating_sub(weights + activations));
     let per_token = dir.kv_token_bytes(wanted.kv_element).max(1);
     let own = u32::try_from(dir.program.max_context).unwrap_or(u32::MAX);
     if let Some(asked) = wanted.max_context
@@ -68,6 +65,10 @@ pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
         bail!("--max-model-len {asked} is longer than the model's {own}; lower it");
     }
     let context = wanted.max_context.unwrap_or(own);
+    let activations = dir.step_bytes(wanted.max_step_tokens, wanted.threads)
+        + dir.penalty_bytes(wanted.max_seqs, context);
+    let budget = wanted.available.map(|bytes| bytes / 100 * USABLE_PERCENT);
+    let left = budget.map(|budget| budget.saturating_sub(weights + activations));
     let one = dir.kv_bytes(context, wanted.kv_element);
     let kv = match (wanted.kv_bytes, left) {
         (Some(bytes), _) => bytes,

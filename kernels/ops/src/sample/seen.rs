@@ -38,6 +38,15 @@ impl Seen {
         }
     }
 
+    /// Bytes that [`Seen::reserve`] takes for `tokens` distinct tokens, where nothing is held yet.
+    #[must_use]
+    pub fn bytes(tokens: usize) -> usize {
+        // The least index is never full: half of it is the least list that is worth counting.
+        let tokens = tokens.max(MIN_INDEX / 2);
+        let index = tokens.saturating_mul(2).next_power_of_two();
+        tokens.saturating_mul(size_of::<Count>()).saturating_add(index * size_of::<u32>())
+    }
+
     /// Distinct tokens that can be counted without taking memory.
     #[must_use]
     pub fn capacity(&self) -> usize {
@@ -123,6 +132,17 @@ mod tests {
     use super::*;
     use crate::testing::Random;
     use std::collections::BTreeMap;
+
+    #[test]
+    fn what_is_reserved_is_what_was_said() {
+        for tokens in [0, 1, 7, 8, 9, 1000, 4096, 128_000] {
+            let mut seen = Seen::none();
+            seen.reserve(tokens);
+            let held = seen.tokens.capacity() * size_of::<Count>() + seen.index.len() * 4;
+            assert!(held <= Seen::bytes(tokens), "{tokens} tokens: {held} bytes");
+            assert!(seen.capacity() >= tokens);
+        }
+    }
 
     #[test]
     fn counts_are_those_of_a_map() {
