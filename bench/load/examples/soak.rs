@@ -28,6 +28,8 @@ const OUTPUT: u32 = 64;
 const SAMPLE: Duration = Duration::from_secs(5);
 /// Before memory is expected to be level.
 const WARM_UP: Duration = Duration::from_secs(60);
+/// Gauges are refreshed a few times a second; after this they show a state that does not change.
+const SETTLE: Duration = Duration::from_millis(500);
 /// Streams in flight when the worker is killed.
 const KILLED_STREAMS: u32 = 64;
 
@@ -142,6 +144,7 @@ async fn main() -> Outcome<()> {
     let http = reqwest::Client::new();
     server.wait_ready(&http).await?;
     let client = Client::connect(&server.url, None).await?;
+    tokio::time::sleep(SETTLE).await;
     let before = server.blocks(&http).await?;
 
     let begun = Instant::now();
@@ -178,7 +181,7 @@ async fn main() -> Outcome<()> {
         }
     }
     let ran = begun.elapsed();
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    tokio::time::sleep(SETTLE).await;
     let after = server.blocks(&http).await?;
 
     // The worker dies under load; every stream must end whole or with an error in its own envelope.
@@ -213,7 +216,7 @@ async fn main() -> Outcome<()> {
     };
     let ((killed, ready), (whole, clean, other)) = tokio::join!(kill, finish);
     killed?;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    tokio::time::sleep(SETTLE).await;
     println!(
         "{}",
         json!({
