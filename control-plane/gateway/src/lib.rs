@@ -28,3 +28,4 @@ pub use error::ApiError;
 pub use limits::GatewayLimits;
 pub use server::{router, serve};
 pub use state::{AppState, Gateway, ServedModel};
+pub use validate::{DefaultsError, check_defaults};

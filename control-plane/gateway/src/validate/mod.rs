@@ -5,11 +5,14 @@
 //! are finite and in range. Order: JSON, then the model, then fields, then what depends on several.
 
 pub(crate) mod context;
+mod defaults;
 pub(crate) mod fields;
 pub(crate) mod messages;
 pub(crate) mod policy;
 pub(crate) mod prompt;
 pub(crate) mod sampling;
+
+pub use defaults::{DefaultsError, check_defaults};
 
 use crate::error::ApiError;
 use crate::limits::MAX_CHOICES;

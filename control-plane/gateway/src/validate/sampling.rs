@@ -4,6 +4,7 @@
 //! defaults. Ranges of single sampling parameters are [`Sampling::check`]'s; this file bounds lists
 //! and says how fields depend on each other.
 
+use super::defaults::TOP_K;
 use super::fields::{Fields, typed};
 use crate::error::ApiError;
 use crate::limits::{
@@ -148,7 +149,7 @@ fn sampling(
 ) -> Result<Sampling, ApiError> {
     let model = &gateway.text.generation;
     let temperature = fields.number("temperature")?.or(model.temperature).unwrap_or(1.0);
-    let top_k = fields.integer("top_k", -1..=i64::from(i32::MAX))?.or(model.top_k).unwrap_or(0);
+    let top_k = fields.integer("top_k", TOP_K)?.or(model.top_k).unwrap_or(0);
     let min_tokens = fields.integer("min_tokens", 0..=i64::from(u32::MAX / 2))?.unwrap_or(0);
     let seed = fields.integer("seed", i64::MIN..=i64::MAX)?;
     let sampling = Sampling {

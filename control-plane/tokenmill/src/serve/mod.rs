@@ -60,10 +60,13 @@ async fn serve(settings: Settings) -> Result<()> {
     if !address.ip().is_loopback() {
         tracing::warn!(%address, "listening beyond this machine without authentication");
     }
+    // A broken tokenizer or template ends the command before a worker loads weights for nothing.
+    let text = text_folder(&settings)?;
+    announce_plan(&settings)?;
     let (stop, stopped) = watch::channel(false);
     let engine = start_engine(&settings, stopped.clone())?;
     let supervised = tokio::spawn(engine.supervisor.run());
-    let app = app(&settings, engine.handle, engine.metrics)?;
+    let app = app(&settings, text, engine.handle, engine.metrics)?;
     announce(&settings, address)?;
     if settings.is_demo() {
         tokio::spawn(prove(format!("http://{address}")));
@@ -152,7 +155,12 @@ fn rand_bytes<const N: usize>() -> Result<[u8; N]> {
     Ok(bytes)
 }
 
-fn app(settings: &Settings, handle: Handle, metrics: Arc<Metrics>) -> Result<AppState> {
+fn app(
+    settings: &Settings,
+    text: TextFolder,
+    handle: Handle,
+    metrics: Arc<Metrics>,
+) -> Result<AppState> {
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let model = ServedModel {
         names: settings.names.clone(),
@@ -169,7 +177,6 @@ fn app(settings: &Settings, handle: Handle, metrics: Arc<Metrics>) -> Result<App
         seed => seed,
     };
     let version = crate::cli::VERSION.to_owned();
-    let text = text_folder(settings)?;
     let mut gateway = Gateway::new(Arc::new(handle), model, text, limits, metrics, seed, version);
     gateway.vllm_metric_names = true;
     Ok(Arc::new(gateway))
@@ -188,7 +195,7 @@ fn text_folder(settings: &Settings) -> Result<TextFolder> {
         })
         .transpose()?;
     let folder = settings.dir.as_ref().map(|dir| dir.path.clone());
-    TextFolder::from_files(|name| match (&folder, &own) {
+    let text = TextFolder::from_files(|name| match (&folder, &own) {
         (_, Some(template)) if name == "chat_template.jinja" => Ok(Some(template.clone())),
         (Some(folder), _) => match std::fs::read(folder.join(name)) {
             Ok(bytes) => Ok(Some(bytes)),
@@ -197,14 +204,24 @@ fn text_folder(settings: &Settings) -> Result<TextFolder> {
         },
         (None, _) => Ok(None),
     })
-    .context("read the model's tokenizer and template")
+    .context("read the model's tokenizer and template")?;
+    gateway::check_defaults(&text.generation).with_context(|| {
+        let folder = folder.unwrap_or_default();
+        format!("{} holds defaults that no request could ask for", folder.display())
+    })?;
+    Ok(text)
+}
+
+#[expect(clippy::print_stdout, reason = "what the command tells whoever started it")]
+fn announce_plan(settings: &Settings) -> Result<()> {
+    if let Some(plan) = &settings.plan {
+        println!("{plan}");
+    }
+    std::io::stdout().flush().context("write to standard output")
 }
 
 #[expect(clippy::print_stdout, reason = "what the command tells whoever started it")]
 fn announce(settings: &Settings, address: SocketAddr) -> Result<()> {
-    if let Some(plan) = &settings.plan {
-        println!("{plan}");
-    }
     println!("{} on http://{address}", settings.names[0]);
     std::io::stdout().flush().context("write to standard output")
 }
