@@ -21,7 +21,8 @@ pub(crate) fn run(command: ModelCommand) -> Result<()> {
             let program = model::families::program(&dir.config, ep);
             let lowered = lower(&program, mesh, Rank(0), bucket as usize)?;
             let element = if dir.matrix_dtype(None) == weights::Dtype::F32 { 4 } else { 2 };
-            print!("{}", explain(&lowered, Storage { weight: element, cache: element }));
+            let storage = Storage { weight: element, cache: element };
+            print!("{}", explain(&lowered, storage, |op| engine::kernel(op, lowered.bucket)));
         }
         ModelCommand::Random { config, out, seed, dtype, profile } => {
             random(&config, &out, seed, dtype, profile)?;

@@ -15,6 +15,16 @@ pub enum Isa {
 }
 
 impl Isa {
+    /// The name in reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
     /// The best this processor has.
     #[must_use]
     pub fn detect() -> Self {

@@ -11,6 +11,7 @@ mod digest;
 mod engine;
 mod error;
 mod executor;
+mod kernels;
 mod memory;
 mod options;
 mod sampler;
@@ -22,6 +23,7 @@ pub use batch::{Batch, Purpose, Run, Wanted};
 pub use engine::Engine;
 pub use error::{EngineError, PlanError, WeightError};
 pub use executor::{Executor, TableView};
+pub use kernels::kernel;
 pub use memory::{HEAD_ROWS, penalty_bytes, step_bytes};
 pub use options::{KvDtype, MlaForm, Options};
 pub use source::WeightSource;
@@ -29,9 +31,5 @@ pub use source::WeightSource;
 /// The instruction set that ops use on this processor: `avx512`, `avx2` or `scalar`.
 #[must_use]
 pub fn cpu_isa() -> &'static str {
-    match device::Isa::detect() {
-        device::Isa::Avx512 => "avx512",
-        device::Isa::Avx2 => "avx2",
-        device::Isa::Scalar => "scalar",
-    }
+    device::Isa::detect().name()
 }

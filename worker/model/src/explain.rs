@@ -32,9 +32,9 @@ pub fn collective_bytes(lowered: &Lowered, op: &Op) -> Bytes {
     Bytes((passes * whole * (ranks - 1) / ranks) as u64)
 }
 
-/// Text for `tokenmill model explain`.
+/// Text for `tokenmill model explain`. `kernel` names what an op runs; the lowering does not know.
 #[must_use]
-pub fn explain(lowered: &Lowered, storage: Storage) -> String {
+pub fn explain(lowered: &Lowered, storage: Storage, kernel: impl Fn(&Op) -> String) -> String {
     let mut text = String::new();
     let Mesh { dp, tp, expert_parallel } = lowered.mesh;
     let ep = if expert_parallel { dp * tp } else { 1 };
@@ -43,9 +43,17 @@ pub fn explain(lowered: &Lowered, storage: Storage) -> String {
         "rank {} of dp {dp} x tp {tp} (ep {ep}), bucket of {} tokens\n",
         lowered.rank.0, lowered.bucket
     );
-    let _ = writeln!(text, "{:>4}  {:<14} {:<34} {:>12}  weights", "op", "kind", "shapes", "bytes");
-    let lines: Vec<_> =
-        lowered.body.iter().chain(&lowered.head).map(|op| line(lowered, op, storage)).collect();
+    let _ = writeln!(
+        text,
+        "{:>4}  {:<14} {:<16} {:<34} {:>12}  weights",
+        "op", "kind", "kernel", "shapes", "bytes"
+    );
+    let lines: Vec<_> = lowered
+        .body
+        .iter()
+        .chain(&lowered.head)
+        .map(|op| line(lowered, op, storage, &kernel(op)))
+        .collect();
     for (at, repeat) in fold_layers(&lowered.body, lowered) {
         let _ = writeln!(text, "{at:>4}  {}", lines[at]);
         if let Some((length, times)) = repeat {
@@ -59,7 +67,7 @@ pub fn explain(lowered: &Lowered, storage: Storage) -> String {
     text
 }
 
-fn line(lowered: &Lowered, op: &Op, storage: Storage) -> String {
+fn line(lowered: &Lowered, op: &Op, storage: Storage, kernel: &str) -> String {
     let uses = op.uses();
     let shape = |id: BufferId| {
         let buffer = &lowered.buffers[id.0];
@@ -92,7 +100,7 @@ fn line(lowered: &Lowered, op: &Op, storage: Storage) -> String {
         }
         _ => names,
     };
-    format!("{:<14} {shapes:<34} {bytes:>12}  {axis}", op.name()).trim_end().to_owned()
+    format!("{:<14} {kernel:<16} {shapes:<34} {bytes:>12}  {axis}", op.name()).trim_end().to_owned()
 }
 
 fn held_bytes(lowered: &Lowered, weights: &[WeightId], storage: Storage) -> u64 {

@@ -82,7 +82,8 @@ pub(crate) struct ChatArgs {
 /// Commands on model folders.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ModelCommand {
-    /// Print the op list a rank runs, with bytes of weights, KV and collectives.
+    /// Print the op list a rank runs, with the kernel each op selects on this machine and bytes of
+    /// weights, KV and collectives.
     Explain {
         /// A model folder or its config.json.
         model: PathBuf,

@@ -40,6 +40,18 @@ pub enum Variant {
     Rows,
 }
 
+impl Variant {
+    /// The name in reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::GemvAvx512 => "gemv_avx512",
+            Self::GemmAvx512 => "gemm_avx512",
+            Self::Rows => "rows",
+        }
+    }
+}
+
 /// The variant for a number of tokens on a processor.
 #[must_use]
 pub fn select(isa: Isa, tokens: usize) -> Variant {

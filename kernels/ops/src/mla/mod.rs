@@ -68,6 +68,17 @@ pub enum Form {
     Expanded,
 }
 
+impl Form {
+    /// The name in reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Absorbed => "absorbed",
+            Self::Expanded => "expanded",
+        }
+    }
+}
+
 /// Rows from which expanding the latents is cheaper than widening every query. Absorbed work per
 /// row and key is `2 latent + rope` against `nope + rope + v`; expanding costs
 /// `(nope + v) latent` per key once: with 512, 64, 128, 128 they meet at 171 rows.

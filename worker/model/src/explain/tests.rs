@@ -28,8 +28,9 @@ fn a_published_shape_has_its_published_size() {
     assert_eq!(elements, 15_706_484_224);
     // 576 elements a token and layer.
     assert_eq!(block_bytes(&low.groups[0], 2), Bytes(27 * 64 * 576 * 2));
-    let text = explain(&low, BF16);
+    let text = explain(&low, BF16, |op| format!("k_{}", op.name()));
     assert!(text.contains("repeat 25 times"), "{text}");
+    assert!(text.contains("  mla            k_mla "), "{text}");
     assert!(text.lines().count() < 70, "{text}");
     assert!(!text.contains("collectives"), "{text}");
 }
@@ -40,7 +41,7 @@ fn collectives_are_listed_with_their_bytes() {
     let low = lite(tp);
     let reduces = low.body.iter().filter(|op| op.name() == "all_reduce").count();
     assert_eq!(reduces, 1 + 2 * 27);
-    let text = explain(&low, BF16);
+    let text = explain(&low, BF16, |op| format!("k_{}", op.name()));
     // A ring all-reduce sends 2 (n - 1) / n of [32, 2048] floats; the logits are gathered once.
     let reduce = 2 * 32 * 2048 * 4 * 3 / 4;
     let gather = 32 * 102_400 * 4 * 3 / 4;
