@@ -1,7 +1,8 @@
 //! `tokenmill chat`: a conversation with a running server, streamed.
 //!
-//! Ctrl-C stops the answer and keeps what was said; Ctrl-D (or `/exit`) leaves; `/clear` starts
-//! over. It holds the conversation and nothing else.
+//! Ctrl-C stops the answer, from the moment the question is sent, and keeps what was said; Ctrl-D
+//! (or `/exit`) leaves. It holds the conversation and nothing else. Invariant: a turn that brought no
+//! answer leaves the conversation as it was.
 
 use crate::cli::ChatArgs;
 use anyhow::{Context, Result};
@@ -9,6 +10,13 @@ use load::Client;
 use serde_json::{Value, json};
 use std::io::Write;
 use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+const HELP: &str = "\
+/clear  start over
+/exit   leave (so does Ctrl-D)
+/help   this list
+Ctrl-C stops an answer and keeps what was said.";
 
 /// Runs the conversation until the input ends.
 pub(crate) fn run(args: ChatArgs) -> Result<()> {
@@ -17,11 +25,13 @@ pub(crate) fn run(args: ChatArgs) -> Result<()> {
 
 #[expect(clippy::print_stdout, reason = "the conversation is the command's output")]
 async fn talk(args: ChatArgs) -> Result<()> {
+    // One listener for the whole conversation: one made anew would miss what came before it.
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for Ctrl-C")?;
     let client = Client::connect(&args.url, args.model.clone())
         .await
         .with_context(|| format!("reach {}; start a server with `tokenmill serve`", args.url))?;
     println!(
-        "{} at {}. Ctrl-C stops an answer, Ctrl-D leaves, /clear starts over.",
+        "{} at {}. Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.",
         client.model(),
         args.url
     );
@@ -35,22 +45,30 @@ async fn talk(args: ChatArgs) -> Result<()> {
         let line = tokio::select! {
             line = lines.next_line() => line.context("read standard input")?,
             // At the prompt there is no answer to stop.
-            _ = tokio::signal::ctrl_c() => { println!(); continue }
+            _ = interrupt.recv() => { println!(); continue }
         };
         let Some(line) = line else { break };
         match line.trim() {
             "" => continue,
             "/exit" => break,
+            "/help" => {
+                println!("{HELP}");
+                continue;
+            }
             "/clear" => {
                 messages.clone_from(&opening);
                 continue;
             }
             said => messages.push(json!({"role": "user", "content": said})),
         }
-        match answer(&client, &args, &messages).await {
-            Ok(text) => messages.push(json!({"role": "assistant", "content": text})),
+        match answer(&client, &args, &messages, &mut interrupt).await {
+            Ok(text) if !text.is_empty() => {
+                messages.push(json!({"role": "assistant", "content": text}));
+            }
+            Ok(_) => {
+                messages.pop();
+            }
             Err(error) => {
-                // The turn did not happen; the conversation goes on without it.
                 messages.pop();
                 eprintln!("{error:#}");
             }
@@ -62,7 +80,12 @@ async fn talk(args: ChatArgs) -> Result<()> {
 
 /// Streams one answer; what arrived before Ctrl-C is the answer.
 #[expect(clippy::print_stdout, reason = "the conversation is the command's output")]
-async fn answer(client: &Client, args: &ChatArgs, messages: &[Value]) -> Result<String> {
+async fn answer(
+    client: &Client,
+    args: &ChatArgs,
+    messages: &[Value],
+    interrupt: &mut Signal,
+) -> Result<String> {
     let mut body = json!({
         "model": client.model(), "messages": messages, "stream": true,
         "max_tokens": args.max_tokens,
@@ -70,19 +93,26 @@ async fn answer(client: &Client, args: &ChatArgs, messages: &[Value]) -> Result<
     if let Some(temperature) = args.temperature {
         body["temperature"] = temperature.into();
     }
-    let mut events = client.post("/v1/chat/completions", &body).await?;
     let mut text = String::new();
+    // Dropping the request or its stream closes the connection, which aborts the generation.
+    let mut events = tokio::select! {
+        events = client.post("/v1/chat/completions", &body) => events?,
+        _ = interrupt.recv() => { println!("[stopped]"); return Ok(text) }
+    };
     loop {
         let event = tokio::select! {
             event = events.next(client) => event?,
-            // Dropping the stream closes the connection, which aborts the request.
-            _ = tokio::signal::ctrl_c() => { print!(" [stopped]"); break }
+            _ = interrupt.recv() => { print!(" [stopped]"); break }
         };
         let Some(event) = event else { break };
-        if let Some(piece) = event["choices"][0]["delta"]["content"].as_str() {
+        let choice = &event["choices"][0];
+        if let Some(piece) = choice["delta"]["content"].as_str() {
             text.push_str(piece);
             print!("{piece}");
             std::io::stdout().flush()?;
+        }
+        if choice["finish_reason"] == "length" {
+            print!(" [cut at --max-tokens or the context's end]");
         }
     }
     println!();

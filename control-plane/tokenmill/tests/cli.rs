@@ -61,7 +61,7 @@ const COMMANDS: [(&[&str], &[&str]); 15] = [
 ];
 
 fn run(args: &[&str]) -> Output {
-    Command::new(PROGRAM).args(args).output().expect("the binary starts")
+    common::ends(Command::new(PROGRAM).args(args))
 }
 
 /// Standard output of a command that must succeed.
@@ -198,6 +198,28 @@ fn a_broken_recipe_is_refused_by_name() {
 }
 
 #[test]
+fn broken_text_files_end_serve_before_anything_starts() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let at = |name: &str| folder.path().join(name);
+    std::fs::copy(case("llama/native_tied").join("config.json"), at("config.json"))
+        .expect("copied");
+    let serve =
+        ["serve", folder.path().to_str().expect("UTF-8"), "--load-format", "random", "--port", "0"];
+    for (file, content, words) in [
+        ("generation_config.json", r#"{"temperature": -1}"#, ["temperature", "between 0 and 2"]),
+        ("generation_config.json", r#"{"top_k": -2}"#, ["top_k", "between -1"]),
+        ("tokenizer.json", "{", ["tokenizer.json", "EOF"]),
+    ] {
+        std::fs::write(at(file), content).expect("written");
+        let said = refused(&serve);
+        assert!(said.contains(file) && words.iter().all(|word| said.contains(word)), "{said}");
+        // What starts first prints the plan.
+        assert!(!said.contains("KV cache"), "{said}");
+        std::fs::remove_file(at(file)).expect("removed");
+    }
+}
+
+#[test]
 fn explain_prints_collectives_only_where_ranks_share_layers() {
     let model = case("qwen3/native_layer_types");
     let model = model.to_str().expect("UTF-8");
@@ -215,6 +237,29 @@ fn explain_prints_collectives_only_where_ranks_share_layers() {
     // A count that cannot cut the model is refused with those that can.
     let said = refused(&["model", "explain", model, "--tp", "3"]);
     assert!(said.contains("tp = 3") && said.contains("tp may be 1, 2"), "{said}");
+}
+
+#[test]
+fn explain_names_the_kernel_of_every_op() {
+    let model = case("deepseek_v2/native_lite");
+    let model = model.to_str().expect("UTF-8");
+    let kinds =
+        ["embed", "rms_norm", "linear", "rope", "write_kv", "mla", "silu_mul", "route", "experts"];
+    let kernels = |bucket| {
+        let table = ok(&["model", "explain", model, "--bucket", bucket]);
+        let of = |kind: &str| {
+            let mut ops = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+            let op = ops.find(|words| words.get(1) == Some(&kind));
+            let op = op.unwrap_or_else(|| panic!("no {kind} in {table}"));
+            assert!(!op[2].starts_with('['), "{kind} has no kernel: {op:?}");
+            op[2].to_owned()
+        };
+        kinds.map(of)
+    };
+    let (one, many) = (kernels("1"), kernels("2048"));
+    let mla = kinds.iter().position(|kind| *kind == "mla").expect("listed");
+    assert!(one[mla].starts_with("absorbed_"), "{one:?}");
+    assert!(many[mla].starts_with("expanded_"), "{many:?}");
 }
 
 #[test]

@@ -25,9 +25,15 @@ pub(crate) struct Server {
 impl Server {
     /// Starts `tokenmill serve ARGS --port 0` and waits until it is ready.
     pub(crate) fn start(args: &[&str]) -> Self {
+        Self::start_in(&[], args)
+    }
+
+    /// The same with variables of the environment.
+    pub(crate) fn start_in(environment: &[(&str, &str)], args: &[&str]) -> Self {
         let mut child = Command::new(PROGRAM)
             .arg("serve")
             .args(args)
+            .envs(environment.iter().copied())
             .args(["--port", "0"])
             .env("TOKENMILL_LOG", std::env::var("TOKENMILL_LOG").unwrap_or("warn".into()))
             .stdin(Stdio::null())
@@ -189,6 +195,25 @@ fn client() -> reqwest::blocking::Client {
         .timeout(Duration::from_secs(120))
         .build()
         .expect("a client")
+}
+
+/// What a command says that must end by itself; one that does not is killed and fails the test.
+pub(crate) fn ends(command: &mut Command) -> std::process::Output {
+    let piped = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = piped.spawn().expect("the binary starts");
+    let pid = child.id();
+    let (ended, end) = mpsc::channel::<()>();
+    let watch = std::thread::spawn(move || {
+        let late = end.recv_timeout(READY) == Err(mpsc::RecvTimeoutError::Timeout);
+        if late {
+            signal("KILL", pid);
+        }
+        late
+    });
+    let output = child.wait_with_output().expect("waited for");
+    drop(ended);
+    assert!(!watch.join().expect("no panic"), "still running after {READY:?}: {output:?}");
+    output
 }
 
 /// Sends a signal by number-free name, as a person would.
