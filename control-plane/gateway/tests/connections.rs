@@ -15,10 +15,6 @@ use tokio::net::TcpStream;
 
 const DOOR: &str = "/v1/completions";
 
-async fn connect(server: &Server) -> TcpStream {
-    TcpStream::connect(server.address).await.unwrap()
-}
-
 #[tokio::test]
 async fn odd_methods_and_paths_get_the_envelope() {
     let server = Server::start(FakeEngine::say("x")).await;
@@ -51,7 +47,7 @@ async fn http_1_0_and_pipelined_keep_alive_are_served() {
     let reply = client::send(server.address, b"GET /livez HTTP/1.0\r\n\r\n").await;
     assert_eq!((reply.status, reply.text().as_str()), (200, "ok\n"));
     let twice = "GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
-    let mut stream = connect(&server).await;
+    let mut stream = server.connect().await;
     stream.write_all(twice.as_bytes()).await.unwrap();
     let raw = String::from_utf8(client::read_all(&mut stream).await).unwrap();
     assert_eq!(raw.matches("HTTP/1.1 200 OK").count(), 2);
@@ -68,7 +64,7 @@ async fn headers_beyond_the_limits_are_refused() {
         assert_eq!(reply.status, 431);
     }
     // The preface of HTTP/2, which is not spoken here.
-    let mut stream = connect(&server).await;
+    let mut stream = server.connect().await;
     stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
     let raw = client::read_all(&mut stream).await;
     assert!(raw.is_empty() || Reply::parse(&raw).status >= 400);
@@ -80,13 +76,13 @@ async fn slow_and_idle_clients_are_let_go() {
     let server = Server::start(FakeEngine::say("x")).await;
     let started = Instant::now();
     // Sends nothing; sends half a header; sends half a body; keeps a served connection open.
-    let mut idle = connect(&server).await;
-    let mut half_header = connect(&server).await;
+    let mut idle = server.connect().await;
+    let mut half_header = server.connect().await;
     half_header.write_all(b"POST /v1/completions HT").await.unwrap();
-    let mut half_body = connect(&server).await;
+    let mut half_body = server.connect().await;
     let request = client::post(DOOR, b"{\"prompt\":\"a\"}", "");
     half_body.write_all(&request[..request.len() - 4]).await.unwrap();
-    let mut served = connect(&server).await;
+    let mut served = server.connect().await;
     served.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     let reply = Reply::parse(&client::read_all(&mut half_body).await);
     assert_eq!((reply.status, &reply.json()["error"]["code"]), (408, &json!("body_timeout")));
@@ -97,6 +93,34 @@ async fn slow_and_idle_clients_are_let_go() {
     assert_eq!(server.metrics.connections.get(), 0);
 }
 
+/// A body that never falls silent for long is bounded too.
+#[tokio::test]
+async fn a_body_that_drips_is_let_go() {
+    let server = Server::start(FakeEngine::say("x")).await;
+    let request =
+        client::post(DOOR, format!("{{\"prompt\":\"{}\"}}", "a".repeat(99)).as_bytes(), "");
+    let (mut reader, mut writer) = server.connect().await.into_split();
+    let drip = tokio::spawn(async move {
+        let (most, rest) = request.split_at(request.len() - 99);
+        let _ = writer.write_all(most).await;
+        for byte in rest {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            if writer.write_all(&[*byte]).await.is_err() {
+                break;
+            }
+        }
+    });
+    let started = Instant::now();
+    let mut raw = Vec::new();
+    // The connection may end in a reset: the rest of the body was never read.
+    let _ = reader.read_to_end(&mut raw).await;
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    let reply = Reply::parse(&raw);
+    assert_eq!((reply.status, &reply.json()["error"]["code"]), (408, &json!("body_timeout")));
+    drip.abort();
+    assert_eq!(server.engine.submitted(), 0);
+}
+
 #[tokio::test]
 async fn a_crowd_of_idle_connections_does_not_keep_others_out() {
     let mut limits = common::limits();
@@ -105,7 +129,7 @@ async fn a_crowd_of_idle_connections_does_not_keep_others_out() {
     let server = Server::with(FakeEngine::say("x"), common::model::folder(), limits).await;
     let mut crowd = Vec::new();
     for _ in 0..40 {
-        crowd.push(connect(&server).await);
+        crowd.push(server.connect().await);
     }
     assert_eq!(server.get("/livez").await.status, 200);
     assert!(server.metrics.connections.get() <= 8);
@@ -130,21 +154,18 @@ async fn request_ids_are_echoed_when_safe_and_never_used() {
         let echoed = reply.header("x-request-id").unwrap();
         assert_eq!(reply.json()["id"], format!("cmpl-{echoed}"), "the server's own id");
     }
+    // A line's end in an id ends the header or the request; it never makes a header of the reply.
+    for bad in ["a\r\n Set-Cookie: b", "a\rSet-Cookie: b", "a\nSet-Cookie: b", "a\0Set-Cookie: b"] {
+        let raw = client::post(DOOR, body, &format!("X-Request-Id: {bad}\r\n"));
+        let reply = client::send(server.address, &raw).await;
+        assert!([200, 400].contains(&reply.status), "{bad:?}: {}", reply.head);
+        assert_eq!(reply.header("set-cookie"), None, "{bad:?}: {}", reply.head);
+        assert!(!reply.head.contains("Cookie"), "{bad:?}: {}", reply.head);
+    }
 }
 
-/// Waits for a stream's first event on a connection that stays open.
 async fn open_stream(server: &Server, body: serde_json::Value) -> TcpStream {
-    let mut stream = connect(server).await;
-    let raw = client::post(DOOR, body.to_string().as_bytes(), "");
-    stream.write_all(&raw).await.unwrap();
-    let mut seen = Vec::new();
-    let mut buf = [0; 1024];
-    while !String::from_utf8_lossy(&seen).contains("data: ") {
-        let n = stream.read(&mut buf).await.unwrap();
-        assert!(n > 0, "{}", String::from_utf8_lossy(&seen));
-        seen.extend_from_slice(&buf[..n]);
-    }
-    stream
+    server.open_stream(&client::post(DOOR, body.to_string().as_bytes(), "")).await.0
 }
 
 #[tokio::test]
@@ -161,7 +182,7 @@ async fn a_client_that_goes_away_aborts_its_generations() {
         let server = Server::start(slow()).await;
         let mut body = body.clone();
         body["stream"] = stream.into();
-        let mut connection = connect(&server).await;
+        let mut connection = server.connect().await;
         let raw = client::post(DOOR, body.to_string().as_bytes(), "");
         connection.write_all(&raw).await.unwrap();
         while server.engine.submitted() < 2 {
@@ -362,7 +383,7 @@ async fn shutdown_ends_what_does_not_end_by_itself() {
     let mut limits = common::limits();
     limits.drain = Duration::from_millis(300);
     let mut server = Server::with(engine, common::model::folder(), limits).await;
-    let mut connection = connect(&server).await;
+    let mut connection = server.connect().await;
     let raw = client::post(DOOR, b"{\"prompt\":\"a\",\"max_tokens\":90}", "");
     connection.write_all(&raw).await.unwrap();
     while server.engine.submitted() == 0 {

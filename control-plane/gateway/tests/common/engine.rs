@@ -36,6 +36,10 @@ pub(crate) struct FakeEngine {
     pub(crate) readiness: Mutex<Option<Readiness>>,
     pub(crate) requests: Mutex<Vec<GenerateRequest>>,
     pub(crate) ended: Arc<Mutex<Vec<Ended>>>,
+    /// Instead of [`MAX_CONTEXT`].
+    pub(crate) max_context: Option<u32>,
+    /// Shared with every generation that the gateway holds.
+    pub(crate) held: Arc<()>,
 }
 
 impl FakeEngine {
@@ -52,6 +56,11 @@ impl FakeEngine {
         self.requests.lock().unwrap().len()
     }
 
+    /// Generations that have neither ended nor been given up.
+    pub(crate) fn running(&self) -> usize {
+        Arc::strong_count(&self.held) - 1
+    }
+
     /// Waits until `count` generations were ended from outside.
     pub(crate) async fn ended(&self, count: usize) -> Vec<Ended> {
         for _ in 0..200 {
@@ -65,15 +74,18 @@ impl FakeEngine {
     }
 }
 
-struct Control(Arc<Mutex<Vec<Ended>>>);
+struct Control {
+    ended: Arc<Mutex<Vec<Ended>>>,
+    _held: Arc<()>,
+}
 
 impl GenerationControl for Control {
     fn stop(&self, keep: Tokens) {
-        self.0.lock().unwrap().push(Ended::Stopped(keep));
+        self.ended.lock().unwrap().push(Ended::Stopped(keep));
     }
 
     fn abort(&self) {
-        self.0.lock().unwrap().push(Ended::Aborted);
+        self.ended.lock().unwrap().push(Ended::Aborted);
     }
 }
 
@@ -146,7 +158,8 @@ impl Engine for FakeEngine {
                 }
             }
         });
-        Ok(Generation::new(receiver, Box::new(Control(Arc::clone(&self.ended)))))
+        let control = Control { ended: Arc::clone(&self.ended), _held: Arc::clone(&self.held) };
+        Ok(Generation::new(receiver, Box::new(control)))
     }
 
     fn readiness(&self) -> Readiness {
@@ -154,6 +167,6 @@ impl Engine for FakeEngine {
     }
 
     fn limits(&self) -> Limits {
-        Limits { vocab: VOCAB, max_context: Tokens(MAX_CONTEXT) }
+        Limits { vocab: VOCAB, max_context: Tokens(self.max_context.unwrap_or(MAX_CONTEXT)) }
     }
 }

@@ -12,7 +12,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use telemetry::Metrics;
 use text::TextFolder;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
 /// A running server; it stops when dropped.
@@ -59,6 +60,25 @@ impl Server {
     /// Asks for shutdown.
     pub(crate) fn stop(&mut self) {
         drop(self.stop.take());
+    }
+
+    pub(crate) async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.address).await.unwrap()
+    }
+
+    /// Waits for the first event of a stream, whose connection stays open. Also returns what has
+    /// come of it.
+    pub(crate) async fn open_stream(&self, request: &[u8]) -> (TcpStream, Vec<u8>) {
+        let mut stream = self.connect().await;
+        stream.write_all(request).await.unwrap();
+        let mut seen = Vec::new();
+        let mut buf = [0; 1024];
+        while !String::from_utf8_lossy(&seen).contains("data: ") {
+            let n = stream.read(&mut buf).await.unwrap();
+            assert!(n > 0, "{}", String::from_utf8_lossy(&seen));
+            seen.extend_from_slice(&buf[..n]);
+        }
+        (stream, seen)
     }
 
     pub(crate) async fn get(&self, path: &str) -> Reply {
