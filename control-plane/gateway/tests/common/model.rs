@@ -56,11 +56,39 @@ pub(crate) fn folder() -> TextFolder {
     folder_with(json!({ "eos_token_id": END }))
 }
 
+/// The same with the stages of published byte-level tokenizers: NFC, words by a regular expression
+/// (Qwen2's), and merges, here of the combining acute accent with itself.
+pub(crate) fn folder_with_words() -> TextFolder {
+    const WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    let mut tokenizer: serde_json::Value = serde_json::from_str(&tokenizer_json()).unwrap();
+    tokenizer["normalizer"] = json!({"type": "NFC"});
+    let words = json!({"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated",
+                       "invert": false});
+    let bytes = tokenizer["pre_tokenizer"].take();
+    tokenizer["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [words, bytes]});
+    let chars = byte_chars();
+    let (first, second) = (chars[0xCC].to_string(), chars[0x81].to_string());
+    let accent = format!("{first}{second}");
+    // Added tokens keep their ids where the vocabulary has them too, and else come behind it.
+    let vocab = &mut tokenizer["model"]["vocab"];
+    for (content, id) in [("<|im_start|>", START), ("<|im_end|>", END), ("<think>", THINK)] {
+        vocab[content] = json!(id);
+    }
+    vocab[&accent] = json!(THINK + 1);
+    vocab[format!("{accent}{accent}")] = json!(THINK + 2);
+    tokenizer["model"]["merges"] = json!([[first, second], [accent, accent]]);
+    folder_from(&tokenizer.to_string(), json!({ "eos_token_id": END }))
+}
+
 pub(crate) fn folder_with(generation: serde_json::Value) -> TextFolder {
+    folder_from(&tokenizer_json(), generation)
+}
+
+fn folder_from(tokenizer: &str, generation: serde_json::Value) -> TextFolder {
     let config = json!({ "eos_token": "<|im_end|>", "chat_template": TEMPLATE });
     TextFolder::from_files(|name| {
         Ok(match name {
-            "tokenizer.json" => Some(tokenizer_json().into_bytes()),
+            "tokenizer.json" => Some(tokenizer.as_bytes().to_vec()),
             "tokenizer_config.json" => Some(config.to_string().into_bytes()),
             "generation_config.json" => Some(generation.to_string().into_bytes()),
             _ => None,
