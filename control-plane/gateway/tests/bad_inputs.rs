@@ -92,6 +92,8 @@ async fn bodies_of_wrong_type_or_size() {
         "Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 2\r\n".to_owned(),
         "Content-Length: 2\r\n".to_owned(),
         format!("{json}Content-Encoding: gzip\r\nContent-Length: 2\r\n"),
+        format!("{json}Content-Encoding: br\r\nContent-Length: 2\r\n"),
+        format!("{json}Content-Encoding: identity, deflate\r\nContent-Length: 2\r\n"),
     ] {
         assert_refused(&send(&head, b"{}").await, 415, unsupported, None, &head);
     }
@@ -303,9 +305,31 @@ async fn fields_out_of_range_on_every_door() {
         }
         let reply = server.post(door, &with(door, "\"stream\":true,\"prompt_logprobs\":1")).await;
         assert_refused(&reply, 400, "invalid_value", Some("prompt_logprobs"), door);
-        let message = server.post(door, &with(door, "\"temperature\":3")).await.text();
-        assert!(message.contains("between 0 and 2, got 3"), "{message}");
+        // The message names the range, and what came.
+        for (param, value, words) in [
+            ("temperature", "3", "between 0 and 2, got 3"),
+            ("temperature", "-1", "between 0 and 2, got -1"),
+            ("top_p", "1.1", "above 0 and at most 1, got 1.1"),
+            ("min_p", "2", "between 0 and 1, got 2"),
+            ("presence_penalty", "10", "between -2 and 2, got 10"),
+            ("frequency_penalty", "-10", "between -2 and 2, got -10"),
+            ("repetition_penalty", "-10", "above 0 and at most 10, got -10"),
+            ("n", "129", "an integer between 1 and 128, got 129"),
+        ] {
+            let reply = server.post(door, &with(door, &format!("\"{param}\":{value}"))).await;
+            let expected = format!("{param} must be {words}");
+            assert!(reply.text().contains(&expected), "{expected}: {}", reply.text());
+        }
+        // What JSON has no word for.
+        for param in ["max_tokens", "temperature", "top_p", "seed", "n", "logit_bias"] {
+            for value in ["NaN", "Infinity", "-Infinity", "+1", "0x10", "01"] {
+                let reply = server.post(door, &with(door, &format!("\"{param}\":{value}"))).await;
+                assert_refused(&reply, 400, "invalid_json", None, &format!("{param}={value}"));
+            }
+        }
     }
+    let reply = server.post(COMPLETIONS, &with(COMPLETIONS, "\"n\":2,\"best_of\":1")).await;
+    assert_refused(&reply, 400, "unsupported_parameter", Some("best_of"), "best_of < n");
     let own = [
         (COMPLETIONS, "logprobs", "21", "invalid_value"),
         (COMPLETIONS, "logprobs", "-1", "invalid_value"),
@@ -339,8 +363,11 @@ async fn fields_whose_loss_would_change_the_result() {
         ("guided_regex", "\"a+\""),
         ("structured_outputs", "{\"choice\":[\"a\"]}"),
         ("use_beam_search", "true"),
-        // Templates are code: none is taken from a request.
+        // Templates are code: none is taken from a request, whatever it would do.
         ("chat_template", "\"{% for i in range(10**9) %}{{ 'a' * 10**9 }}{% endfor %}\""),
+        ("chat_template", "\"{{ ''.__class__.__mro__[1].__subclasses__() }}\""),
+        ("chat_template", "\"{{ messages[0].content }}\""),
+        ("chat_template", "\"\""),
     ] {
         for door in [COMPLETIONS, CHAT] {
             let reply = server.post(door, &with(door, &format!("\"{param}\":{value}"))).await;
@@ -363,6 +390,17 @@ async fn fields_without_effect_are_taken_and_unknown_ones_counted() {
         // Of equal keys the last wins.
         let reply = server.post(door, &with(door, "\"n\":0,\"n\":2")).await;
         assert_eq!(reply.json()["choices"].as_array().unwrap().len(), 2);
+    }
+    for (door, label, field, first, last) in [
+        ("/tokenize", telemetry::Door::Tokenize, "prompt", "\"\"", "\"ab\""),
+        ("/detokenize", telemetry::Door::Detokenize, "tokens", "[]", "[97,98]"),
+    ] {
+        let body =
+            format!("{{\"{field}\":{first},\"no_such\":1,\"{field}\":{last},\"nor_this\":2}}");
+        let reply = server.post(door, &body).await;
+        let expected = if door == "/tokenize" { "\"tokens\":[97,98]" } else { "\"prompt\":\"ab\"" };
+        assert!(reply.status == 200 && reply.text().contains(expected), "{}", reply.text());
+        assert_eq!(server.metrics.unknown_fields(label).get(), 2);
     }
 }
 

@@ -123,6 +123,19 @@ async fn control_tokens_in_messages_are_text() {
     assert_eq!(server.engine.last_request().prompt[0].0, START);
 }
 
+/// Neither a message nor a variable of the template is itself a template.
+#[tokio::test]
+async fn template_code_in_a_request_is_text() {
+    let server = Server::start(FakeEngine::say("x")).await;
+    let code = "{{ 7 * 7 }}{% for i in range(9) %}{{ messages }}{% endfor %}{# gone #}";
+    let body = json!({"messages": user(code.into()), "chat_template_kwargs": {"thinking": code}});
+    server.ok(DOOR, body).await;
+    let prompt: Vec<u32> = server.engine.last_request().prompt.iter().map(|t| t.0).collect();
+    let text = server.ok("/detokenize", json!({"tokens": prompt})).await["prompt"].clone();
+    let expected = format!("<|im_start|>user\n{code}<|im_end|>\n<|im_start|>assistant\n<think>");
+    assert_eq!(text, json!(expected));
+}
+
 #[tokio::test]
 async fn odd_text_goes_in_and_comes_out_as_utf8() {
     let server = Server::start(FakeEngine::say("x")).await;
