@@ -93,7 +93,8 @@ async fn beside_a_stream(server: &Server, aborts: Option<usize>, resets: impl Fu
     if let Some(aborts) = aborts {
         assert_eq!(reached, aborts);
     }
-    server.ok(DOOR, json!({"prompt": "a", "max_tokens": 2})).await;
+    let next = server.ok(DOOR, json!({"prompt": "a", "max_tokens": 2}));
+    timeout(Duration::from_secs(5), next).await.expect("there is a slot for the next");
 }
 
 fn assert_whole(reply: &Reply) {
