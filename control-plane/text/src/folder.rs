@@ -90,17 +90,23 @@ impl TextFolder {
     /// # Errors
     /// When a file is there and unusable.
     pub fn load(path: &Path) -> Result<Self, FolderError> {
-        Self::from_files(|name| {
-            let file = path.join(name);
-            match std::fs::metadata(&file) {
-                Ok(meta) if meta.len() > MAX_FILE_BYTES => {
-                    Err(std::io::Error::other("it is larger than any such file should be"))
-                }
-                Ok(_) => std::fs::read(&file).map(Some),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-                Err(error) => Err(error),
+        Self::from_files(|name| Self::read(path, name))
+    }
+
+    /// A file of the folder at `path`, where there is one; for readers of [`Self::from_files`].
+    ///
+    /// # Errors
+    /// When it cannot be read, or is larger than any such file should be.
+    pub fn read(path: &Path, name: &str) -> std::io::Result<Option<Vec<u8>>> {
+        let file = path.join(name);
+        match std::fs::metadata(&file) {
+            Ok(meta) if meta.len() > MAX_FILE_BYTES => {
+                Err(std::io::Error::other("it is larger than any such file should be"))
             }
-        })
+            Ok(_) => std::fs::read(&file).map(Some),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Loads from whatever `read` finds under the names that published folders use.

@@ -27,8 +27,12 @@ pub(crate) fn run(args: ChatArgs) -> Result<()> {
 async fn talk(args: ChatArgs) -> Result<()> {
     // One listener for the whole conversation: one made anew would miss what came before it.
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for Ctrl-C")?;
-    let client = Client::connect(&args.url, args.model.clone())
-        .await
+    let connected = tokio::select! {
+        connected = Client::connect(&args.url, args.model.clone()) => connected,
+        // A server that never answers is left as any command is.
+        _ = interrupt.recv() => return Ok(()),
+    };
+    let client = connected
         .with_context(|| format!("reach {}; start a server with `tokenmill serve`", args.url))?;
     println!(
         "{} at {}. Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.",

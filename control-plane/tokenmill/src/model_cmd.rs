@@ -73,7 +73,9 @@ pub(crate) fn fetch(repo: &str, revision: &str) -> Result<PathBuf> {
     if let Ok(endpoint) = std::env::var("HF_ENDPOINT") {
         request.endpoint = endpoint.trim_end_matches('/').to_owned();
     }
-    request.token = std::env::var("HF_TOKEN").ok().map(|token| Token::new(&token));
+    // Set and empty is how shells unset it; an empty token would be sent and refused.
+    let token = std::env::var("HF_TOKEN").ok().filter(|token| !token.trim().is_empty());
+    request.token = token.map(|token| Token::new(&token));
     let progress = weights::progress::on_stderr();
     let snapshot = weights::hub::fetch(&request, &*progress)?;
     if snapshot.origin == Origin::CacheOnly {

@@ -139,6 +139,18 @@ fn contents(body: &Value) -> Vec<&str> {
 }
 
 #[test]
+fn control_c_leaves_while_the_server_does_not_answer() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    let mut session = chat(&url, &[]);
+    // Asked for its models, so the command listens for Ctrl-C by now; it gets no reply.
+    let (held, _) = listener.accept().expect("a connection");
+    session.send(ControlCode::EndOfText).expect("sent");
+    session.expect(Eof).expect("the end");
+    drop(held);
+}
+
+#[test]
 fn control_c_stops_an_answer_at_any_time_and_nothing_else() {
     let (url, bodies, left) = scripted(vec![Script::Silence, Script::Endless, Script::Word]);
     let mut session = chat(&url, &["--system", "Be brief."]);

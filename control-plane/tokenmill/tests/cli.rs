@@ -217,6 +217,11 @@ fn broken_text_files_end_serve_before_anything_starts() {
         assert!(!said.contains("KV cache"), "{said}");
         std::fs::remove_file(at(file)).expect("removed");
     }
+    // Sparse: no such file should be so large, and none is read to find out.
+    let large = std::fs::File::create(at("tokenizer.json")).expect("created");
+    large.set_len(300 << 20).expect("as long as that");
+    let said = refused(&serve);
+    assert!(said.contains("tokenizer.json") && said.contains("larger"), "{said}");
 }
 
 #[test]

@@ -77,6 +77,7 @@ fn a_repository_is_fetched_served_and_then_served_without_the_hub() {
     drop(server);
     let fetched = |hub: &Hub| hub.state().seen.iter().filter(|s| s.path.ends_with(WEIGHTS)).count();
     assert_eq!(fetched(&hub), 1);
+    assert!(hub.state().seen.iter().all(|seen| seen.token.is_none()), "an empty token was sent");
 
     let server = Server::start_in(&environment(&endpoint, &cache), &[REPO]);
     assert_eq!(completes(&server), first);

@@ -31,13 +31,14 @@ fn kernel_on(isa: Isa, op: &Op, tokens: usize) -> String {
         Op::Attention { .. } => format!("tiles_{}", isa.name()),
         Op::Embed { .. } | Op::WriteKv { .. } => "copy".to_owned(),
         Op::AllReduce { .. } | Op::AllGather { .. } | Op::ReduceScatter { .. } => String::new(),
+        // One kernel each, for any processor.
         Op::Norm { .. }
         | Op::AddNorm { .. }
         | Op::Add { .. }
         | Op::HeadNorm { .. }
         | Op::Rope { .. }
         | Op::SiluMul { .. }
-        | Op::Route { .. } => isa.name().to_owned(),
+        | Op::Route { .. } => "portable".to_owned(),
     }
 }
 
@@ -54,6 +55,8 @@ mod tests {
         assert_eq!(kernel_on(Isa::Avx512, &linear, 1), "gemv_avx512");
         assert_eq!(kernel_on(Isa::Avx512, &linear, 512), "gemm_avx512");
         assert_eq!(kernel_on(Isa::Avx2, &linear, 512), "rows");
+        let norm = Op::Norm { x: buffer, weight: WeightId(0), eps: 1e-6, out: buffer };
+        assert_eq!(kernel_on(Isa::Avx512, &norm, 1), "portable");
         let attention = LocalAttention::Mla {
             heads: 16,
             nope: 128,

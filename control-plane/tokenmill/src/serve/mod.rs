@@ -197,11 +197,7 @@ fn text_folder(settings: &Settings) -> Result<TextFolder> {
     let folder = settings.dir.as_ref().map(|dir| dir.path.clone());
     let text = TextFolder::from_files(|name| match (&folder, &own) {
         (_, Some(template)) if name == "chat_template.jinja" => Ok(Some(template.clone())),
-        (Some(folder), _) => match std::fs::read(folder.join(name)) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        },
+        (Some(folder), _) => TextFolder::read(folder, name),
         (None, _) => Ok(None),
     })
     .context("read the model's tokenizer and template")?;
