@@ -1,10 +1,11 @@
-//! Devices. Today the CPU: a pool of threads that a step can use without allocating, buffers with
-//! the alignment that kernels want, and what the processor can do.
+//! Devices. The CPU: a pool of threads that a step can use without allocating, buffers with the
+//! alignment that kernels want, and what the processor can do. CUDA: see [`cuda`].
 //!
 //! No operation lives here and no model is known. Invariant: work given to the pool is over when
 //! the call returns, also when a piece of it panics.
 
 mod buffer;
+pub mod cuda;
 mod isa;
 mod pool;
 

@@ -1,0 +1,23 @@
+//! CUDA: contexts, memory, streams, events, kernels, graphs, over the driver alone.
+//!
+//! The driver is loaded when a context is opened; without one a program runs and says so. Nothing
+//! here knows an operation. Invariants: a step path allocates nothing (memory is cut from an arena
+//! beforehand), a slice keeps its memory alive, and every failure names the call, and for a launch
+//! the kernel and its shape.
+
+mod context;
+mod driver;
+mod error;
+mod graph;
+mod kernel;
+mod launch;
+mod memory;
+mod stream;
+
+pub use context::{Context, DeviceFacts};
+pub use error::CudaError;
+pub use graph::Graph;
+pub use kernel::{Cubin, Kernel, Kernels};
+pub use launch::{Launch, LaunchShape, Parameters};
+pub use memory::{Arena, DeviceMemory, DeviceSlice, PinnedBuffer};
+pub use stream::{Event, Stream};
