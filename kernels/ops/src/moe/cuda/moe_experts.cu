@@ -1,0 +1,116 @@
+// Around the products of experts: pairs of (token, choice) sorted by expert before, the weighted sum
+// after. Everything stays on the device. Which place a pair gets inside its expert is left to chance;
+// no result depends on it, since the products treat rows alike and the sum runs by choice.
+#include "linear/cuda/linear.cuh"
+
+struct GroupParams {
+    const uint32_t* chosen;   // [rows, top_k]
+    const uint32_t* count;
+    uint32_t* pairs;          // sorted place to pair
+    uint32_t* places;         // pair to sorted place; all ones where the expert lives elsewhere
+    RowTile* tiles;
+    uint32_t* totals;         // tiles, pairs
+    uint32_t rows, top_k, first, held, tile_rows;
+};
+
+// One block; `held` counters and as many cursors in shared memory.
+extern "C" __global__ void __launch_bounds__(1024) group_pairs(const __grid_constant__ GroupParams p) {
+    extern __shared__ uint32_t counters[];
+    uint32_t* cursors = counters + p.held;
+    __shared__ uint32_t before[2][32];  // pairs and tiles of the warps in front
+    const uint32_t all = real_rows(p.count, p.rows) * p.top_k;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (uint32_t e = threadIdx.x; e < p.held; e += blockDim.x) counters[e] = 0;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < all; i += blockDim.x) {
+        const uint32_t e = p.chosen[i] - p.first;
+        if (e < p.held) atomicAdd(&counters[e], 1);
+    }
+    __syncthreads();
+    // One expert per thread; there are at most 1024.
+    const uint32_t mine = threadIdx.x < p.held ? counters[threadIdx.x] : 0;
+    const uint32_t my_tiles = (mine + p.tile_rows - 1) / p.tile_rows;
+    uint32_t pairs = mine, tiles = my_tiles;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const uint32_t a = __shfl_up_sync(0xffffffff, pairs, step), b = __shfl_up_sync(0xffffffff, tiles, step);
+        if (lane >= step) {
+            pairs += a;
+            tiles += b;
+        }
+    }
+    if (lane == 31) {
+        before[0][warp] = pairs;
+        before[1][warp] = tiles;
+    }
+    __syncthreads();
+    uint32_t start = pairs - mine, tile = tiles - my_tiles;
+    for (uint32_t i = 0; i < warp; ++i) {
+        start += before[0][i];
+        tile += before[1][i];
+    }
+    if (threadIdx.x < p.held) cursors[threadIdx.x] = start;
+    for (uint32_t i = 0; i < my_tiles; ++i) {
+        const uint32_t first = i * p.tile_rows;
+        p.tiles[tile + i] = {threadIdx.x, start + first, min(p.tile_rows, mine - first)};
+    }
+    if (threadIdx.x == blockDim.x - 1) {
+        p.totals[0] = tile + my_tiles;
+        p.totals[1] = start + mine;
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < all; i += blockDim.x) {
+        const uint32_t e = p.chosen[i] - p.first;
+        const uint32_t place = e < p.held ? atomicAdd(&cursors[e], 1) : 0xffffffff;
+        p.places[i] = place;
+        if (e < p.held) p.pairs[place] = i;
+    }
+}
+
+struct CombineParams {
+    const void* y;            // [pairs, width], sorted
+    const uint32_t* places;   // [rows, top_k]
+    const float* weights;     // [rows, top_k]
+    void* out;                // [rows, width]
+    const uint32_t* count;
+    uint32_t rows, top_k, width;
+};
+
+template <typename T, int N> __device__ void combine_row(const CombineParams& p, uint32_t row) {
+    using V = Vec<T, N>;
+    const uint32_t vectors = p.width / N;
+    const V* y = static_cast<const V*>(p.y);
+    V* out = static_cast<V*>(p.out) + uint64_t(row) * vectors;
+    for (uint32_t i = blockIdx.y * blockDim.x + threadIdx.x; i < vectors; i += gridDim.y * blockDim.x) {
+        float sums[N] = {};
+        for (uint32_t j = 0; j < p.top_k; ++j) {
+            const uint32_t place = p.places[row * p.top_k + j];
+            if (place == 0xffffffff) continue;
+            const float weight = p.weights[row * p.top_k + j];
+            const V value = y[uint64_t(place) * vectors + i];
+#pragma unroll
+            for (int e = 0; e < N; ++e) sums[e] += weight * widen(value.at[e]);
+        }
+        V result;
+#pragma unroll
+        for (int e = 0; e < N; ++e) result.at[e] = narrow<T>(sums[e]);
+        out[i] = result;
+    }
+}
+
+template <typename T> __device__ void combine(const CombineParams& p) {
+    const uint32_t row = blockIdx.x;
+    if (row >= real_rows(p.count, p.rows)) return;
+    if (p.width % kWide<T> == 0 && aligned16(p.y) && aligned16(p.out)) {
+        combine_row<T, kWide<T>>(p, row);
+    } else {
+        combine_row<T, 1>(p, row);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) combine_f32(const __grid_constant__ CombineParams p) {
+    combine<float>(p);
+}
+extern "C" __global__ void __launch_bounds__(256) combine_bf16(const __grid_constant__ CombineParams p) {
+    combine<bf16>(p);
+}

@@ -1,0 +1,121 @@
+// From router logits to experts and weights; one warp per token. Of equal scores the lower number
+// wins, NaN never does.
+#include "cuda/common.cuh"
+
+struct RouteParams {
+    const void* logits;       // [rows, experts]
+    const float* correction;  // [experts] or null
+    uint32_t* chosen;         // [rows, top_k]
+    float* weights;           // [rows, top_k]
+    const uint32_t* count;
+    uint32_t rows, experts, top_k;
+    uint32_t sigmoid;         // else softmax
+    uint32_t groups;          // 0: no limit
+    uint32_t open_groups;
+    uint32_t sum_top2;        // else the best of a group is its score
+    uint32_t norm_topk;
+    float scale;
+};
+
+constexpr uint32_t kNone = 0xffffffff;
+
+// The first of the highest of `n` values; 0 where there is none.
+__device__ uint32_t highest(const float* values, uint32_t n, uint32_t lane) {
+    float best = -INFINITY;
+    uint32_t at = kNone;
+    for (uint32_t i = lane; i < n; i += 32) {
+        if (values[i] > best) {
+            best = values[i];
+            at = i;
+        }
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        const float other = __shfl_xor_sync(0xffffffff, best, step);
+        const uint32_t other_at = __shfl_xor_sync(0xffffffff, at, step);
+        if (other > best || (other == best && other_at < at)) {
+            best = other;
+            at = other_at;
+        }
+    }
+    return at == kNone ? 0 : at;
+}
+
+template <typename T> __device__ void route(const RouteParams& p) {
+    extern __shared__ float memory[];  // scores, order and group scores of every warp
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint64_t row = uint64_t(blockIdx.x) * (blockDim.x / 32) + warp;
+    if (row >= real_rows(p.count, p.rows)) return;
+    const uint32_t n = p.experts;
+    float* scores = memory + warp * 3 * n;
+    float* order = scores + n;
+    float* group_scores = order + n;
+    const T* logits = static_cast<const T*>(p.logits) + row * n;
+
+    if (p.sigmoid) {
+        for (uint32_t i = lane; i < n; i += 32) scores[i] = 1.0f / (1.0f + expf(-widen(logits[i])));
+    } else {
+        float top = -INFINITY, sum = 0.0f;
+        for (uint32_t i = lane; i < n; i += 32) top = fmaxf(top, widen(logits[i]));
+        top = warp_max(top);
+        for (uint32_t i = lane; i < n; i += 32) {
+            scores[i] = expf(widen(logits[i]) - top);
+            sum += scores[i];
+        }
+        sum = warp_sum(sum);
+        for (uint32_t i = lane; i < n; i += 32) scores[i] /= sum;
+    }
+    for (uint32_t i = lane; i < n; i += 32) order[i] = scores[i] + (p.correction == nullptr ? 0.0f : p.correction[i]);
+    __syncwarp();
+
+    if (p.groups > 0) {
+        const uint32_t size = n / p.groups;
+        for (uint32_t group = lane; group < p.groups; group += 32) {
+            float first = -INFINITY, second = -INFINITY;
+            for (uint32_t i = group * size; i < (group + 1) * size; ++i) {
+                if (order[i] > first) {
+                    second = first;
+                    first = order[i];
+                } else if (order[i] > second) {
+                    second = order[i];
+                }
+            }
+            group_scores[group] = p.sum_top2 && size > 1 ? first + second : first;
+        }
+        __syncwarp();
+        // A chosen group's score becomes NaN, which is never the highest, and marks it open.
+        for (uint32_t i = 0; i < p.open_groups; ++i) {
+            const uint32_t best = highest(group_scores, p.groups, lane);
+            __syncwarp();
+            if (lane == 0) group_scores[best] = NAN;
+            __syncwarp();
+        }
+        for (uint32_t i = lane; i < n; i += 32) {
+            if (!isnan(group_scores[i / size])) order[i] = -INFINITY;
+        }
+        __syncwarp();
+    }
+
+    float sum = 1e-20f;
+    for (uint32_t j = 0; j < p.top_k; ++j) {
+        const uint32_t best = highest(order, n, lane);
+        sum += scores[best];
+        __syncwarp();
+        if (lane == 0) {
+            order[best] = -INFINITY;
+            p.chosen[row * p.top_k + j] = best;
+        }
+        __syncwarp();
+    }
+    const float factor = p.norm_topk ? p.scale / sum : p.scale;
+    for (uint32_t j = lane; j < p.top_k; j += 32) {
+        p.weights[row * p.top_k + j] = scores[p.chosen[row * p.top_k + j]] * factor;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128) route_f32(const __grid_constant__ RouteParams p) {
+    route<float>(p);
+}
+extern "C" __global__ void __launch_bounds__(128) route_bf16(const __grid_constant__ RouteParams p) {
+    route<bf16>(p);
+}
