@@ -1,13 +1,15 @@
-//! Every operation a model program can contain, for the CPU: contract, f64 reference, fast path.
+//! Every operation a model program can contain: contract, f64 reference, a fast path for the CPU, and
+//! in each op's module `cuda` its launches on a device (see [`cuda`]).
 //!
-//! Activations are f32, row-major `[tokens, width]`; weights are used in the type they are stored
+//! On the CPU activations are f32, row-major `[tokens, width]`; weights are used in the type they are stored
 //! in; sums are f32 (f64 in references). An op knows no model and no request. Invariants: no op
 //! call allocates, and a token's result does not depend on which thread computes it.
 
 pub mod act;
+pub mod cuda;
 pub mod embed;
 mod exp;
-mod flash;
+pub mod flash;
 pub mod gqa;
 pub mod linear;
 pub mod matrix;

@@ -1,5 +1,7 @@
 //! Element-wise ops: the gated activation and the residual sum.
 
+pub mod cuda;
+
 use crate::share::Shared;
 use device::ThreadPool;
 

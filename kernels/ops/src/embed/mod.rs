@@ -1,6 +1,8 @@
 //! Token ids to rows of a table, widened to f32. Ids outside of the part held here give zeros (on
 //! one rank there are none: ids are checked against the vocabulary before they get this far).
 
+pub mod cuda;
+
 use crate::share::Shared;
 use crate::{Matrix, WeightSlice};
 use device::ThreadPool;

@@ -6,6 +6,8 @@
 //! lie and how they merge depends on positions alone, so a row's bits are the same for every number
 //! of threads, in every batch, and whether it is computed alone or in a chunk.
 
+pub mod cuda;
+
 mod pieces;
 mod state;
 #[cfg(test)]

@@ -5,6 +5,8 @@
 //! over nothing does not occur. What one sequence's cache holds, NaN included, reaches no other
 //! sequence. Invariant: a row's bits depend on its query, its keys and the instruction set alone.
 
+pub mod cuda;
+
 #[cfg(test)]
 mod reference;
 #[cfg(test)]

@@ -6,6 +6,8 @@
 //! A token's result depends on the variant chosen by the number of tokens, within f32 rounding,
 //! and on nothing else of the batch.
 
+pub mod cuda;
+
 #[cfg(target_arch = "x86_64")]
 mod gemm_avx512;
 #[cfg(target_arch = "x86_64")]

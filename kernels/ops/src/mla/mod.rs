@@ -12,6 +12,8 @@
 //! nothing does not occur; NaN in one sequence's cache reaches no other sequence. Invariant: within
 //! a form, a row's bits depend on its query, its keys and the instruction set alone.
 
+pub mod cuda;
+
 macro_rules! with_kv {
     ($arena:expr, $kv:ident => $body:expr) => {
         match $arena {

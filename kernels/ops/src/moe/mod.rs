@@ -1,5 +1,7 @@
 //! Mixture of experts: the choice of experts from router logits, and their weighted sum.
 
+pub mod cuda;
+
 mod experts;
 mod route;
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! RMS norm (Zhang and Sennrich, 2019): `x / sqrt(mean(x^2) + eps) * weight`, over whole rows, with
 //! a residual sum in front, or inside the heads of a row.
 
+pub mod cuda;
+
 use crate::share::Shared;
 use device::ThreadPool;
 

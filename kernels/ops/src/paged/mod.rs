@@ -5,6 +5,8 @@
 //! they check that what a table names lies in the arena. Invariant: token `p` of a sequence is at
 //! `table[p / 64] + layer.offset + (p % 64) * layer.row`.
 
+pub mod cuda;
+
 use half::bf16;
 use std::ops::Range;
 

@@ -3,6 +3,8 @@
 //! The frequencies come ready (whatever scaling a model uses is in them); angles are products of
 //! position and frequency in f32, as the reference implementations have them.
 
+pub mod cuda;
+
 use crate::norm::Heads;
 use crate::share::Shared;
 use device::ThreadPool;

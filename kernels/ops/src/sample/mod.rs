@@ -5,6 +5,8 @@
 //! position) alone, every selection breaks ties by token number, and sums go by token, so batch,
 //! preemption and processor do not change a sample. Nothing is sorted whole: filters find a cut.
 
+pub mod cuda;
+
 mod choose;
 mod draw;
 mod filter;

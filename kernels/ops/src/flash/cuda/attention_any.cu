@@ -44,11 +44,10 @@ template <typename T> __device__ void attention_any(const AttentionParams& p) {
         // One warp per line: the new maximum, weights, and what the old sums shrink by.
         if (warp < w.lines) {
             const float a = weights[warp][lane], b = weights[warp][lane + 32], old = maxima[warp];
-            // NaN must not vanish in a maximum: it makes the line NaN.
-            const float bad = a != a || b != b ? NAN : 0.0f;
+            // NaN vanishes in the maximum and comes back in its own weight, so in the mass.
             const float top = fmaxf(warp_max(fmaxf(a, b)), old);
             const float shift = top == -INFINITY ? 0.0f : top;
-            const float wa = expf(a - shift) + bad, wb = expf(b - shift) + bad;
+            const float wa = expf(a - shift), wb = expf(b - shift);
             const float mass = warp_sum(wa + wb);
             const float factor = expf(old - shift);
             weights[warp][lane] = wa;

@@ -1,0 +1,195 @@
+//! The CUDA side of the ops: the kernels of the program on one device, and how operands are given.
+//!
+//! Each op's launches are in its own module `cuda`. A launch enqueues and returns; it allocates
+//! nothing, reads nothing back, and takes every number of rows from device memory, so any sequence of
+//! launches can be captured into a graph. Kernels come ready from the build; where it had no
+//! compiler, [`Gpu::new`] says so. Sums are f32 whatever the elements are.
+
+mod operand;
+#[cfg(test)]
+pub(crate) mod testing;
+
+use device::cuda::{Context, CudaError, DeviceFacts, DeviceSlice, Kernel, Kernels, Stream};
+
+pub(crate) use operand::{bytes, dim, need, shape};
+
+mod built {
+    //! What the build script made.
+    include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
+}
+
+/// Element type of activations, weights and cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// 4 bytes; for tests and tiny models.
+    F32,
+    /// 2 bytes.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    #[must_use]
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+
+    /// The kernel for this type.
+    pub(crate) const fn pick(self, f32: &'static str, bf16: &'static str) -> &'static str {
+        match self {
+            Self::F32 => f32,
+            Self::Bf16 => bf16,
+        }
+    }
+}
+
+/// Memory with the type of its elements.
+#[derive(Clone, Copy, Debug)]
+pub struct Tensor<'a> {
+    /// Where.
+    pub slice: &'a DeviceSlice,
+    /// Of what.
+    pub dtype: Dtype,
+}
+
+impl<'a> Tensor<'a> {
+    /// A tensor over all of `slice`.
+    #[must_use]
+    pub const fn new(slice: &'a DeviceSlice, dtype: Dtype) -> Self {
+        Self { slice, dtype }
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.slice.address()
+    }
+
+    /// Elements.
+    pub(crate) const fn len(&self) -> usize {
+        self.slice.bytes() / self.dtype.size()
+    }
+
+    /// Refused where it holds fewer elements than `factors` multiply to.
+    pub(crate) fn need(
+        &self,
+        op: &'static str,
+        what: &'static str,
+        factors: &[usize],
+    ) -> Result<(), CudaError> {
+        need(op, what, self.slice, factors, self.dtype.size())
+    }
+}
+
+/// Rows of a step: as many as the bucket has, and where the device finds how many are real.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    /// Grids cover this many.
+    pub padded: usize,
+    /// One `u32` with the real number; `None` where all are.
+    pub count: Option<&'a DeviceSlice>,
+}
+
+impl Rows<'_> {
+    /// All rows are real.
+    #[must_use]
+    pub const fn exactly(rows: usize) -> Self {
+        Self { padded: rows, count: None }
+    }
+
+    pub(crate) fn count_address(&self) -> u64 {
+        self.count.map_or(0, DeviceSlice::address)
+    }
+}
+
+/// The kernels on one device.
+#[derive(Debug)]
+pub struct Gpu {
+    kernels: Kernels,
+    facts: DeviceFacts,
+}
+
+impl Gpu {
+    /// Loads every kernel of the program.
+    ///
+    /// # Errors
+    /// When the program was built without kernels, or they do not fit the device.
+    pub fn new(context: &Context) -> Result<Self, CudaError> {
+        let facts = context.facts().clone();
+        let kernels = Kernels::load(context, built::CUBINS, built::MISSING)?;
+        // Attributes are set once, so that launches only launch.
+        for name in crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL) {
+            kernels.allow_shared(name, facts.shared_bytes)?;
+        }
+        Ok(Self { kernels, facts })
+    }
+
+    /// What the device is.
+    #[must_use]
+    pub const fn facts(&self) -> &DeviceFacts {
+        &self.facts
+    }
+
+    /// All kernels; for reports on registers and the like.
+    #[must_use]
+    pub const fn kernels(&self) -> &Kernels {
+        &self.kernels
+    }
+}
+
+/// Where launches go.
+#[derive(Clone, Copy, Debug)]
+pub struct Queue<'a> {
+    /// With which kernels.
+    pub gpu: &'a Gpu,
+    /// In which order.
+    pub stream: &'a Stream,
+}
+
+impl<'a> Queue<'a> {
+    pub(crate) fn kernel(&self, name: &str) -> Result<&'a Kernel, CudaError> {
+        self.gpu.kernels.get(name)
+    }
+
+    /// Multiprocessors of the device.
+    pub(crate) const fn multiprocessors(&self) -> usize {
+        self.gpu.facts.multiprocessors as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_without_kernels_says_how_to_get_them() {
+        let error = CudaError::NoKernels { reason: built::MISSING }.to_string();
+        assert!(error.contains("nvcc 13.0") && error.contains("CUDA_HOME"), "{error}");
+    }
+
+    /// Every kernel compiles wherever there is a compiler; continuous integration has one.
+    #[test]
+    fn every_source_gave_a_module() {
+        if built::CUBINS.is_empty() {
+            testing::skip(&format!("this program holds no CUDA kernels: {}", built::MISSING));
+            return;
+        }
+        let names: Vec<&str> = built::CUBINS.iter().map(|cubin| cubin.name).collect();
+        for name in ["embed", "norm", "rope", "paged", "act", "linear_few", "attention_mma", "sample"]
+        {
+            assert!(names.contains(&name), "{name} of {names:?}");
+        }
+        assert!(built::CUBINS.iter().all(|cubin| cubin.image.starts_with(b"\x7fELF")));
+    }
+
+    #[test]
+    fn no_fast_kernel_spills() {
+        let Some(device) = testing::device() else { return };
+        for name in crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL) {
+            let kernel = device.gpu.kernels().get(name).expect("listed");
+            let local = kernel.local_bytes().expect("an attribute");
+            assert!(local == 0 || name.contains("any"), "{name} spills {local} bytes");
+        }
+    }
+}

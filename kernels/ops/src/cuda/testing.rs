@@ -1,0 +1,118 @@
+//! What tests on a device share: the device or a loud skip, data there and back, rounding to bf16.
+
+use super::{Dtype, Gpu, Queue};
+use device::cuda::{Context, DeviceMemory, DeviceSlice, Stream};
+use half::bf16;
+use std::io::Write;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// Says once why tests on a device do nothing, past the test runner's capture.
+pub(crate) fn skip(why: &str) {
+    static SAID: OnceLock<()> = OnceLock::new();
+    SAID.get_or_init(|| {
+        let required = std::env::var("TOKENMILL_REQUIRE").unwrap_or_default();
+        assert!(!required.split(',').any(|r| r == "gpu"), "a GPU is required: {why}");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: tests on a CUDA device: {why}");
+    });
+}
+
+/// A device with its kernels.
+pub(crate) struct Device {
+    pub(crate) gpu: Gpu,
+    pub(crate) stream: Stream,
+    pub(crate) context: Context,
+}
+
+/// The device, for one test at a time; `None` where there is none.
+pub(crate) fn device() -> Option<MutexGuard<'static, Device>> {
+    static DEVICE: OnceLock<Option<Mutex<Device>>> = OnceLock::new();
+    let open = || {
+        let context = Context::open(0)?;
+        let (gpu, stream) = (Gpu::new(&context)?, Stream::new(&context)?);
+        Ok::<_, device::cuda::CudaError>(Mutex::new(Device { gpu, stream, context }))
+    };
+    let found = DEVICE.get_or_init(|| open().map_err(|error| skip(&error.to_string())).ok());
+    let device = found.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+    device.context.enter().expect("a context that was opened");
+    Some(device)
+}
+
+/// Values as the device sees them after rounding to `dtype`.
+pub(crate) fn rounded(values: &[f32], dtype: Dtype) -> Vec<f32> {
+    match dtype {
+        Dtype::F32 => values.to_vec(),
+        Dtype::Bf16 => values.iter().map(|x| bf16::from_f32(*x).to_f32()).collect(),
+    }
+}
+
+/// Plain values that may be sent.
+pub(crate) trait Plain: Copy {}
+impl Plain for u32 {}
+impl Plain for u64 {}
+impl Plain for f32 {}
+impl Plain for bf16 {}
+impl Plain for crate::flash::cuda::Segment {}
+impl Plain for crate::flash::cuda::Tile {}
+impl Plain for crate::sample::cuda::SampleRow {}
+impl Plain for crate::sample::cuda::TokenLogprob {}
+
+impl Device {
+    pub(crate) fn queue(&self) -> Queue<'_> {
+        Queue { gpu: &self.gpu, stream: &self.stream }
+    }
+
+    /// Memory full of NaN, for results that must be written.
+    pub(crate) fn poisoned(&self, bytes: usize) -> DeviceSlice {
+        let slice = DeviceMemory::allocate(&self.context, "a test", bytes).expect("memory");
+        self.stream.fill(&slice, 0xFF).expect("a fill");
+        slice
+    }
+
+    pub(crate) fn send<T: Plain>(&self, values: &[T]) -> DeviceSlice {
+        let slice = self.poisoned(size_of_val(values));
+        // SAFETY: plain values without padding, read as bytes for the length of the call.
+        let bytes = unsafe {
+            std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values))
+        };
+        self.stream.upload(bytes, &slice).expect("an upload");
+        slice
+    }
+
+    pub(crate) fn send_as(&self, values: &[f32], dtype: Dtype) -> DeviceSlice {
+        match dtype {
+            Dtype::F32 => self.send(values),
+            Dtype::Bf16 => {
+                self.send(&values.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>())
+            }
+        }
+    }
+
+    pub(crate) fn fetch<T: Plain>(&self, slice: &DeviceSlice, zero: T) -> Vec<T> {
+        let mut values = vec![zero; slice.bytes() / size_of::<T>()];
+        // SAFETY: plain values of which every bit pattern is one.
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), slice.bytes())
+        };
+        self.stream.read(slice, bytes).expect("a download");
+        values
+    }
+
+    pub(crate) fn fetch_as(&self, slice: &DeviceSlice, dtype: Dtype) -> Vec<f32> {
+        match dtype {
+            Dtype::F32 => self.fetch(slice, 0.0),
+            Dtype::Bf16 => self.fetch(slice, bf16::ZERO).iter().map(|x| x.to_f32()).collect(),
+        }
+    }
+}
+
+/// Half a unit in the last place of a result, relative, plus what f32 sums of a few thousand terms
+/// of size one lose.
+pub(crate) const fn tolerance(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 => 2e-5,
+        Dtype::Bf16 => 4.5e-3,
+    }
+}
+
+/// Both types.
+pub(crate) const DTYPES: [Dtype; 2] = [Dtype::F32, Dtype::Bf16];

@@ -1,0 +1,61 @@
+//! Launches of grouped-query attention.
+
+use super::Gqa;
+use crate::cuda::{Dtype, Queue, Rows, Tensor, shape};
+use crate::flash::cuda::{self as flash, Partials, Plan, Query, Shape, Variant};
+use crate::paged::KvLayer;
+use device::cuda::{CudaError, DeviceSlice};
+
+fn core(gqa: &Gqa, dtype: Dtype) -> Shape {
+    let Gqa { heads, kv_heads, head_dim, scale, window } = *gqa;
+    Shape {
+        dtype,
+        heads,
+        group: heads / kv_heads.max(1),
+        q_width: head_dim,
+        rest_width: 0,
+        v_width: head_dim,
+        key_stride: head_dim,
+        value_offset: kv_heads * head_dim,
+        value_stride: head_dim,
+        window,
+        scale,
+    }
+}
+
+/// The variant for steps with or without prompt chunks, and the lines of its tiles.
+#[must_use]
+pub fn select(gqa: &Gqa, layer: KvLayer, dtype: Dtype, prompts: bool) -> (Variant, usize) {
+    let core = core(gqa, dtype);
+    let variant = core.select(layer, prompts);
+    (variant, core.tile_lines(variant))
+}
+
+/// `q` and `out` are `[rows, heads * head_dim]` of the arena's type; keys and values of the rows are
+/// written.
+///
+/// # Errors
+/// When shapes do not fit, an operand is too short, or a launch fails.
+#[allow(clippy::too_many_arguments, reason = "the operands of attention")]
+pub fn attention(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    q: &DeviceSlice,
+    gqa: &Gqa,
+    layer: KvLayer,
+    arena: Tensor<'_>,
+    plan: &Plan<'_>,
+    partials: &Partials,
+    out: &DeviceSlice,
+) -> Result<(), CudaError> {
+    const OP: &str = "gqa";
+    let Gqa { heads, kv_heads, head_dim, window, .. } = *gqa;
+    let divides = kv_heads > 0 && heads.is_multiple_of(kv_heads);
+    if !divides || heads == 0 || window == Some(0) || layer.row != 2 * kv_heads * head_dim {
+        return Err(shape(OP, format!("{gqa:?} over {layer:?}")));
+    }
+    let core = core(gqa, arena.dtype);
+    Tensor::new(q, arena.dtype).need(OP, "q", &[rows.padded, heads, head_dim])?;
+    let query = Query { address: q.address(), row: heads * head_dim, head: head_dim };
+    flash::attention(on, rows, &core, [query, query], layer, arena, plan, partials, out)
+}

@@ -1,0 +1,209 @@
+//! Launches of latent attention in the absorbed form, for any number of rows.
+//!
+//! Queries go to latent space by the transposed key half of `kv_b`, head by head; attention runs over
+//! the latents as they lie in the cache; the sums come back through the value half. The expanded form
+//! is not here yet: prompts run absorbed, right and slower than they could be.
+
+use super::Mla;
+use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
+use crate::flash::cuda::{self as flash, Partials, Plan, Query, Shape, Variant};
+use crate::linear::cuda::{Linear, linear};
+use crate::paged::KvLayer;
+use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters};
+
+const OP: &str = "mla";
+
+fn core(mla: &Mla, dtype: Dtype) -> Shape {
+    let Mla { heads, rope, latent, scale, .. } = *mla;
+    Shape {
+        dtype,
+        heads,
+        group: heads,
+        q_width: latent,
+        rest_width: rope,
+        v_width: latent,
+        key_stride: 0,
+        value_offset: 0,
+        value_stride: 0,
+        window: None,
+        scale,
+    }
+}
+
+/// The variant for steps with or without prompt chunks, and the lines of its tiles.
+#[must_use]
+pub fn select(mla: &Mla, layer: KvLayer, dtype: Dtype, prompts: bool) -> (Variant, usize) {
+    let core = core(mla, dtype);
+    let variant = core.select(layer, prompts);
+    (variant, core.tile_lines(variant))
+}
+
+/// Mirrors `AbsorbParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct AbsorbParams {
+    kv_b: u64,
+    out: u64,
+    heads: u32,
+    nope: u32,
+    v: u32,
+    latent: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `absorb_weights`.
+unsafe impl Parameters for AbsorbParams {}
+
+/// Elements that [`absorb_weights`] writes.
+#[must_use]
+pub const fn absorbed_len(mla: &Mla) -> usize {
+    mla.heads * mla.latent * mla.nope
+}
+
+/// The key half of `kv_b` (`[heads * (nope + v), latent]`) as `[heads, latent, nope]`, once at load.
+///
+/// # Errors
+/// When an operand is too short, or the launch fails.
+pub fn absorb_weights(
+    on: Queue<'_>,
+    mla: &Mla,
+    kv_b: Tensor<'_>,
+    out: &DeviceSlice,
+) -> Result<(), CudaError> {
+    let Mla { heads, nope, v, latent, .. } = *mla;
+    kv_b.need(OP, "kv_b", &[heads, nope + v, latent])?;
+    need(OP, "absorbed weights", out, &[heads, latent, nope], kv_b.dtype.size())?;
+    let params = AbsorbParams {
+        kv_b: kv_b.address(),
+        out: out.address(),
+        heads: dim(OP, heads)?,
+        nope: dim(OP, nope)?,
+        v: dim(OP, v)?,
+        latent: dim(OP, latent)?,
+    };
+    let kernel = on.kernel(kv_b.dtype.pick("absorb_weights_f32", "absorb_weights_bf16"))?;
+    let grid = [params.latent.div_ceil(32), params.nope.div_ceil(32), params.heads];
+    Launch::new(kernel, grid, 256).on(on.stream, &params)
+}
+
+/// Weights of the attention.
+#[derive(Clone, Copy, Debug)]
+pub struct Weights<'a> {
+    /// By [`absorb_weights`].
+    pub absorbed: &'a DeviceSlice,
+    /// `[heads * (nope + v), latent]`.
+    pub kv_b: &'a DeviceSlice,
+}
+
+/// Memory of a step, made once.
+#[derive(Clone, Debug)]
+pub struct Scratch {
+    queries: DeviceSlice,
+    results: DeviceSlice,
+    partials: Partials,
+}
+
+impl Scratch {
+    /// Bytes of device memory for steps of up to `rows` rows in up to `splits` splits.
+    #[must_use]
+    pub const fn bytes(mla: &Mla, dtype: Dtype, rows: usize, splits: usize) -> usize {
+        let lines = rows * mla.heads;
+        2 * Arena::padded(lines * mla.latent * dtype.size())
+            + Partials::bytes(lines, splits, mla.latent)
+    }
+
+    /// Cuts it from an arena.
+    ///
+    /// # Errors
+    /// When the arena is used up.
+    pub fn take(
+        arena: &mut Arena,
+        mla: &Mla,
+        dtype: Dtype,
+        rows: usize,
+        splits: usize,
+    ) -> Result<Self, CudaError> {
+        let lines = bytes(OP, &[rows, mla.heads])?;
+        let latents = bytes(OP, &[lines, mla.latent, dtype.size()])?;
+        Ok(Self {
+            queries: arena.take("latent queries", latents)?,
+            results: arena.take("latent results", latents)?,
+            partials: Partials::take(arena, lines, splits, mla.latent)?,
+        })
+    }
+}
+
+/// `q` is `[rows, heads * (nope + rope)]`, rotated; `out` `[rows, heads * v]`; both of the arena's type.
+/// Latents of the rows are written.
+///
+/// # Errors
+/// When shapes do not fit, an operand is too short, or a launch fails.
+#[allow(clippy::too_many_arguments, reason = "the operands of attention")]
+pub fn attention(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    q: &DeviceSlice,
+    weights: &Weights<'_>,
+    mla: &Mla,
+    layer: KvLayer,
+    arena: Tensor<'_>,
+    plan: &Plan<'_>,
+    scratch: &Scratch,
+    out: &DeviceSlice,
+) -> Result<(), CudaError> {
+    let Mla { heads, nope, rope, v, latent, .. } = *mla;
+    let dtype = arena.dtype;
+    if heads == 0 || nope == 0 || v == 0 || latent == 0 || layer.row != latent + rope {
+        return Err(shape(OP, format!("{mla:?} over {layer:?}")));
+    }
+    let width = nope + rope;
+    Tensor::new(q, dtype).need(OP, "q", &[rows.padded, heads, width])?;
+    let size = dtype.size();
+    need(OP, "kv_b", weights.kv_b, &[heads, nope + v, latent], size)?;
+    need(OP, "out", out, &[rows.padded, heads, v], size)?;
+    need(OP, "scratch", &scratch.queries, &[rows.padded, heads, latent], size)?;
+
+    let to_latent = Linear {
+        x_stride: heads * width,
+        out_stride: heads * latent,
+        batch: heads,
+        x_batch: width,
+        w_batch: latent * nope,
+        out_batch: latent,
+        ..Linear::plain(
+            Tensor::new(q, dtype),
+            weights.absorbed,
+            Tensor::new(&scratch.queries, dtype),
+            nope,
+            latent,
+        )
+    };
+    linear(on, rows, &to_latent)?;
+
+    let core = core(mla, dtype);
+    let rotated = q.address() + (nope * size) as u64;
+    let queries = [
+        Query { address: scratch.queries.address(), row: heads * latent, head: latent },
+        Query { address: rotated, row: heads * width, head: width },
+    ];
+    let results = &scratch.results;
+    flash::attention(on, rows, &core, queries, layer, arena, plan, &scratch.partials, results)?;
+
+    // The value half of head h begins `nope` rows into its part of `kv_b`.
+    let all = heads * (nope + v) * latent * size;
+    let values = weights.kv_b.slice(nope * latent * size..all);
+    let from_latent = Linear {
+        x_stride: heads * latent,
+        out_stride: heads * v,
+        batch: heads,
+        x_batch: latent,
+        out_batch: v,
+        w_batch: (nope + v) * latent,
+        ..Linear::plain(
+            Tensor::new(results, dtype),
+            &values,
+            Tensor::new(out, dtype),
+            latent,
+            v,
+        )
+    };
+    linear(on, rows, &from_latent)
+}

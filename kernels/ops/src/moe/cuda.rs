@@ -1,0 +1,339 @@
+//! Launches of the mixture of experts: routing, and the weighted sum of the chosen experts, sorted by
+//! expert on the device without asking the host.
+//!
+//! The experts of a layer lie side by side: `gate_up` is `[held, 2 * intermediate, hidden]` (gate, then
+//! up), `down` is `[held, hidden, intermediate]`. Five launches: sort, two products, the activation
+//! between them, the sum. A token's result does not depend on the others.
+
+use super::{GroupLimit, GroupScore, MAX_EXPERTS, Router, Scoring};
+use crate::act;
+use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
+use crate::linear::cuda::{self as linear, Grouped, Variant};
+use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters};
+
+/// Mirrors `RouteParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RouteParams {
+    logits: u64,
+    correction: u64,
+    chosen: u64,
+    weights: u64,
+    count: u64,
+    rows: u32,
+    experts: u32,
+    top_k: u32,
+    sigmoid: u32,
+    groups: u32,
+    open_groups: u32,
+    sum_top2: u32,
+    norm_topk: u32,
+    scale: f32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `route`.
+unsafe impl Parameters for RouteParams {}
+
+/// The choices of a step, on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct Routing<'a> {
+    /// u32 `[rows, top_k]`: number of the expert.
+    pub chosen: &'a DeviceSlice,
+    /// f32 `[rows, top_k]`: its weight.
+    pub weights: &'a DeviceSlice,
+    /// Experts per token.
+    pub top_k: usize,
+}
+
+/// Chooses for every token: `logits` is `[rows, experts]`. `router.correction` is not looked at; its
+/// device copy, f32 `[experts]`, is `correction`.
+///
+/// # Errors
+/// When the router makes no sense, an operand is too short, or the launch fails.
+pub fn route(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    logits: Tensor<'_>,
+    router: &Router<'_>,
+    correction: Option<&DeviceSlice>,
+    routing: &Routing<'_>,
+) -> Result<(), CudaError> {
+    const OP: &str = "route";
+    let Router { experts, top_k, scoring, limit, norm_topk, scale, .. } = *router;
+    let (groups, open, sum_top2) = limit.map_or((0, 0, false), |limit: GroupLimit| {
+        (limit.groups, limit.chosen, limit.score == GroupScore::SumTop2)
+    });
+    let grouped = limit.is_none()
+        || groups > 0
+            && experts.is_multiple_of(groups)
+            && open <= groups
+            && experts / groups * open >= top_k;
+    let counts = experts <= MAX_EXPERTS && (1..=experts).contains(&top_k);
+    if !grouped || !counts || routing.top_k != top_k {
+        return Err(shape(OP, format!("{router:?}")));
+    }
+    logits.need(OP, "logits", &[rows.padded, experts])?;
+    need(OP, "chosen", routing.chosen, &[rows.padded, top_k], 4)?;
+    need(OP, "weights", routing.weights, &[rows.padded, top_k], 4)?;
+    if let Some(correction) = correction {
+        need(OP, "correction", correction, &[experts], 4)?;
+    }
+    let params = RouteParams {
+        logits: logits.address(),
+        correction: correction.map_or(0, DeviceSlice::address),
+        chosen: routing.chosen.address(),
+        weights: routing.weights.address(),
+        count: rows.count_address(),
+        rows: dim(OP, rows.padded)?,
+        experts: dim(OP, experts)?,
+        top_k: dim(OP, top_k)?,
+        sigmoid: u32::from(scoring == Scoring::Sigmoid),
+        groups: dim(OP, groups)?,
+        open_groups: dim(OP, open)?,
+        sum_top2: u32::from(sum_top2),
+        norm_topk: u32::from(norm_topk),
+        scale,
+    };
+    /// Three arrays of a warp; four warps of the most experts fit the default of 48 KiB.
+    const WARPS: u32 = 4;
+    let kernel = on.kernel(logits.dtype.pick("route_f32", "route_bf16"))?;
+    let grid = [params.rows.div_ceil(WARPS), 1, 1];
+    let shared = WARPS * 3 * 4 * params.experts;
+    Launch::new(kernel, grid, 32 * WARPS).shared(shared).on(on.stream, &params)
+}
+
+/// The experts held here.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertWeights<'a> {
+    /// Number of the first.
+    pub first: usize,
+    /// How many.
+    pub held: usize,
+    /// `[held, 2 * intermediate, hidden]`.
+    pub gate_up: Tensor<'a>,
+    /// `[held, hidden, intermediate]`, of the same type.
+    pub down: &'a DeviceSlice,
+    /// Width of a token.
+    pub hidden: usize,
+    /// Width inside an expert.
+    pub intermediate: usize,
+}
+
+/// Memory of a step, made once.
+#[derive(Clone, Debug)]
+pub struct Scratch {
+    pairs: DeviceSlice,
+    places: DeviceSlice,
+    tiles: DeviceSlice,
+    /// Two u32: tiles and pairs.
+    totals: DeviceSlice,
+    gate_up: DeviceSlice,
+    inner: DeviceSlice,
+    y: DeviceSlice,
+}
+
+/// Bytes of a `RowTile`.
+const TILE: usize = 12;
+/// Fewest rows of a tile.
+const LEAST_TILE: usize = 8;
+
+impl Scratch {
+    /// Bytes of each part for steps of up to `rows` rows.
+    const fn parts(
+        dtype: Dtype,
+        rows: usize,
+        top_k: usize,
+        held: usize,
+        hidden: usize,
+        intermediate: usize,
+    ) -> [usize; 7] {
+        let pairs = rows * top_k;
+        let tiles = held + pairs / LEAST_TILE;
+        let wide = pairs * intermediate * dtype.size();
+        [4 * pairs, 4 * pairs, tiles * TILE, 8, 2 * wide, wide, pairs * hidden * dtype.size()]
+    }
+
+    /// Bytes of device memory, for the memory plan.
+    #[must_use]
+    pub fn bytes(
+        dtype: Dtype,
+        rows: usize,
+        top_k: usize,
+        held: usize,
+        hidden: usize,
+        intermediate: usize,
+    ) -> usize {
+        let parts = Self::parts(dtype, rows, top_k, held, hidden, intermediate);
+        parts.into_iter().map(Arena::padded).sum()
+    }
+
+    /// Cuts it from an arena.
+    ///
+    /// # Errors
+    /// When the arena is used up.
+    pub fn take(
+        arena: &mut Arena,
+        dtype: Dtype,
+        rows: usize,
+        top_k: usize,
+        held: usize,
+        hidden: usize,
+        intermediate: usize,
+    ) -> Result<Self, CudaError> {
+        let parts = Self::parts(dtype, rows, top_k, held, hidden, intermediate);
+        let mut next = parts.into_iter();
+        let mut take = || arena.take("experts", next.next().unwrap_or(0));
+        Ok(Self {
+            pairs: take()?,
+            places: take()?,
+            tiles: take()?,
+            totals: take()?,
+            gate_up: take()?,
+            inner: take()?,
+            y: take()?,
+        })
+    }
+}
+
+/// Mirrors `GroupParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GroupParams {
+    chosen: u64,
+    count: u64,
+    pairs: u64,
+    places: u64,
+    tiles: u64,
+    totals: u64,
+    rows: u32,
+    top_k: u32,
+    first: u32,
+    held: u32,
+    tile_rows: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `experts`.
+unsafe impl Parameters for GroupParams {}
+
+/// Mirrors `CombineParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CombineParams {
+    y: u64,
+    places: u64,
+    weights: u64,
+    out: u64,
+    count: u64,
+    rows: u32,
+    top_k: u32,
+    width: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `experts`.
+unsafe impl Parameters for CombineParams {}
+
+/// The variant of both products for steps of `rows` rows.
+#[must_use]
+pub const fn select(aligned: bool, rows: usize, top_k: usize, held: usize) -> Variant {
+    if !aligned {
+        return Variant::Any;
+    }
+    // Pairs of an expert if all were equally busy; the tensor cores take 8 or 16 rows for one.
+    let each = (rows * top_k).div_ceil(if held == 0 { 1 } else { held });
+    match each {
+        _ if rows <= 8 => Variant::Few { rows: 8, outputs: 16 },
+        0..=24 => Variant::Few { rows: 16, outputs: 16 },
+        25..=96 => Variant::Many { rows: 64 },
+        _ => Variant::Many { rows: 128 },
+    }
+}
+
+/// `out = sum_j weight_j * down_j(silu(gate_j x) * up_j x)`; `x` and `out` are `[rows, hidden]` of the
+/// weights' type. Experts that live elsewhere add nothing.
+///
+/// # Errors
+/// When shapes do not fit, an operand is too short, or a launch fails.
+pub fn experts(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    x: &DeviceSlice,
+    routing: &Routing<'_>,
+    weights: &ExpertWeights<'_>,
+    out: &DeviceSlice,
+    scratch: &Scratch,
+) -> Result<(), CudaError> {
+    const OP: &str = "experts";
+    let ExpertWeights { held, gate_up, hidden, intermediate, .. } = *weights;
+    let top_k = routing.top_k;
+    let dtype = gate_up.dtype;
+    if held > MAX_EXPERTS || top_k == 0 {
+        return Err(shape(OP, format!("{held} experts, {top_k} per token")));
+    }
+    gate_up.need(OP, "gate_up", &[held, 2, intermediate, hidden])?;
+    let size = dtype.size();
+    need(OP, "down", weights.down, &[held, hidden, intermediate], size)?;
+    need(OP, "x", x, &[rows.padded, hidden], size)?;
+    need(OP, "out", out, &[rows.padded, hidden], size)?;
+    need(OP, "chosen", routing.chosen, &[rows.padded, top_k], 4)?;
+    need(OP, "weights", routing.weights, &[rows.padded, top_k], 4)?;
+    let pairs = bytes(OP, &[rows.padded, top_k])?;
+    need(OP, "scratch", &scratch.pairs, &[pairs], 4)?;
+    need(OP, "scratch", &scratch.y, &[pairs, hidden], size)?;
+    need(OP, "scratch", &scratch.gate_up, &[pairs, 2, intermediate], size)?;
+
+    let addresses = [x.address(), gate_up.address(), weights.down.address()];
+    let aligned = dtype == Dtype::Bf16
+        && hidden.is_multiple_of(8)
+        && intermediate.is_multiple_of(8)
+        && addresses.iter().all(|at| at.is_multiple_of(16));
+    let variant = select(aligned, rows.padded, top_k, held);
+    let tile_rows = variant.tile_rows();
+    // Every expert's last tile may be part full, and no tile is empty.
+    let max_tiles = (held + pairs / tile_rows).min(pairs);
+    need(OP, "tiles", &scratch.tiles, &[max_tiles], TILE)?;
+
+    let group = GroupParams {
+        chosen: routing.chosen.address(),
+        count: rows.count_address(),
+        pairs: scratch.pairs.address(),
+        places: scratch.places.address(),
+        tiles: scratch.tiles.address(),
+        totals: scratch.totals.address(),
+        rows: dim(OP, rows.padded)?,
+        top_k: dim(OP, top_k)?,
+        first: dim(OP, weights.first)?,
+        held: dim(OP, held)?,
+        tile_rows: dim(OP, tile_rows)?,
+    };
+    let kernel = on.kernel("group_pairs")?;
+    Launch::new(kernel, [1, 1, 1], 1024).shared(8 * group.held).on(on.stream, &group)?;
+
+    let mut sorted = Grouped {
+        tiles: &scratch.tiles,
+        max_tiles,
+        tile_count: &scratch.totals,
+        gather: Some((&scratch.pairs, top_k)),
+    };
+    let x = Tensor::new(x, dtype);
+    let wide = Tensor::new(&scratch.gate_up, dtype);
+    let outputs = 2 * intermediate;
+    linear::grouped(variant, on, &sorted, x, gate_up.slice, wide, hidden, outputs)?;
+    let real = scratch.totals.slice(4..8);
+    let inner_rows = Rows { padded: pairs, count: Some(&real) };
+    act::cuda::silu_mul(on, inner_rows, intermediate, wide, &scratch.inner)?;
+    sorted.gather = None;
+    let inner = Tensor::new(&scratch.inner, dtype);
+    let y = Tensor::new(&scratch.y, dtype);
+    linear::grouped(variant, on, &sorted, inner, weights.down, y, intermediate, hidden)?;
+
+    let combine = CombineParams {
+        y: y.address(),
+        places: scratch.places.address(),
+        weights: routing.weights.address(),
+        out: out.address(),
+        count: rows.count_address(),
+        rows: group.rows,
+        top_k: group.top_k,
+        width: dim(OP, hidden)?,
+    };
+    let kernel = on.kernel(dtype.pick("combine_f32", "combine_bf16"))?;
+    let parts = combine.width.div_ceil(256 * 8);
+    Launch::new(kernel, [combine.rows, parts, 1], 256).on(on.stream, &combine)
+}

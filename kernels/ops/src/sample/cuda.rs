@@ -1,0 +1,272 @@
+//! Launches of the sampler and of log-probabilities, one block per row, all on the device.
+//!
+//! The order of steps is the contract's, and exponentials have the processor's bits; masses are exact
+//! integers instead of floating sums, so a draw differs from the processor's only where the random
+//! number lies within rounding of a border. Penalties read dense counts, `[slots, vocab]`, that the
+//! draw itself keeps up.
+
+use crate::cuda::{Queue, Rows, dim, need, shape};
+use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
+
+/// How one row is drawn, as the device has it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SampleRow {
+    /// Key of the random numbers.
+    pub seed: u64,
+    /// 0 takes the likeliest.
+    pub temperature: f32,
+    /// 1 keeps all.
+    pub top_p: f32,
+    /// 0 keeps all.
+    pub min_p: f32,
+    /// 1 is off.
+    pub repetition: f32,
+    /// 0 is off.
+    pub frequency: f32,
+    /// 0 is off.
+    pub presence: f32,
+    /// 0 keeps all.
+    pub top_k: u32,
+    /// Which of several choices.
+    pub choice: u32,
+    /// Index of the output token.
+    pub position: u32,
+    /// Row of the counts.
+    pub slot: u32,
+    /// First of the row's biases.
+    pub bias_start: u32,
+    /// How many.
+    pub bias_count: u32,
+    /// First of the row's banned tokens.
+    pub banned_start: u32,
+    /// How many cannot be drawn now.
+    pub banned_count: u32,
+}
+
+impl SampleRow {
+    /// The likeliest token.
+    pub const GREEDY: Self = Self {
+        seed: 0,
+        temperature: 0.0,
+        top_p: 1.0,
+        min_p: 0.0,
+        repetition: 1.0,
+        frequency: 0.0,
+        presence: 0.0,
+        top_k: 0,
+        choice: 0,
+        position: 0,
+        slot: 0,
+        bias_start: 0,
+        bias_count: 0,
+        banned_start: 0,
+        banned_count: 0,
+    };
+}
+
+/// What [`sample`] leaves per row beside the token.
+pub mod fault {
+    /// A token was drawn.
+    pub const NONE: u32 = 0;
+    /// The row holds NaN or positive infinity.
+    pub const NOT_A_NUMBER: u32 = 1;
+    /// Every token is banned.
+    pub const NOTHING_ALLOWED: u32 = 2;
+}
+
+/// Mirrors `SampleParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Params {
+    logits: u64,
+    how: u64,
+    count: u64,
+    seen: u64,
+    bias_tokens: u64,
+    bias_values: u64,
+    banned: u64,
+    tokens: u64,
+    faults: u64,
+    rows: u32,
+    vocab: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `sample`; places in the lists are the
+// promise of whoever fills the rows.
+unsafe impl Parameters for Params {}
+
+/// Operands of [`sample`].
+#[derive(Clone, Copy, Debug)]
+pub struct Sample<'a> {
+    /// f32 `[rows, vocab]`; changed by penalties, bias and bans.
+    pub logits: &'a DeviceSlice,
+    /// Tokens of a row.
+    pub vocab: usize,
+    /// [`SampleRow`] each; slots and list places inside of what follows.
+    pub how: &'a DeviceSlice,
+    /// u32 `[slots, vocab]` by [`count_tokens`]; none where no row has penalties.
+    pub seen: Option<&'a DeviceSlice>,
+    /// u32 tokens and f32 values of all rows' biases.
+    pub bias: Option<(&'a DeviceSlice, &'a DeviceSlice)>,
+    /// u32 tokens of all rows' bans.
+    pub banned: Option<&'a DeviceSlice>,
+    /// u32 `[rows]`, written; 0 where there is a fault.
+    pub tokens: &'a DeviceSlice,
+    /// u32 `[rows]`, written; see [`fault`].
+    pub faults: &'a DeviceSlice,
+}
+
+/// Draws a token of every row.
+///
+/// # Errors
+/// When an operand is too short, or the launch fails.
+pub fn sample(on: Queue<'_>, rows: Rows<'_>, operands: &Sample<'_>) -> Result<(), CudaError> {
+    const OP: &str = "sample";
+    let Sample { logits, vocab, how, seen, bias, banned, tokens, faults } = *operands;
+    check_vocab(OP, vocab)?;
+    need(OP, "logits", logits, &[rows.padded, vocab], 4)?;
+    need(OP, "parameters", how, &[rows.padded], size_of::<SampleRow>())?;
+    need(OP, "tokens", tokens, &[rows.padded], 4)?;
+    need(OP, "faults", faults, &[rows.padded], 4)?;
+    let params = Params {
+        logits: logits.address(),
+        how: how.address(),
+        count: rows.count_address(),
+        seen: seen.map_or(0, DeviceSlice::address),
+        bias_tokens: bias.map_or(0, |(tokens, _)| tokens.address()),
+        bias_values: bias.map_or(0, |(_, values)| values.address()),
+        banned: banned.map_or(0, DeviceSlice::address),
+        tokens: tokens.address(),
+        faults: faults.address(),
+        rows: dim(OP, rows.padded)?,
+        vocab: dim(OP, vocab)?,
+    };
+    Launch::new(on.kernel("sample")?, [params.rows, 1, 1], 1024).on(on.stream, &params)
+}
+
+/// Masses of a whole row fit 64 bits up to here.
+fn check_vocab(op: &'static str, vocab: usize) -> Result<(), CudaError> {
+    const MOST: usize = 1 << 19;
+    if vocab == 0 || vocab > MOST {
+        return Err(shape(op, format!("a vocabulary of {vocab}")));
+    }
+    Ok(())
+}
+
+/// Mirrors `CountParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CountParams {
+    tokens: u64,
+    seen: u64,
+    prompt: u32,
+    count: u32,
+    vocab: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `count_tokens`, tokens by the kernel.
+unsafe impl Parameters for CountParams {}
+
+/// Adds the known tokens of a request to its slot's counts, which were zeroed: the first `prompt` of
+/// them are the client's.
+///
+/// # Errors
+/// When an operand is too short, or the launch fails.
+pub fn count_tokens(
+    on: Queue<'_>,
+    tokens: &DeviceSlice,
+    known: usize,
+    prompt: usize,
+    seen: &DeviceSlice,
+    vocab: usize,
+) -> Result<(), CudaError> {
+    const OP: &str = "count_tokens";
+    need(OP, "tokens", tokens, &[known], 4)?;
+    need(OP, "counts", seen, &[vocab], 4)?;
+    let params = CountParams {
+        tokens: tokens.address(),
+        seen: seen.address(),
+        prompt: dim(OP, prompt)?,
+        count: dim(OP, known)?,
+        vocab: dim(OP, vocab)?,
+    };
+    let blocks = params.count.div_ceil(256);
+    Launch::new(on.kernel("count_tokens")?, [blocks, 1, 1], 256).on(on.stream, &params)
+}
+
+/// A token with its log-probability and rank, as the device writes it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: u32,
+    /// Natural log of its probability.
+    pub logprob: f32,
+    /// 1 for the likeliest; one more than the tokens that are likelier.
+    pub rank: u32,
+}
+
+/// Likeliest tokens that one row lists, at most.
+pub const MOST_LISTED: usize = 64;
+/// In [`Logprobs::wanted`]: nothing is wanted of this row.
+pub const UNWANTED: u32 = u32::MAX;
+
+/// Mirrors `LogprobParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LogprobParams {
+    logits: u64,
+    chosen: u64,
+    wanted: u64,
+    count: u64,
+    out: u64,
+    rows: u32,
+    vocab: u32,
+    most: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `logprobs`, tokens by the kernel.
+unsafe impl Parameters for LogprobParams {}
+
+/// Operands of [`logprobs`].
+#[derive(Clone, Copy, Debug)]
+pub struct Logprobs<'a> {
+    /// f32 `[rows, vocab]`, raw.
+    pub logits: &'a DeviceSlice,
+    /// Tokens of a row.
+    pub vocab: usize,
+    /// u32 `[rows]`: the token to describe; one outside of the vocabulary is passed over.
+    pub chosen: &'a DeviceSlice,
+    /// u32 `[rows]`: how many of the likeliest to list, or [`UNWANTED`].
+    pub wanted: &'a DeviceSlice,
+    /// Entries of a row for them, at most [`MOST_LISTED`].
+    pub most: usize,
+    /// [`TokenLogprob`] `[rows, 1 + most]`: the chosen one, then the likeliest in order.
+    pub out: &'a DeviceSlice,
+}
+
+/// Describes tokens by their raw rows. A row that holds NaN has NaN log-probabilities.
+///
+/// # Errors
+/// When an operand is too short, or the launch fails.
+pub fn logprobs(on: Queue<'_>, rows: Rows<'_>, operands: &Logprobs<'_>) -> Result<(), CudaError> {
+    const OP: &str = "logprobs";
+    let Logprobs { logits, vocab, chosen, wanted, most, out } = *operands;
+    check_vocab(OP, vocab)?;
+    if most > MOST_LISTED {
+        return Err(shape(OP, format!("lists of {most} tokens")));
+    }
+    need(OP, "logits", logits, &[rows.padded, vocab], 4)?;
+    need(OP, "chosen", chosen, &[rows.padded], 4)?;
+    need(OP, "wanted", wanted, &[rows.padded], 4)?;
+    need(OP, "out", out, &[rows.padded, 1 + most], size_of::<TokenLogprob>())?;
+    let params = LogprobParams {
+        logits: logits.address(),
+        chosen: chosen.address(),
+        wanted: wanted.address(),
+        count: rows.count_address(),
+        out: out.address(),
+        rows: dim(OP, rows.padded)?,
+        vocab: dim(OP, vocab)?,
+        most: dim(OP, most)?,
+    };
+    Launch::new(on.kernel("logprobs")?, [params.rows, 1, 1], 1024).on(on.stream, &params)
+}
