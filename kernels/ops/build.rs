@@ -38,7 +38,8 @@ fn main() {
     }
     // A folder is watched for files that come and go.
     println!("cargo:rerun-if-changed=src");
-    let required = env::var("TOKENMILL_REQUIRE").is_ok_and(|all| all.split(',').any(|r| r == "cuda"));
+    let required =
+        env::var("TOKENMILL_REQUIRE").is_ok_and(|all| all.split(',').any(|r| r == "cuda"));
     let cubins = match find_nvcc() {
         Some(nvcc) => compile(&nvcc, &sources, &headers, &out),
         None if required => panic!("CUDA kernels are required, and {HOW}"),

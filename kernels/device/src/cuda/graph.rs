@@ -26,8 +26,7 @@ impl Graph {
 
     pub(super) fn instantiate(mut self) -> Result<Self, CudaError> {
         // SAFETY: the graph comes from a capture that succeeded; 0 are the default flags.
-        let made =
-            unsafe { sys::cuGraphInstantiateWithFlags(&raw mut self.exec, self.graph, 0) };
+        let made = unsafe { sys::cuGraphInstantiateWithFlags(&raw mut self.exec, self.graph, 0) };
         check("cuGraphInstantiate", made)?;
         Ok(self)
     }
@@ -48,8 +47,7 @@ impl Graph {
     pub fn nodes(&self) -> Result<usize, CudaError> {
         let mut count = 0;
         // SAFETY: a null list asks for the count alone.
-        let got =
-            unsafe { sys::cuGraphGetNodes(self.graph, std::ptr::null_mut(), &raw mut count) };
+        let got = unsafe { sys::cuGraphGetNodes(self.graph, std::ptr::null_mut(), &raw mut count) };
         check("cuGraphGetNodes", got)?;
         Ok(count)
     }

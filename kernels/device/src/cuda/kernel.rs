@@ -117,9 +117,7 @@ impl Kernels {
         check("cuModuleGetFunctionCount", got)?;
         let mut functions: Vec<CUfunction> = vec![std::ptr::null_mut(); count as usize];
         // SAFETY: the list has room for `count` handles.
-        let got = unsafe {
-            sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module)
-        };
+        let got = unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module) };
         check("cuModuleEnumerateFunctions", got)?;
         for raw in functions {
             let mut text = std::ptr::null();
@@ -129,9 +127,8 @@ impl Kernels {
             let name: Arc<str> = unsafe { CStr::from_ptr(text) }.to_string_lossy().into();
             let (mut offset, mut parameters) = (0, 0);
             // SAFETY: both pointers are to live integers.
-            let got = unsafe {
-                sys::cuFuncGetParamInfo(raw, 0, &raw mut offset, &raw mut parameters)
-            };
+            let got =
+                unsafe { sys::cuFuncGetParamInfo(raw, 0, &raw mut offset, &raw mut parameters) };
             check("cuFuncGetParamInfo", got)?;
             let kernel = Kernel { name: Arc::clone(&name), raw, parameters };
             self.by_name.insert(name, kernel);

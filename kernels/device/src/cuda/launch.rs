@@ -98,11 +98,8 @@ impl<'a> Launch<'a> {
         let mut attributes = [none; 2];
         let mut count = 0;
         if shape.cluster > 1 {
-            let dims = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
-                x: shape.cluster,
-                y: 1,
-                z: 1,
-            };
+            let dims =
+                sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: shape.cluster, y: 1, z: 1 };
             attributes[count].id = Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
             attributes[count].value.clusterDim = dims;
             count += 1;

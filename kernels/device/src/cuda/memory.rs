@@ -27,11 +27,7 @@ impl DeviceMemory {
     ///
     /// # Errors
     /// When memory does not suffice.
-    pub fn allocate(
-        context: &Context,
-        what: &str,
-        bytes: usize,
-    ) -> Result<DeviceSlice, CudaError> {
+    pub fn allocate(context: &Context, what: &str, bytes: usize) -> Result<DeviceSlice, CudaError> {
         let mut start = 0;
         // SAFETY: the pointer is to a live integer. The driver refuses size 0, so it is not asked.
         let got = unsafe { sys::cuMemAlloc_v2(&raw mut start, bytes.max(1)) };

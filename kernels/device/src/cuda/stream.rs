@@ -163,9 +163,8 @@ impl Stream {
             return Ok(());
         }
         // SAFETY: both ranges have `needed` bytes inside live allocations.
-        let got = unsafe {
-            sys::cuMemcpyDtoDAsync_v2(to.address(), from.address(), needed, self.raw)
-        };
+        let got =
+            unsafe { sys::cuMemcpyDtoDAsync_v2(to.address(), from.address(), needed, self.raw) };
         check("cuMemcpyDtoDAsync", got)
     }
 
@@ -178,8 +177,7 @@ impl Stream {
             return Ok(());
         }
         // SAFETY: the range lies in a live allocation.
-        let got =
-            unsafe { sys::cuMemsetD8Async(slice.address(), byte, slice.bytes(), self.raw) };
+        let got = unsafe { sys::cuMemsetD8Async(slice.address(), byte, slice.bytes(), self.raw) };
         check("cuMemsetD8Async", got)
     }
 

@@ -1,5 +1,8 @@
 //! Launches of the element-wise ops.
 
+#[cfg(test)]
+mod tests;
+
 use crate::cuda::{Queue, Rows, Tensor, bytes, dim, need};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 

@@ -8,6 +8,8 @@
 mod operand;
 #[cfg(test)]
 pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 use device::cuda::{Context, CudaError, DeviceFacts, DeviceSlice, Kernel, Kernels, Stream};
 
@@ -155,41 +157,5 @@ impl<'a> Queue<'a> {
     /// Multiprocessors of the device.
     pub(crate) const fn multiprocessors(&self) -> usize {
         self.gpu.facts.multiprocessors as usize
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_program_without_kernels_says_how_to_get_them() {
-        let error = CudaError::NoKernels { reason: built::MISSING }.to_string();
-        assert!(error.contains("nvcc 13.0") && error.contains("CUDA_HOME"), "{error}");
-    }
-
-    /// Every kernel compiles wherever there is a compiler; continuous integration has one.
-    #[test]
-    fn every_source_gave_a_module() {
-        if built::CUBINS.is_empty() {
-            testing::skip(&format!("this program holds no CUDA kernels: {}", built::MISSING));
-            return;
-        }
-        let names: Vec<&str> = built::CUBINS.iter().map(|cubin| cubin.name).collect();
-        for name in ["embed", "norm", "rope", "paged", "act", "linear_few", "attention_mma", "sample"]
-        {
-            assert!(names.contains(&name), "{name} of {names:?}");
-        }
-        assert!(built::CUBINS.iter().all(|cubin| cubin.image.starts_with(b"\x7fELF")));
-    }
-
-    #[test]
-    fn no_fast_kernel_spills() {
-        let Some(device) = testing::device() else { return };
-        for name in crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL) {
-            let kernel = device.gpu.kernels().get(name).expect("listed");
-            let local = kernel.local_bytes().expect("an attribute");
-            assert!(local == 0 || name.contains("any"), "{name} spills {local} bytes");
-        }
     }
 }

@@ -1,5 +1,7 @@
 //! What tests on a device share: the device or a loud skip, data there and back, rounding to bf16.
 
+pub(crate) mod paged;
+
 use super::{Dtype, Gpu, Queue};
 use device::cuda::{Context, DeviceMemory, DeviceSlice, Stream};
 use half::bf16;
@@ -105,12 +107,28 @@ impl Device {
     }
 }
 
-/// Half a unit in the last place of a result, relative, plus what f32 sums of a few thousand terms
-/// of size one lose.
-pub(crate) const fn tolerance(dtype: Dtype) -> f64 {
+/// Asserts that every element is within `tolerance` of what is expected, relative to its own size plus
+/// that of a typical element, and NaN exactly where NaN is expected.
+pub(crate) fn assert_near(what: &str, got: &[f32], expected: &[f64], tolerance: f64) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    let finite = || expected.iter().filter(|e| e.is_finite());
+    let typical = (finite().map(|e| e * e).sum::<f64>() / finite().count().max(1) as f64).sqrt();
+    for (i, (g, e)) in got.iter().zip(expected).enumerate() {
+        let g = f64::from(*g);
+        assert_eq!(g.is_nan(), e.is_nan(), "{what}: element {i} is {g}, expected {e}");
+        let allowed = tolerance * (e.abs() + typical);
+        assert!(
+            e.is_nan() || (g - e).abs() <= allowed,
+            "{what}: element {i} is {g}, expected {e} within {allowed}"
+        );
+    }
+}
+
+/// One rounding of a result: half a unit in the last place, with room for the f32 sum before it.
+pub(crate) const fn rounding(dtype: Dtype) -> f64 {
     match dtype {
-        Dtype::F32 => 2e-5,
-        Dtype::Bf16 => 4.5e-3,
+        Dtype::F32 => 1e-5,
+        Dtype::Bf16 => 2.1e-3,
     }
 }
 

@@ -1,5 +1,8 @@
 //! Launches of the embedding.
 
+#[cfg(test)]
+mod tests;
+
 use crate::cuda::{Queue, Rows, Tensor, dim, need};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 

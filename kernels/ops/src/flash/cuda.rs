@@ -5,6 +5,9 @@
 //! on the device; the host says how many tiles and splits there can be. Block tables hold offsets of
 //! whole 16 bytes. Invariant: what one segment's cache holds reaches no other segment.
 
+#[cfg(test)]
+mod tests;
+
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use crate::paged::{BLOCK, KvLayer};
 use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters};

@@ -1,5 +1,8 @@
 //! Launches of grouped-query attention.
 
+#[cfg(test)]
+mod tests;
+
 use super::Gqa;
 use crate::cuda::{Dtype, Queue, Rows, Tensor, shape};
 use crate::flash::cuda::{self as flash, Partials, Plan, Query, Shape, Variant};

@@ -5,6 +5,9 @@
 //! takes everything, slowly. Merged projections are one matrix: parts are laid side by side when
 //! weights are loaded. A row's result depends on the variant and the row alone.
 
+#[cfg(test)]
+mod tests;
+
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
@@ -172,7 +175,7 @@ impl<'a> Linear<'a> {
         self.x.dtype == Dtype::Bf16
             && [self.inputs, self.x_stride, self.x_batch, self.w_batch]
                 .iter()
-.all(|n| n.is_multiple_of(WIDE))
+                .all(|n| n.is_multiple_of(WIDE))
             && [self.x.address(), self.w.address()].iter().all(|at| at.is_multiple_of(16))
     }
 }
@@ -207,8 +210,7 @@ unsafe impl Parameters for Params {}
 /// When an operand is too short, or the launch fails.
 pub fn linear(on: Queue<'_>, rows: Rows<'_>, operands: &Linear<'_>) -> Result<(), CudaError> {
     let Linear { outputs, batch, .. } = *operands;
-    let variant =
-        select(operands.is_aligned(), rows.padded, outputs, batch, on.multiprocessors());
+    let variant = select(operands.is_aligned(), rows.padded, outputs, batch, on.multiprocessors());
     linear_as(variant, on, rows, operands)
 }
 
@@ -244,7 +246,10 @@ pub fn linear_as(
         need(OP, "bias", bias, &[outputs], 4)?;
     }
     if variant != Variant::Any && !operands.is_aligned() {
-        return Err(shape(OP, format!("{inputs} unaligned inputs of {:?} as {variant:?}", x.dtype)));
+        return Err(shape(
+            OP,
+            format!("{inputs} unaligned inputs of {:?} as {variant:?}", x.dtype),
+        ));
     }
     let params = Params {
         x: x.address(),

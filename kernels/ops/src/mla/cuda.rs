@@ -4,6 +4,9 @@
 //! the latents as they lie in the cache; the sums come back through the value half. The expanded form
 //! is not here yet: prompts run absorbed, right and slower than they could be.
 
+#[cfg(test)]
+mod tests;
+
 use super::Mla;
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use crate::flash::cuda::{self as flash, Partials, Plan, Query, Shape, Variant};
@@ -197,13 +200,7 @@ pub fn attention(
         x_batch: latent,
         out_batch: v,
         w_batch: (nope + v) * latent,
-        ..Linear::plain(
-            Tensor::new(results, dtype),
-            &values,
-            Tensor::new(out, dtype),
-            latent,
-            v,
-        )
+        ..Linear::plain(Tensor::new(results, dtype), &values, Tensor::new(out, dtype), latent, v)
     };
     linear(on, rows, &from_latent)
 }

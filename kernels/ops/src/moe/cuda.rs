@@ -5,6 +5,9 @@
 //! up), `down` is `[held, hidden, intermediate]`. Five launches: sort, two products, the activation
 //! between them, the sum. A token's result does not depend on the others.
 
+#[cfg(test)]
+mod tests;
+
 use super::{GroupLimit, GroupScore, MAX_EXPERTS, Router, Scoring};
 use crate::act;
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};

@@ -7,7 +7,7 @@ use crate::{Matrix, WeightSlice};
 use device::{Isa, ThreadPool};
 
 /// The choice in f64, by sorting.
-fn choose(logits: &[f32], router: &Router<'_>) -> Vec<(u32, f64)> {
+pub(super) fn choose(logits: &[f32], router: &Router<'_>) -> Vec<(u32, f64)> {
     let logits: Vec<f64> = logits.iter().map(|x| f64::from(*x)).collect();
     let scores: Vec<f64> = match router.scoring {
         Scoring::Sigmoid => logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect(),

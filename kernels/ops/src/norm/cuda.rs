@@ -1,5 +1,8 @@
 //! Launches of the norms.
 
+#[cfg(test)]
+mod tests;
+
 use super::Heads;
 use crate::cuda::{Queue, Rows, Tensor, dim, need, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};

@@ -4,6 +4,9 @@
 //! What an offset may be is checked where tables are filled; a kernel passes over one that would leave
 //! the arena, so a dead entry costs wrong values at worst.
 
+#[cfg(test)]
+mod tests;
+
 use super::KvLayer;
 use crate::cuda::{Queue, Rows, Tensor, dim, need, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};

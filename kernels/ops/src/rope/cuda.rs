@@ -1,5 +1,8 @@
 //! Launches of the rotary embedding.
 
+#[cfg(test)]
+mod tests;
+
 use super::Pairing;
 use crate::cuda::{Queue, Rows, Tensor, dim, need, shape};
 use crate::norm::{Heads, cuda::check_heads};

@@ -5,6 +5,9 @@
 //! number lies within rounding of a border. Penalties read dense counts, `[slots, vocab]`, that the
 //! draw itself keeps up.
 
+#[cfg(test)]
+mod tests;
+
 use crate::cuda::{Queue, Rows, dim, need, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
