@@ -10,9 +10,6 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, c_void};
 use std::sync::Arc;
 
-/// Bytes of shared memory that a kernel may have without being asked for.
-const DEFAULT_SHARED: u32 = 48 << 10;
-
 /// A compiled module.
 #[derive(Clone, Copy, Debug)]
 pub struct Cubin {
@@ -144,17 +141,16 @@ impl Kernels {
         self.by_name.get(name).ok_or_else(|| CudaError::NoKernel { name: name.to_owned() })
     }
 
-    /// Lets a kernel be launched with up to `bytes` of shared memory per block.
+    /// Lets a kernel be launched with all the shared memory that a block can have: `bytes` less what
+    /// the kernel has fixed.
     ///
     /// # Errors
     /// When there is no such kernel, or the device has less.
     pub fn allow_shared(&self, name: &str, bytes: u32) -> Result<(), CudaError> {
         let kernel = self.get(name)?;
-        if bytes <= DEFAULT_SHARED {
-            return Ok(());
-        }
+        let fixed = kernel.attribute(Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
         let which = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let value = i32::try_from(bytes).unwrap_or(i32::MAX);
+        let value = i32::try_from(bytes.saturating_sub(fixed)).unwrap_or(i32::MAX);
         // SAFETY: the function belongs to a loaded module.
         check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(kernel.raw, which, value) })
     }

@@ -24,7 +24,7 @@ __device__ __forceinline__ uint4 stream16(const void* from) {
 // `Halves` of 8 rows, `Tiles` of 8 outputs.
 template <typename Out, int Halves, int Tiles> __device__ void linear_few(const LinearParams& p) {
     __shared__ float parts[kWarps][Tiles][16][9];
-    const Rows rows = rows_of_block(p, blockIdx.y, 16);
+    const Rows rows = rows_of_block(p, blockIdx.y, 8 * Halves);
     if (rows.count == 0) return;
     const uint64_t batch = p.tiles == nullptr ? blockIdx.z : 0;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
