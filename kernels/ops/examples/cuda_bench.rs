@@ -340,7 +340,8 @@ fn latent(bench: &Bench, rows: usize, context: usize) -> Outcome {
     let step = decode(bench, rows, context, 64 * width, (MLA.heads, lines))?;
     let splits = splits(bench.gpu.facts().multiprocessors as usize, rows, 1, context);
     let mut arena = Arena::new(bench.work(10, bench.work.bytes() / 2));
-    let scratch = mla::cuda::Scratch::take(&mut arena, &MLA, BF16, rows, splits)?;
+    let scratch =
+        mla::cuda::Scratch::take(&mut arena, &MLA, BF16, rows, rows * MLA.heads * splits)?;
     let (q, out) = (bench.work(0, rows * 16 * 192 * 2), bench.work(5, rows * 2048 * 2));
     let (absorbed, kv_b) = (bench.work(70, 16 * 512 * 128 * 2), bench.work(75, 16 * 512 * 256 * 2));
     let weights = mla::cuda::Weights { absorbed: &absorbed, kv_b: &kv_b };
@@ -375,7 +376,7 @@ fn grouped(bench: &Bench, rows: usize, context: usize) -> Outcome {
     let step = decode(bench, rows, context, 64 * 2048, (4, lines))?;
     let splits = splits(bench.gpu.facts().multiprocessors as usize, rows, 8, context);
     let mut arena = Arena::new(bench.work(10, bench.work.bytes() / 2));
-    let partials = Partials::take(&mut arena, rows * 32, splits, 128)?;
+    let partials = Partials::take(&mut arena, rows * 32 * splits, 128)?;
     let (q, out) = (bench.work(0, rows * 4096 * 2), bench.work(5, rows * 4096 * 2));
     let plan = ops::flash::cuda::Plan {
         segments: &step.segments,

@@ -5,12 +5,14 @@
 
 use crate::batch::{Batch, Purpose, Wanted};
 use crate::cpu::Cpu;
+use crate::cuda::Cuda;
 use crate::digest::Digest;
-use crate::executor::{Executor, TableView};
+use crate::executor::{Backend, Executor, TableView};
 use crate::sampler::Sampler;
 use crate::slots::{MAX_CONTEXT, Slots};
 use crate::tables::Carver;
-use crate::{EngineError, Options, PlanError, WeightSource};
+use crate::{Device, EngineError, Options, PlanError, StepError, WeightSource};
+use device::cuda::CudaError;
 use ids::{Bytes, GroupId, Incarnation, RequestId, StepSeq, Tokens};
 use model::lower::Lowered;
 use model::memory;
@@ -28,14 +30,14 @@ const MAX_SLOTS: u32 = 1 << 16;
 /// The most tokens of one step.
 const MAX_STEP_TOKENS: u32 = 1 << 20;
 
-/// A model on the CPU, driven by step plans. `'w` is the life of the weights.
+/// A model on one device, driven by step plans. `'w` is the life of the weights.
 pub struct Engine<'w> {
     architecture: String,
     vocab: u32,
     max_context: Tokens,
     groups: Vec<GroupSpec>,
     options: Options,
-    cpu: Cpu<'w>,
+    backend: Backend<'w>,
     configured: Option<Configured>,
 }
 
@@ -51,10 +53,11 @@ struct Configured {
 
 impl<'w> Engine<'w> {
     /// Resolves every weight of a lowered program and prepares its execution. `weights` outlive
-    /// the engine: nothing is copied but vectors.
+    /// the engine: on the CPU nothing is copied but vectors. A CUDA device gets a copy of all.
     ///
     /// # Errors
-    /// When a weight is missing or of another shape, or the program is for several ranks.
+    /// When a weight is missing or of another shape, the program is for several ranks, or the device
+    /// cannot be used.
     pub fn new(
         program: &Program,
         lowered: Lowered,
@@ -81,7 +84,12 @@ impl<'w> Engine<'w> {
             vocab: program.vocab as u32,
             max_context: Tokens((program.max_context as u64).min(MAX_CONTEXT.into()) as u32),
             groups: groups.collect(),
-            cpu: Cpu::new(lowered, weights, &options)?,
+            backend: match options.device {
+                Device::Cpu => Backend::Cpu(Box::new(Cpu::new(lowered, weights, &options)?)),
+                Device::Cuda { ordinal } => {
+                    Backend::Cuda(Box::new(Cuda::new(ordinal, &lowered, weights, &options)?))
+                }
+            },
             options,
             configured: None,
         })
@@ -97,7 +105,7 @@ impl<'w> Engine<'w> {
             groups: self.groups.clone(),
             cache_bytes: self.options.cache_bytes,
             alignment: Bytes(ALIGNMENT),
-            backend: "cpu".to_owned(),
+            backend: self.backend.name().to_owned(),
         }
     }
 
@@ -121,8 +129,9 @@ impl<'w> Engine<'w> {
         let carver = Carver::new(carving, &self.groups, cache, ALIGNMENT, element)?;
         let max_step_tokens = configure.max_step_tokens.as_usize();
         let cache_bytes = carving.super_bytes.0 * u64::from(carving.supers);
-        self.cpu.configure(max_step_tokens, cache_bytes)?;
         let max_slots = configure.max_slots;
+        let context = configure.max_context.as_usize();
+        self.backend.configure((max_step_tokens, max_slots as usize, context), cache_bytes)?;
         self.configured = Some(Configured {
             incarnation: configure.incarnation,
             last: StepSeq::ZERO,
@@ -152,23 +161,26 @@ impl<'w> Engine<'w> {
     /// Executes one step.
     ///
     /// # Errors
-    /// When the plan contradicts the engine's state; nothing may be asked of it afterwards.
-    pub fn step(&mut self, plan: &StepPlan) -> Result<Outcome, PlanError> {
+    /// When the plan contradicts the engine's state or the device fails; nothing may be asked of it
+    /// afterwards.
+    pub fn step(&mut self, plan: &StepPlan) -> Result<Outcome, StepError> {
         let began = Instant::now();
         let configured = Self::expect_life(&mut self.configured, plan.incarnation)?;
         if plan.seq <= configured.last {
-            return Err(PlanError::Sequence { got: plan.seq, last: configured.last });
+            return Err(PlanError::Sequence { got: plan.seq, last: configured.last }.into());
         }
         configured.last = plan.seq;
         let [section] = plan.sections.as_slice() else {
-            return Err(PlanError::Sections { got: plan.sections.len() });
+            return Err(PlanError::Sections { got: plan.sections.len() }.into());
         };
         let digest = Digest::of_plan(plan);
         configured.slots.apply(section)?;
         configured.batch.fill(&mut configured.slots, section, configured.max_step_tokens)?;
         let ran = Instant::now();
         if !configured.batch.ids.is_empty() {
-            self.cpu.forward(&configured.batch, &TableView::new(&configured.slots));
+            let tables = TableView::new(&configured.slots);
+            let run = self.backend.forward(&configured.batch, &tables);
+            run.map_err(|source| configured.failed("the forward pass", source))?;
         }
         let forwarded = ran.elapsed();
         let mut outcome = Outcome {
@@ -179,7 +191,7 @@ impl<'w> Engine<'w> {
             timing: StepTiming::default(),
             digest: 0,
         };
-        let head = configured.finish(&mut self.cpu, &mut outcome)?;
+        let head = configured.finish(&mut self.backend, &mut outcome)?;
         outcome.digest = digest.with_sampled(&outcome.sampled);
         outcome.timing = StepTiming {
             total_ns: began.elapsed().as_nanos() as u64,
@@ -208,21 +220,30 @@ impl<'w> Engine<'w> {
 }
 
 impl Configured {
+    /// A failure of the device in this step.
+    fn failed(&self, during: &'static str, source: CudaError) -> StepError {
+        let (rows, requests) = (self.batch.ids.len(), self.batch.runs.len());
+        StepError::Device { during, step: self.last, rows, requests, source }
+    }
+
     /// Logits of the wanted rows in tiles, and what each is wanted for. Returns the time that the
     /// logits took.
     fn finish(
         &mut self,
         executor: &mut impl Executor,
         outcome: &mut Outcome,
-    ) -> Result<Duration, PlanError> {
+    ) -> Result<Duration, StepError> {
         let mut spent = Duration::ZERO;
-        let Self { slots, batch, sampler, .. } = self;
-        for tile in batch.wanted.chunks(executor.tile()) {
-            sampler.rows.clear();
-            sampler.rows.extend(tile.iter().map(|wanted| wanted.row));
+        let most = executor.tile();
+        for first in (0..self.batch.wanted.len()).step_by(most) {
+            let range = first..(first + most).min(self.batch.wanted.len());
             let began = Instant::now();
-            let logits = executor.logits(&sampler.rows);
+            let logits = executor
+                .logits(&self.batch, range.clone())
+                .map_err(|source| self.failed("the logits", source))?;
             spent += began.elapsed();
+            let Self { slots, batch, sampler, .. } = self;
+            let tile = &batch.wanted[range];
             let vocab = logits.len() / tile.len();
             for (wanted, row) in tile.iter().zip(logits.chunks_exact_mut(vocab)) {
                 let Wanted { slot, purpose, .. } = *wanted;

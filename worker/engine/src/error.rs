@@ -1,6 +1,8 @@
 //! Why an engine refuses: a model it cannot hold, a configuration that does not fit, a plan that
-//! contradicts its state. After a [`PlanError`] the engine's state is not to be trusted.
+//! contradicts its state, a device that fails. After a [`StepError`] the engine's state is not to be
+//! trusted.
 
+use device::cuda::CudaError;
 use ids::{BlockId, Bytes, GroupId, RequestId, SlotGeneration, SlotId, StepSeq, Tokens};
 
 /// A weight that is not as the program needs it.
@@ -36,8 +38,11 @@ pub enum EngineError {
     /// A weight.
     #[error(transparent)]
     Weight(#[from] WeightError),
-    /// More than one rank: a CPU engine executes one.
-    #[error("the CPU engine executes one rank; this program is lowered for {ranks}")]
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] CudaError),
+    /// More than one rank: an engine executes one.
+    #[error("the engine executes one rank; this program is lowered for {ranks}")]
     Ranks {
         /// Ranks of the mesh.
         ranks: usize,
@@ -62,6 +67,28 @@ pub enum EngineError {
         what: &'static str,
         /// How much.
         bytes: Bytes,
+    },
+}
+
+/// Why a step failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StepError {
+    /// The plan.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The device.
+    #[error("{during} of step {step}, {rows} rows of {requests} requests, failed on the device")]
+    Device {
+        /// Which part of the step.
+        during: &'static str,
+        /// Which step.
+        step: StepSeq,
+        /// Its tokens.
+        rows: usize,
+        /// Its requests.
+        requests: usize,
+        /// What the device said; of an earlier launch where the call only waited.
+        source: CudaError,
     },
 }
 

@@ -1,7 +1,12 @@
 //! What runs a batch. The engine decides nothing about how; an executor nothing about what.
 
+use crate::EngineError;
 use crate::batch::Batch;
+use crate::cpu::Cpu;
+use crate::cuda::Cuda;
 use crate::slots::Slots;
+use core::ops::Range;
+use device::cuda::CudaError;
 
 /// Where the block tables of a batch's slots are found.
 pub struct TableView<'a> {
@@ -20,15 +25,75 @@ impl<'a> TableView<'a> {
     }
 }
 
-/// Runs batches of one model on one device.
+/// Runs batches of one model on one device. Only a device fails; after that nothing may be asked of
+/// the executor any more.
 pub trait Executor {
     /// All rows through the model; their KV is written, their hidden states kept until the next
-    /// call.
-    fn forward(&mut self, batch: &Batch, tables: &TableView<'_>);
+    /// call. What is enqueued on a device may fail later, in whatever waits for it.
+    ///
+    /// # Errors
+    /// When the device does.
+    fn forward(&mut self, batch: &Batch, tables: &TableView<'_>) -> Result<(), CudaError>;
 
-    /// Logits of some rows of the last forward, `[rows, vocab]`; at most [`Executor::tile`] rows.
-    fn logits(&mut self, rows: &[u32]) -> &mut [f32];
+    /// Logits `[rows, vocab]` of some of the wanted rows of the last forward, whose batch this is; at
+    /// most [`Executor::tile`].
+    ///
+    /// # Errors
+    /// When the device does.
+    fn logits(&mut self, batch: &Batch, wanted: Range<usize>) -> Result<&mut [f32], CudaError>;
 
     /// Most rows of one call of [`Executor::logits`].
     fn tile(&self) -> usize;
+}
+
+/// The executors there are.
+pub(crate) enum Backend<'w> {
+    Cpu(Box<Cpu<'w>>),
+    Cuda(Box<Cuda>),
+}
+
+impl Backend<'_> {
+    /// As the worker's hello says it.
+    pub(crate) const fn name(&self) -> &'static str {
+        match self {
+            Self::Cpu(_) => "cpu",
+            Self::Cuda(_) => "cuda",
+        }
+    }
+
+    /// Allocates for steps of up to `tokens` tokens of `slots` requests with contexts of up to
+    /// `context`, and the cache.
+    pub(crate) fn configure(
+        &mut self,
+        (tokens, slots, context): (usize, usize, usize),
+        cache_bytes: u64,
+    ) -> Result<(), EngineError> {
+        match self {
+            Self::Cpu(cpu) => cpu.configure(tokens, cache_bytes),
+            Self::Cuda(cuda) => cuda.configure((tokens, slots, context), cache_bytes),
+        }
+    }
+}
+
+impl Executor for Backend<'_> {
+    fn forward(&mut self, batch: &Batch, tables: &TableView<'_>) -> Result<(), CudaError> {
+        match self {
+            Self::Cpu(cpu) => cpu.forward(batch, tables),
+            Self::Cuda(cuda) => cuda.forward(batch, tables),
+        }
+    }
+
+    fn logits(&mut self, batch: &Batch, wanted: Range<usize>) -> Result<&mut [f32], CudaError> {
+        match self {
+            Self::Cpu(cpu) => cpu.logits(batch, wanted),
+            Self::Cuda(cuda) => cuda.logits(batch, wanted),
+        }
+    }
+
+    fn tile(&self) -> usize {
+        match self {
+            Self::Cpu(cpu) => cpu.tile(),
+            Self::Cuda(cuda) => cuda.tile(),
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! Executes step plans on one rank: slots, batches, the CPU backend, the sampler.
+//! Executes step plans on one rank: slots, batches, the CPU and CUDA backends, the sampler.
 //!
 //! A library for a plain thread: no async, no network. The way of a step: `slots` applies the
 //! plan's ops, `batch` turns runs into rows and segments, an [`Executor`] runs the flat op list,
@@ -7,6 +7,7 @@
 
 mod batch;
 mod cpu;
+mod cuda;
 mod digest;
 mod engine;
 mod error;
@@ -20,12 +21,13 @@ mod source;
 mod tables;
 
 pub use batch::{Batch, Purpose, Run, Wanted};
+pub use cuda::{CudaBytes, cuda_bytes};
 pub use engine::Engine;
-pub use error::{EngineError, PlanError, WeightError};
+pub use error::{EngineError, PlanError, StepError, WeightError};
 pub use executor::{Executor, TableView};
 pub use kernels::kernel;
 pub use memory::{HEAD_ROWS, penalty_bytes, step_bytes};
-pub use options::{KvDtype, MlaForm, Options};
+pub use options::{Device, KvDtype, MlaForm, Options};
 pub use source::WeightSource;
 
 /// The instruction set that ops use on this processor: `avx512`, `avx2` or `scalar`.

@@ -1,8 +1,21 @@
-//! What an operator chooses about a CPU engine.
+//! What an operator chooses about an engine.
 
 use ids::Bytes;
 
-/// Storage type of the cache.
+/// What executes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Device {
+    /// The processor.
+    #[default]
+    Cpu,
+    /// A CUDA device, as the driver counts them.
+    Cuda {
+        /// From 0 on.
+        ordinal: usize,
+    },
+}
+
+/// Storage type of the cache; on a CUDA device that of activations and matrices too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum KvDtype {
     /// 32-bit floats: as exact as the activations.
@@ -38,7 +51,9 @@ pub enum MlaForm {
 /// Options of an engine.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Threads that execute ops.
+    /// What executes.
+    pub device: Device,
+    /// Threads that execute ops on the CPU.
     pub threads: usize,
     /// Storage of the cache.
     pub kv_dtype: KvDtype,

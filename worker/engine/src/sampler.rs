@@ -54,8 +54,6 @@ pub(crate) struct Drawn {
 /// Memory of draws, kept between steps.
 #[derive(Debug)]
 pub(crate) struct Sampler {
-    /// Rows of the tile at hand.
-    pub(crate) rows: Vec<u32>,
     workspace: Workspace,
     /// The raw row, kept where its log-probabilities are wanted after it was changed.
     raw: Vec<f32>,
@@ -65,7 +63,6 @@ pub(crate) struct Sampler {
 impl Sampler {
     pub(crate) fn new(vocab: usize) -> Self {
         Self {
-            rows: Vec::new(),
             workspace: Workspace::new(vocab),
             raw: Vec::with_capacity(vocab),
             none: Seen::none(),

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Model, Setup, families, greedy, naive, native, prompt};
+use common::{Model, Setup, families, greedy, naive, prompt};
 use engine::KvDtype;
 
 /// f32 against f64 over three layers.
@@ -10,27 +10,7 @@ const TOLERANCE: f64 = 5e-4;
 
 #[test]
 fn log_probabilities_agree_with_the_naive_model() {
-    for (name, config) in families().into_iter().chain(native()) {
-        let model = Model::new(&config, 11);
-        for length in [1, 7, 64, 65, 150] {
-            let tokens = prompt(length, length as u32);
-            let got = model.session(Setup::default()).complete(&tokens, 1024, 6, greedy());
-            let all: Vec<u32> = tokens.iter().chain(&got.tokens).copied().collect();
-            let expected = naive::logprobs(&model.config, model.weights, &all);
-            let given = got.prompt.iter().chain(&got.logprobs);
-            let mut worst = 0.0_f64;
-            for (at, given) in given.enumerate() {
-                let wanted = expected[at][all[at + 1] as usize];
-                worst = worst.max((f64::from(*given) - wanted).abs());
-            }
-            assert!(worst < TOLERANCE, "{name}, {length} tokens: off by {worst}");
-            for (at, token) in got.tokens.iter().enumerate() {
-                let row = &expected[length - 1 + at];
-                let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                assert!(top - row[*token as usize] < 1e-2, "{name}: not the likeliest token");
-            }
-        }
-    }
+    common::agreement::every_family_agrees(Setup::default(), TOLERANCE);
 }
 
 #[test]

@@ -3,13 +3,21 @@
 mod common;
 
 use common::{LIFE, Model, Session, Setup, families, greedy, prompt};
-use engine::PlanError;
+use engine::{PlanError, StepError};
 use ids::{BlockId, Bytes, GroupId, Incarnation, RequestId, SlotId, StepSeq, TokenId, Tokens};
 use step::{Carving, Configure, PrefillRun, SlotOp, StepPlan, Upload, WriteSlot};
 
 fn session() -> Session {
     let (_, config) = families().remove(3);
     Model::new(&config, 1).session(Setup::default())
+}
+
+/// What of a plan was refused; no device is involved here.
+fn plan_error(error: StepError) -> PlanError {
+    match error {
+        StepError::Plan(error) => error,
+        StepError::Device { .. } => panic!("{error}"),
+    }
 }
 
 /// A session with one slot decoding after 100 tokens, and what becomes of a changed empty plan.
@@ -19,7 +27,7 @@ fn refused(change: impl FnOnce(&mut StepPlan)) -> PlanError {
     session.step(&[(0, 100)]);
     let mut plan = session.plan(&[]);
     change(&mut plan);
-    session.engine.step(&plan).expect_err("a contradiction")
+    plan_error(session.engine.step(&plan).expect_err("a contradiction"))
 }
 
 fn op(op: SlotOp) -> PlanError {
@@ -112,7 +120,7 @@ fn a_configuration_that_does_not_fit_names_its_field() {
         shard_tokens: vec![],
         sections: vec![],
     };
-    assert_eq!(model.engine().step(&early), Err(PlanError::NotConfigured));
+    assert_eq!(model.engine().step(&early), Err(PlanError::NotConfigured.into()));
 }
 
 #[test]
@@ -122,7 +130,7 @@ fn a_slot_out_of_room_is_refused_before_anything_runs() {
     session.step(&[(0, 64)]);
     let mut plan = session.plan(&[]);
     plan.sections[0].ops.clear();
-    let error = session.engine.step(&plan).expect_err("no block for token 65");
+    let error = plan_error(session.engine.step(&plan).expect_err("no block for token 65"));
     assert!(matches!(error, PlanError::NoRoom { reach: Tokens(65), room: Tokens(64), .. }));
 }
 
@@ -132,7 +140,7 @@ fn an_admission_needs_its_tokens_a_free_slot_and_a_new_generation() {
     session.admit(0, &prompt(10, 1), 10, greedy());
     let plan = session.plan(&[(0, 10)]);
     session.engine.forget(RequestId(1));
-    let error = session.engine.step(&plan).expect_err("forgotten");
+    let error = plan_error(session.engine.step(&plan).expect_err("forgotten"));
     assert!(matches!(error, PlanError::NotUploaded { held: Tokens(0), .. }));
 
     let mut session = self::session();
@@ -140,7 +148,7 @@ fn an_admission_needs_its_tokens_a_free_slot_and_a_new_generation() {
     session.step(&[(0, 10)]);
     session.admit(0, &prompt(10, 1), 10, greedy());
     let plan = session.plan(&[]);
-    let error = session.engine.step(&plan).expect_err("occupied");
+    let error = plan_error(session.engine.step(&plan).expect_err("occupied"));
     assert!(matches!(error, PlanError::Occupied { .. }));
 }
 

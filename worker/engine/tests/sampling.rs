@@ -3,69 +3,12 @@
 mod common;
 
 use common::{Model, Setup, families, greedy, prompt};
-use engine::{WeightError, WeightSource};
 use ids::{TokenId, Tokens};
-use ops::{Matrix, WeightSlice};
-use std::borrow::Cow;
-use step::{SampleFault, Sampling};
-use weights::Weights;
-
-/// Weights whose embedding of one token is NaN.
-struct Poisoned {
-    weights: &'static Weights,
-    table: Vec<f32>,
-}
-
-const POISON: u32 = 40;
-
-impl WeightSource for Poisoned {
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix<'_>, WeightError> {
-        if name == "model.embed_tokens.weight" {
-            return Ok(Matrix::new(WeightSlice::F32(&self.table), rows, cols));
-        }
-        self.weights.matrix(name, rows, cols)
-    }
-
-    fn vector(&self, name: &str, len: usize) -> Result<Cow<'_, [f32]>, WeightError> {
-        self.weights.vector(name, len)
-    }
-}
+use step::Sampling;
 
 #[test]
 fn a_nan_ends_one_request_and_leaves_its_batch_mates_alone() {
-    for (name, config) in families() {
-        if name.contains("tied") {
-            // There the poisoned row is a row of the head too, and every request holds it.
-            continue;
-        }
-        let model = Model::new(&config, 2);
-        let hidden = model.config.decoder().hidden;
-        let mut table =
-            model.weights.get("model.embed_tokens.weight").expect("a table").data.to_f32();
-        table[POISON as usize * hidden..][..hidden].fill(f32::NAN);
-        let poisoned: &'static Poisoned =
-            Box::leak(Box::new(Poisoned { weights: model.weights, table }));
-        let clean: Vec<u32> =
-            prompt(80, 1).into_iter().map(|t| if t == POISON { 1 } else { t }).collect();
-        let mut bad = clean.clone();
-        bad[30] = POISON;
-
-        let run = |with_bad: bool| {
-            let mut session = model.session_over(poisoned, Setup::default());
-            session.admit(0, &clean, 80, greedy());
-            session.admit(1, if with_bad { &bad } else { &clean }, 80, greedy());
-            let outcome = session.step(&[(0, 80), (1, 80)]);
-            outcome.sampled
-        };
-        let sampled = run(true);
-        assert_eq!(sampled[1].fault, Some(SampleFault::NotANumber), "{name}");
-        // Which kernel an expert runs on depends on how many rows chose it, hence the rounding.
-        let (mate, clean) = (&sampled[0], &run(false)[0]);
-        assert_eq!((mate.token, mate.fault), (clean.token, None), "{name}");
-        let logprob = |sampled: &step::Sampled| sampled.logprobs.as_ref().map(|l| l.chosen.logprob);
-        let apart = logprob(mate).zip(logprob(clean)).map(|(a, b)| (a - b).abs());
-        assert!(apart.is_some_and(|apart| apart < 1e-5), "{name}: {apart:?}");
-    }
+    common::poison::a_nan_ends_one_request(Setup::default());
 }
 
 fn outputs(sampling: Sampling) -> Vec<u32> {

@@ -154,6 +154,10 @@ impl PinnedBuffer {
         Ok(Self { start, bytes, context: context.clone() })
     }
 
+    pub(super) const fn context(&self) -> &Context {
+        &self.context
+    }
+
     /// The bytes, to read.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {

@@ -12,6 +12,7 @@ mod graph;
 mod kernel;
 mod launch;
 mod memory;
+mod staging;
 mod stream;
 
 pub use context::{Context, DeviceFacts};
@@ -20,4 +21,5 @@ pub use graph::Graph;
 pub use kernel::{Cubin, Kernel, Kernels};
 pub use launch::{Launch, LaunchShape, Parameters};
 pub use memory::{Arena, DeviceMemory, DeviceSlice, PinnedBuffer};
+pub use staging::{Download, Upload};
 pub use stream::{Event, Stream};

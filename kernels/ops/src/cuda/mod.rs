@@ -105,6 +105,12 @@ impl Rows<'_> {
     }
 }
 
+/// Why this program holds no kernels and what to do about it; `None` where it holds them.
+#[must_use]
+pub const fn missing() -> Option<&'static str> {
+    if built::CUBINS.is_empty() { Some(built::MISSING) } else { None }
+}
+
 /// The kernels on one device.
 #[derive(Debug)]
 pub struct Gpu {

@@ -191,26 +191,21 @@ pub struct Partials {
 }
 
 impl Partials {
-    /// Bytes of device memory for `lines` (rows times heads) in `splits` splits.
+    /// Bytes of device memory for `lines` lines (rows times heads times splits).
     #[must_use]
-    pub const fn bytes(lines: usize, splits: usize, v_width: usize) -> usize {
-        Arena::padded(lines * splits * v_width * 4) + Arena::padded(lines * splits * 8)
+    pub const fn bytes(lines: usize, v_width: usize) -> usize {
+        Arena::padded(lines * v_width * 4) + Arena::padded(lines * 8)
     }
 
     /// Cuts them from an arena.
     ///
     /// # Errors
     /// When the arena is used up.
-    pub fn take(
-        arena: &mut Arena,
-        lines: usize,
-        splits: usize,
-        v_width: usize,
-    ) -> Result<Self, CudaError> {
+    pub fn take(arena: &mut Arena, lines: usize, v_width: usize) -> Result<Self, CudaError> {
         const OP: &str = "partial attention";
         Ok(Self {
-            sums: arena.take(OP, bytes(OP, &[lines, splits, v_width, 4])?)?,
-            masses: arena.take(OP, bytes(OP, &[lines, splits, 8])?)?,
+            sums: arena.take(OP, bytes(OP, &[lines, v_width, 4])?)?,
+            masses: arena.take(OP, bytes(OP, &[lines, 8])?)?,
         })
     }
 }

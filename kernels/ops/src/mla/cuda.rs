@@ -105,12 +105,12 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Bytes of device memory for steps of up to `rows` rows in up to `splits` splits.
+    /// Bytes of device memory for steps of up to `rows` rows, whose lines (rows times heads) times
+    /// splits are up to `partials`.
     #[must_use]
-    pub const fn bytes(mla: &Mla, dtype: Dtype, rows: usize, splits: usize) -> usize {
-        let lines = rows * mla.heads;
-        2 * Arena::padded(lines * mla.latent * dtype.size())
-            + Partials::bytes(lines, splits, mla.latent)
+    pub const fn bytes(mla: &Mla, dtype: Dtype, rows: usize, partials: usize) -> usize {
+        2 * Arena::padded(rows * mla.heads * mla.latent * dtype.size())
+            + Partials::bytes(partials, mla.latent)
     }
 
     /// Cuts it from an arena.
@@ -122,14 +122,13 @@ impl Scratch {
         mla: &Mla,
         dtype: Dtype,
         rows: usize,
-        splits: usize,
+        partials: usize,
     ) -> Result<Self, CudaError> {
-        let lines = bytes(OP, &[rows, mla.heads])?;
-        let latents = bytes(OP, &[lines, mla.latent, dtype.size()])?;
+        let latents = bytes(OP, &[rows, mla.heads, mla.latent, dtype.size()])?;
         Ok(Self {
             queries: arena.take("latent queries", latents)?,
             results: arena.take("latent results", latents)?,
-            partials: Partials::take(arena, lines, splits, mla.latent)?,
+            partials: Partials::take(arena, partials, mla.latent)?,
         })
     }
 }

@@ -212,7 +212,7 @@ impl<'w> Resolver<'_, 'w> {
 }
 
 /// The op's parameters; the correction is lent to it at each step.
-fn local_router(router: &model::program::Router) -> moe::Router<'static> {
+pub(crate) fn local_router(router: &model::program::Router) -> moe::Router<'static> {
     moe::Router {
         experts: router.experts,
         top_k: router.top_k,

@@ -7,12 +7,16 @@ mod arena;
 mod launch;
 mod run;
 
+pub(crate) use launch::local_router;
+
 use crate::batch::Batch;
 use crate::executor::{Executor, TableView};
 use crate::memory::HEAD_ROWS;
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use arena::Arena;
+use core::ops::Range;
 use device::ThreadPool;
+use device::cuda::CudaError;
 use half::bf16;
 use ids::Bytes;
 use launch::{Experts, Launch, Layer, Place, Resolver, Rotation};
@@ -188,7 +192,7 @@ fn scratch_len(pool: &ThreadPool, launch: &Launch<'_>, tokens: usize) -> usize {
 }
 
 impl Executor for Cpu<'_> {
-    fn forward(&mut self, batch: &Batch, tables: &TableView<'_>) {
+    fn forward(&mut self, batch: &Batch, tables: &TableView<'_>) -> Result<(), CudaError> {
         let Self { pool, body, rotations, memory, mla_form, .. } = self;
         let step = Step { pool, rotations, form: *mla_form, ids: &batch.ids };
         let rows = batch.ids.len();
@@ -211,22 +215,24 @@ impl Executor for Cpu<'_> {
             step.run(launch, rows, &batch.positions, &segments, memory, false);
         }
         memory.segments = recycle(segments);
+        Ok(())
     }
 
-    fn logits(&mut self, rows: &[u32]) -> &mut [f32] {
+    fn logits(&mut self, batch: &Batch, wanted: Range<usize>) -> Result<&mut [f32], CudaError> {
+        let wanted = &batch.wanted[wanted];
         let Self { pool, head, rotations, memory, mla_form, .. } = self;
         let (from, to) = (self.hidden, self.chosen);
         let hidden = memory.arena.one(from, memory.rows);
-        let chosen = memory.head_arena.one(to, rows.len());
-        for (out, &row) in chosen.chunks_exact_mut(to.width).zip(rows) {
-            let at = row as usize * from.width;
+        let chosen = memory.head_arena.one(to, wanted.len());
+        for (out, wanted) in chosen.chunks_exact_mut(to.width).zip(wanted) {
+            let at = wanted.row as usize * from.width;
             out.copy_from_slice(&hidden[at..at + from.width]);
         }
         let step = Step { pool, rotations, form: *mla_form, ids: &[] };
         for launch in head.iter() {
-            step.run(launch, rows.len(), &[], &[], memory, true);
+            step.run(launch, wanted.len(), &[], &[], memory, true);
         }
-        memory.head_arena.one(self.logits, rows.len())
+        Ok(memory.head_arena.one(self.logits, wanted.len()))
     }
 
     fn tile(&self) -> usize {

@@ -2,9 +2,13 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
+pub mod agreement;
+pub mod equalities;
+pub mod goldens;
 pub mod naive;
+pub mod poison;
 
-use engine::{Engine, KvDtype, MlaForm, Options, WeightSource};
+use engine::{Device, Engine, KvDtype, MlaForm, Options, WeightSource};
 use ids::{
     BLOCK_TOKENS, BlockId, Bytes, GroupId, Incarnation, RequestId, SlotGeneration, SlotId, StepSeq,
     TokenId, Tokens,
@@ -154,6 +158,7 @@ impl Model {
     /// An engine that is not configured yet.
     pub fn engine(&self) -> Engine<'static> {
         let options = Options {
+            device: Device::Cpu,
             threads: 1,
             kv_dtype: KvDtype::F32,
             cache_bytes: Bytes(1 << 20),
@@ -165,6 +170,7 @@ impl Model {
     /// A session over other weights of the same shapes.
     pub fn session_over(&self, weights: &'static dyn WeightSource, options: Setup) -> Session {
         let engine_options = Options {
+            device: options.device,
             threads: 2,
             kv_dtype: options.kv_dtype,
             cache_bytes: Bytes(1 << 30),
@@ -216,6 +222,7 @@ pub const LIFE: Incarnation = Incarnation(7);
 
 #[derive(Clone, Copy)]
 pub struct Setup {
+    pub device: Device,
     pub kv_dtype: KvDtype,
     pub form: MlaForm,
     pub scattered: bool,
@@ -223,7 +230,7 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { kv_dtype: KvDtype::F32, form: MlaForm::Auto, scattered: true }
+        Self { device: Device::Cpu, kv_dtype: KvDtype::F32, form: MlaForm::Auto, scattered: true }
     }
 }
 

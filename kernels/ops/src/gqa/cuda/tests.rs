@@ -20,11 +20,11 @@ fn run(
     let sent = cache.send(device, core.group, core.tile_lines(variant));
     let q = device.send_as(q, cache.dtype);
     let out = device.poisoned(q.bytes());
-    let lines = cache.rows() * shape.heads;
-    let bytes = Partials::bytes(lines, splits, shape.head_dim);
+    let lines = cache.rows() * shape.heads * splits;
+    let bytes = Partials::bytes(lines, shape.head_dim);
     let memory = DeviceMemory::allocate(&device.context, "partials", bytes).expect("memory");
     device.stream.fill(&memory, 0xFF).expect("a fill");
-    let partials = Partials::take(&mut Arena::new(memory), lines, splits, shape.head_dim);
+    let partials = Partials::take(&mut Arena::new(memory), lines, shape.head_dim);
     let partials = partials.expect("an arena of that size");
     let rows = Rows::exactly(cache.rows());
     let plan = sent.plan(variant, splits);

@@ -24,10 +24,11 @@ fn run(
     let absorbed = device.poisoned(absorbed_len(mla) * dtype.size());
     absorb_weights(device.queue(), mla, Tensor::new(&kv_b, dtype), &absorbed).expect("a launch");
     let rows = cache.rows();
-    let bytes = Scratch::bytes(mla, dtype, rows, splits);
+    let lines = rows * mla.heads * splits;
+    let bytes = Scratch::bytes(mla, dtype, rows, lines);
     let memory = DeviceMemory::allocate(&device.context, "scratch", bytes).expect("memory");
     device.stream.fill(&memory, 0xFF).expect("a fill");
-    let scratch = Scratch::take(&mut Arena::new(memory), mla, dtype, rows, splits);
+    let scratch = Scratch::take(&mut Arena::new(memory), mla, dtype, rows, lines);
     let scratch = scratch.expect("an arena of that size");
     let out = device.poisoned(rows * mla.heads * mla.v * dtype.size());
     let weights = Weights { absorbed: &absorbed, kv_b: &kv_b };

@@ -1,0 +1,267 @@
+//! Ops with everything resolved that does not change from step to step: weights as memory, buffers as
+//! places, attention by the number of its tiles. What remains for a step are counts and tables.
+
+use super::limits::Limits;
+use super::sizes::{Attention, Sizes, Spec, attention_of};
+use super::weights::{Loaded, Packed};
+use device::cuda::{Arena, CudaError, DeviceSlice};
+use model::lower::{BufferId, LocalAttention, LocalSlice, Lowered, Op};
+use model::program::CacheSlot;
+use ops::cuda::{Dtype, Tensor};
+use ops::norm::Heads;
+use ops::paged::KvLayer;
+use ops::{gqa, mla, moe};
+
+/// Which memory a buffer lies in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Region {
+    /// The body's activations.
+    Body,
+    /// The head's.
+    Head,
+    /// Scores of the router at hand, 32-bit floats.
+    Router,
+    /// Logits, 32-bit floats.
+    Logits,
+}
+
+/// A buffer's place: `[rows, width]` at `offset * rows` of its region.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    pub(super) region: Region,
+    offset: usize,
+    pub(super) width: usize,
+}
+
+/// The regions.
+pub(super) struct Activations {
+    body: DeviceSlice,
+    head: DeviceSlice,
+    router: DeviceSlice,
+    logits: DeviceSlice,
+    dtype: Dtype,
+}
+
+impl Activations {
+    pub(super) fn take(
+        arena: &mut Arena,
+        sizes: &Sizes,
+        limits: &Limits,
+    ) -> Result<Self, CudaError> {
+        Ok(Self {
+            body: arena.take("activations", sizes.body_bytes(limits))?,
+            head: arena.take("activations of the head", sizes.head_bytes())?,
+            router: arena.take("router scores", sizes.router_bytes(limits))?,
+            logits: arena.take("logits", sizes.logits_bytes())?,
+            dtype: sizes.dtype,
+        })
+    }
+
+    /// Element type of a place.
+    pub(super) const fn dtype(&self, place: Place) -> Dtype {
+        match place.region {
+            Region::Body | Region::Head => self.dtype,
+            Region::Router | Region::Logits => Dtype::F32,
+        }
+    }
+
+    /// A place's memory, for steps padded to `rows`.
+    pub(super) fn at(&self, place: Place, rows: usize) -> DeviceSlice {
+        let region = match place.region {
+            Region::Body => &self.body,
+            Region::Head => &self.head,
+            Region::Router => &self.router,
+            Region::Logits => &self.logits,
+        };
+        let element = self.dtype(place).size();
+        let start = place.offset * rows * element;
+        region.slice(start..start + place.width * rows * element)
+    }
+}
+
+/// A layer of a cache group.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layer {
+    pub(super) group: usize,
+    pub(super) kv: KvLayer,
+}
+
+/// A resolved op.
+pub(super) enum Launch {
+    Embed { table: DeviceSlice, table_rows: usize, first_row: usize, out: Place },
+    Norm { x: Place, weight: DeviceSlice, eps: f32, out: Place },
+    AddNorm { delta: Place, residual: Place, weight: DeviceSlice, eps: f32, out: Place },
+    Add { x: Place, target: Place },
+    HeadNorm { x: Place, heads: Heads, weight: DeviceSlice, eps: f32 },
+    Rope { x: Place, heads: Heads, rotation: usize },
+    Linear { x: Place, w: DeviceSlice, bias: Option<DeviceSlice>, out: Place },
+    WriteKv { rows: Place, layer: Layer },
+    Gqa { q: Place, shape: gqa::Gqa, layer: Layer, spec: usize, out: Place },
+    Mla { q: Place, shape: mla::Mla, weights: Latent, layer: Layer, spec: usize, out: Place },
+    SiluMul { gate_up: Place, out: Place },
+    Route { logits: Place, router: moe::Router<'static>, correction: Option<DeviceSlice> },
+    Experts { x: Place, experts: Experts, out: Place },
+}
+
+/// Weights of latent attention.
+pub(super) struct Latent {
+    pub(super) absorbed: DeviceSlice,
+    pub(super) kv_b: DeviceSlice,
+}
+
+/// One expert layer.
+pub(super) struct Experts {
+    gate_up: DeviceSlice,
+    down: DeviceSlice,
+    first: usize,
+    held: usize,
+    hidden: usize,
+    intermediate: usize,
+    pub(super) top_k: usize,
+}
+
+impl Experts {
+    pub(super) const fn weights(&self, dtype: Dtype) -> moe::cuda::ExpertWeights<'_> {
+        let Self { gate_up, down, first, held, hidden, intermediate, .. } = self;
+        moe::cuda::ExpertWeights {
+            first: *first,
+            held: *held,
+            gate_up: Tensor::new(gate_up, dtype),
+            down,
+            hidden: *hidden,
+            intermediate: *intermediate,
+        }
+    }
+}
+
+/// Resolves ops against weights on the device.
+pub(super) struct Resolver<'a> {
+    pub(super) lowered: &'a Lowered,
+    pub(super) sizes: &'a Sizes,
+    pub(super) loaded: &'a Loaded,
+    /// Where plain buffers of the ops at hand lie.
+    pub(super) region: Region,
+}
+
+impl Resolver<'_> {
+    pub(super) fn place(&self, id: BufferId) -> Place {
+        let buffer = &self.lowered.buffers[id.0];
+        let plain = Place { region: self.region, offset: buffer.offset, width: buffer.width };
+        if !Sizes::is_exact(self.lowered, id) {
+            return plain;
+        }
+        // One router's scores are used up before the next one's are made.
+        let region = if id == self.lowered.logits { Region::Logits } else { Region::Router };
+        Place { region, offset: 0, ..plain }
+    }
+
+    pub(super) fn launches(&self, ops: &[Op]) -> Result<Vec<Launch>, CudaError> {
+        ops.iter().filter_map(|op| self.launch(op).transpose()).collect()
+    }
+
+    fn heads(&self, x: BufferId, slice: &LocalSlice) -> Heads {
+        let LocalSlice { count, offset, width, stride } = *slice;
+        Heads { row: self.lowered.buffers[x.0].width, count, offset, width, stride }
+    }
+
+    fn layer(&self, slot: CacheSlot) -> Layer {
+        let row = self.lowered.groups[slot.group].layers[slot.row];
+        let kv = KvLayer { offset: row.offset, row: row.width };
+        Layer { group: slot.group, kv }
+    }
+
+    /// The op resolved; `None` for what one rank need not do.
+    fn launch(&self, op: &Op) -> Result<Option<Launch>, CudaError> {
+        let place = |id| self.place(id);
+        let vector = |id| self.loaded.get(&Packed::Vectors(vec![id]));
+        let matrices = |ids: &[_]| self.loaded.get(&Packed::Matrices(ids.to_vec()));
+        Ok(Some(match *op {
+            Op::Embed { table, first_row, out } => {
+                let bytes = matrices(&[table])?;
+                let row = place(out).width * self.sizes.dtype.size();
+                let table_rows = bytes.bytes() / row.max(1);
+                Launch::Embed { table: bytes, table_rows, first_row, out: place(out) }
+            }
+            Op::Norm { x, weight, eps, out } => {
+                let (x, out) = (place(x), place(out));
+                Launch::Norm { x, weight: vector(weight)?, eps: eps as f32, out }
+            }
+            Op::AddNorm { delta, residual, weight, eps, out } => Launch::AddNorm {
+                delta: place(delta),
+                residual: place(residual),
+                weight: vector(weight)?,
+                eps: eps as f32,
+                out: place(out),
+            },
+            Op::Add { x, target } => Launch::Add { x: place(x), target: place(target) },
+            Op::HeadNorm { x, weight, eps, ref slice } => {
+                let heads = self.heads(x, slice);
+                Launch::HeadNorm { x: place(x), heads, weight: vector(weight)?, eps: eps as f32 }
+            }
+            Op::Rope { x, rope, ref slice } => {
+                Launch::Rope { x: place(x), heads: self.heads(x, slice), rotation: rope.0 }
+            }
+            Op::Linear { x, ref parts, ref biases, out } => {
+                let biased = !biases.is_empty();
+                let bias = biased.then(|| self.loaded.get(&Packed::Vectors(biases.clone())));
+                let (w, bias) = (matrices(parts)?, bias.transpose()?);
+                Launch::Linear { x: place(x), w, bias, out: place(out) }
+            }
+            Op::WriteKv { rows, slot } => {
+                Launch::WriteKv { rows: place(rows), layer: self.layer(slot) }
+            }
+            Op::Attention { q, ref attention, slot, out } => {
+                self.attention(place(q), attention, self.layer(slot), place(out))?
+            }
+            Op::SiluMul { gate_up, out } => {
+                Launch::SiluMul { gate_up: place(gate_up), out: place(out) }
+            }
+            Op::Route { logits, ref router } => Launch::Route {
+                logits: place(logits),
+                router: crate::cpu::local_router(router),
+                correction: router.correction.map(vector).transpose()?,
+            },
+            Op::Experts {
+                x, first, top_k, intermediate, ref gate, ref up, ref down, out, ..
+            } => {
+                let experts = Experts {
+                    gate_up: self.loaded.get(&Packed::gate_up(gate, up))?,
+                    down: matrices(down)?,
+                    first,
+                    held: gate.len(),
+                    hidden: place(x).width,
+                    intermediate,
+                    top_k,
+                };
+                Launch::Experts { x: place(x), experts, out: place(out) }
+            }
+            // One rank holds everything already.
+            Op::AllReduce { .. } | Op::AllGather { .. } | Op::ReduceScatter { .. } => {
+                return Ok(None);
+            }
+        }))
+    }
+
+    fn attention(
+        &self,
+        q: Place,
+        attention: &LocalAttention,
+        layer: Layer,
+        out: Place,
+    ) -> Result<Launch, CudaError> {
+        let spec = Spec::new(attention, layer.kv, self.sizes.dtype);
+        let spec = self.sizes.specs.iter().position(|known| *known == spec).unwrap_or_default();
+        Ok(match (attention_of(attention), attention, Packed::absorbed(attention)) {
+            (Attention::Mla(shape), LocalAttention::Mla { kv_b, .. }, Some(absorbed)) => {
+                let kv_b = self.loaded.get(&Packed::Matrices(vec![*kv_b]))?;
+                let weights = Latent { absorbed: self.loaded.get(&absorbed)?, kv_b };
+                Launch::Mla { q, shape, weights, layer, spec, out }
+            }
+            (Attention::Gqa(shape), ..) => Launch::Gqa { q, shape, layer, spec, out },
+            (Attention::Mla(_), ..) => {
+                let why = "latent attention without its projection".to_owned();
+                return Err(CudaError::Shape { op: "mla", why });
+            }
+        })
+    }
+}

@@ -1,0 +1,177 @@
+//! One launch: finds its buffers and enqueues its op. Nothing is chosen and nothing allocated here,
+//! and nothing waits.
+
+use super::inputs::Views;
+use super::launch::{Activations, Launch, Layer, Place};
+use super::limits::Limits;
+use super::sizes::Sizes;
+use device::cuda::{CudaError, DeviceSlice};
+use ops::cuda::{Queue, Rows, Tensor};
+use ops::flash::cuda::{Partials, Plan, max_tiles};
+use ops::linear::cuda::{Linear, linear};
+use ops::rope::Pairing;
+use ops::{act, embed, gqa, mla, moe, norm, paged, rope};
+
+/// Frequencies of one rotary embedding.
+pub(super) struct Rotation {
+    pub(super) inv_freq: DeviceSlice,
+    pub(super) factor: f32,
+    pub(super) pairing: Pairing,
+}
+
+/// What ops work in beside activations.
+pub(super) struct Scratch {
+    pub(super) partials: Option<Partials>,
+    pub(super) mla: Option<mla::cuda::Scratch>,
+    pub(super) moe: Option<moe::cuda::Scratch>,
+    /// Experts chosen, u32, and their weights, f32.
+    pub(super) choices: [DeviceSlice; 2],
+}
+
+/// What every launch of a step sees.
+pub(super) struct Step<'a> {
+    pub(super) on: Queue<'a>,
+    pub(super) rows: Rows<'a>,
+    pub(super) ids: &'a DeviceSlice,
+    pub(super) views: &'a Views,
+    pub(super) prompts: bool,
+    pub(super) limits: &'a Limits,
+    pub(super) sizes: &'a Sizes,
+    pub(super) rotations: &'a [Rotation],
+    pub(super) activations: &'a Activations,
+    pub(super) scratch: &'a Scratch,
+    pub(super) cache: &'a DeviceSlice,
+}
+
+impl Step<'_> {
+    fn at(&self, place: Place) -> DeviceSlice {
+        self.activations.at(place, self.rows.padded)
+    }
+
+    /// The attention's part of the step.
+    fn plan(&self, spec: usize, layer: Layer) -> Plan<'_> {
+        let of = &self.sizes.specs[spec];
+        let (variant, lines) = of.kernels[usize::from(self.prompts)];
+        let bucket = self.rows.padded;
+        let segments = bucket.min(self.limits.slots);
+        let most = match self.prompts {
+            true => max_tiles(bucket, segments, of.group(), lines),
+            false => bucket * of.group().div_ceil(lines),
+        };
+        let (tile_count, tiles) = &self.views.tiles[spec];
+        Plan {
+            segments: &self.views.segments[layer.group],
+            tiles,
+            tile_count,
+            max_tiles: most.min(tiles.bytes() / size_of::<ops::flash::cuda::Tile>()),
+            tables: &self.views.tables,
+            splits: of.splits(self.limits, bucket, self.prompts),
+            variant,
+        }
+    }
+
+    /// Enqueues an op.
+    pub(super) fn run(&self, launch: &Launch) -> Result<(), CudaError> {
+        let (on, rows, dtype) = (self.on, self.rows, self.sizes.dtype);
+        let at = |place: &Place| self.at(*place);
+        let cache = Tensor::new(self.cache, dtype);
+        match launch {
+            Launch::Embed { table, table_rows, first_row, out } => {
+                let operands = embed::cuda::Embed {
+                    ids: self.ids,
+                    table: Tensor::new(table, dtype),
+                    table_rows: *table_rows,
+                    first_row: *first_row,
+                    width: out.width,
+                    out: &at(out),
+                };
+                embed::cuda::embed(on, rows, &operands)
+            }
+            Launch::Norm { x, weight, eps, out } => {
+                let from = at(x);
+                let from = Tensor::new(&from, dtype);
+                norm::cuda::rms_norm(on, rows, x.width, from, weight, *eps, &at(out))
+            }
+            Launch::AddNorm { delta, residual, weight, eps, out } => {
+                let from = at(delta);
+                let from = Tensor::new(&from, dtype);
+                let (sum, out) = (at(residual), at(out));
+                norm::cuda::add_rms_norm(on, rows, delta.width, from, &sum, weight, *eps, &out)
+            }
+            Launch::Add { x, target } => {
+                let from = at(x);
+                act::cuda::add(on, rows, x.width, Tensor::new(&from, dtype), &at(target))
+            }
+            Launch::HeadNorm { x, heads, weight, eps } => {
+                let x = at(x);
+                norm::cuda::head_norm(on, rows, Tensor::new(&x, dtype), heads, weight, *eps)
+            }
+            Launch::Rope { x, heads, rotation } => {
+                let Rotation { inv_freq, factor, pairing } = &self.rotations[*rotation];
+                let (factor, pairing) = (*factor, *pairing);
+                let rope = rope::cuda::Rope { inv_freq, factor, pairing };
+                let x = at(x);
+                let x = Tensor::new(&x, dtype);
+                rope::cuda::rope(on, rows, x, heads, &self.views.positions, &rope)
+            }
+            Launch::Linear { x, w, bias, out } => {
+                let (from, to) = (at(x), at(out));
+                let from = Tensor::new(&from, dtype);
+                let to = Tensor::new(&to, self.activations.dtype(*out));
+                let plain = Linear::plain(from, w, to, x.width, out.width);
+                linear(on, rows, &Linear { bias: bias.as_ref(), ..plain })
+            }
+            Launch::WriteKv { rows: x, layer } => {
+                let to = paged::cuda::Destination {
+                    arena: cache,
+                    positions: &self.views.positions,
+                    row_tables: &self.views.row_tables[layer.group],
+                    tables: &self.views.tables,
+                };
+                paged::cuda::write_kv(on, rows, &at(x), layer.kv, &to)
+            }
+            Launch::Gqa { q, shape, layer, spec, out } => {
+                let scratch = self.scratch.partials.as_ref();
+                let scratch = scratch.ok_or_else(|| missing("gqa"))?;
+                let (q, out, plan) = (at(q), at(out), self.plan(*spec, *layer));
+                gqa::cuda::attention(on, rows, &q, shape, layer.kv, cache, &plan, scratch, &out)
+            }
+            Launch::Mla { q, shape, weights, layer, spec, out } => {
+                let scratch = self.scratch.mla.as_ref().ok_or_else(|| missing("mla"))?;
+                let (absorbed, kv_b) = (&weights.absorbed, &weights.kv_b);
+                let weights = mla::cuda::Weights { absorbed, kv_b };
+                let (q, out, plan) = (at(q), at(out), self.plan(*spec, *layer));
+                let layer = layer.kv;
+                mla::cuda::attention(
+                    on, rows, &q, &weights, shape, layer, cache, &plan, scratch, &out,
+                )
+            }
+            Launch::SiluMul { gate_up, out } => {
+                let from = at(gate_up);
+                act::cuda::silu_mul(on, rows, out.width, Tensor::new(&from, dtype), &at(out))
+            }
+            Launch::Route { logits, router, correction } => {
+                let from = at(logits);
+                let from = Tensor::new(&from, self.activations.dtype(*logits));
+                let routing = self.routing(router.top_k);
+                moe::cuda::route(on, rows, from, router, correction.as_ref(), &routing)
+            }
+            Launch::Experts { x, experts, out } => {
+                let scratch = self.scratch.moe.as_ref().ok_or_else(|| missing("experts"))?;
+                let routing = self.routing(experts.top_k);
+                let weights = experts.weights(dtype);
+                moe::cuda::experts(on, rows, &at(x), &routing, &weights, &at(out), scratch)
+            }
+        }
+    }
+
+    fn routing(&self, top_k: usize) -> moe::cuda::Routing<'_> {
+        let [chosen, weights] = &self.scratch.choices;
+        moe::cuda::Routing { chosen, weights, top_k }
+    }
+}
+
+/// An op whose scratch the sizes did not count.
+fn missing(op: &'static str) -> CudaError {
+    CudaError::Shape { op, why: "a step without scratch for it".to_owned() }
+}

@@ -1,0 +1,255 @@
+//! How much device memory a program takes: for plans before anything is there, and for the
+//! allocation itself, so that the two agree.
+//!
+//! Pure arithmetic on a lowered program. Invariant: no step within the limits needs more.
+
+use super::inputs::Layout;
+use super::limits::Limits;
+use super::weights;
+use crate::memory::HEAD_ROWS;
+use device::cuda::Arena;
+use model::lower::{BufferId, LocalAttention, Lowered, Op};
+use ops::cuda::Dtype;
+use ops::flash::cuda::{Partials, Variant, splits};
+use ops::paged::KvLayer;
+use ops::{gqa, mla, moe};
+
+/// Elements of logits held at once, at most (but for one row).
+const MAX_TILE_ELEMENTS: usize = 1 << 23;
+
+/// Attention as grids see it; layers that look the same share the tiles of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Spec {
+    /// Query heads.
+    pub(super) heads: usize,
+    /// KV heads.
+    pub(super) kv_heads: usize,
+    /// Variant and lines of a tile, for steps without and with prompt chunks.
+    pub(super) kernels: [(Variant, usize); 2],
+    v_width: usize,
+}
+
+impl Spec {
+    pub(super) fn new(attention: &LocalAttention, layer: KvLayer, dtype: Dtype) -> Self {
+        let kernels = |select: &dyn Fn(bool) -> (Variant, usize)| [select(false), select(true)];
+        match attention_of(attention) {
+            Attention::Gqa(shape) => Self {
+                heads: shape.heads,
+                kv_heads: shape.kv_heads,
+                kernels: kernels(&|prompts| gqa::cuda::select(&shape, layer, dtype, prompts)),
+                v_width: shape.head_dim,
+            },
+            Attention::Mla(shape) => Self {
+                heads: shape.heads,
+                kv_heads: 1,
+                kernels: kernels(&|prompts| mla::cuda::select(&shape, layer, dtype, prompts)),
+                v_width: shape.latent,
+            },
+        }
+    }
+
+    /// Query heads of a KV head.
+    pub(super) const fn group(&self) -> usize {
+        self.heads / if self.kv_heads == 0 { 1 } else { self.kv_heads }
+    }
+
+    /// Stretches that keys are cut into; the same for all steps of a bucket.
+    pub(super) fn splits(&self, limits: &Limits, bucket: usize, prompts: bool) -> usize {
+        let lines = self.kernels[usize::from(prompts)].1;
+        // Without chunks every row is a segment of its own; with them this is the least there is.
+        let tiles = match prompts {
+            false => bucket * self.group().div_ceil(lines),
+            true => (bucket * self.group()).div_ceil(lines),
+        };
+        splits(limits.multiprocessors, tiles, self.kv_heads, limits.context)
+    }
+}
+
+/// An attention's shape, by kind.
+pub(super) enum Attention {
+    Gqa(gqa::Gqa),
+    Mla(mla::Mla),
+}
+
+pub(super) fn attention_of(attention: &LocalAttention) -> Attention {
+    match *attention {
+        LocalAttention::Gqa { heads, kv_heads, head_dim, scale, window } => {
+            Attention::Gqa(gqa::Gqa { heads, kv_heads, head_dim, scale: scale as f32, window })
+        }
+        LocalAttention::Mla { heads, nope, rope, v, latent, scale, .. } => {
+            Attention::Mla(mla::Mla { heads, nope, rope, v, latent, scale: scale as f32 })
+        }
+    }
+}
+
+/// Shape of the expert layers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ExpertShape {
+    pub(super) top_k: usize,
+    pub(super) held: usize,
+    pub(super) hidden: usize,
+    pub(super) intermediate: usize,
+}
+
+/// What the ops of a program need.
+#[derive(Clone, Debug)]
+pub(super) struct Sizes {
+    pub(super) dtype: Dtype,
+    /// Rows of logits computed at once.
+    pub(super) tile: usize,
+    pub(super) vocab: usize,
+    pub(super) groups: usize,
+    pub(super) specs: Vec<Spec>,
+    pub(super) experts: Option<ExpertShape>,
+    pub(super) mla: Option<mla::Mla>,
+    /// Experts that a router scores, and experts per token.
+    pub(super) router: (usize, usize),
+    body_width: usize,
+    head_width: usize,
+}
+
+impl Sizes {
+    pub(super) fn new(lowered: &Lowered, dtype: Dtype) -> Self {
+        let vocab = lowered.buffers[lowered.logits.0].width;
+        let mut sizes = Self {
+            dtype,
+            tile: (MAX_TILE_ELEMENTS / vocab.max(1)).clamp(1, HEAD_ROWS),
+            vocab,
+            groups: lowered.groups.len(),
+            specs: Vec::new(),
+            experts: None,
+            mla: None,
+            router: (0, 0),
+            body_width: lowered.body_width,
+            head_width: lowered.head_width,
+        };
+        for op in lowered.body.iter().chain(&lowered.head) {
+            match op {
+                Op::Attention { attention, slot, .. } => {
+                    let row = lowered.groups[slot.group].layers[slot.row];
+                    let layer = KvLayer { offset: row.offset, row: row.width };
+                    let spec = Spec::new(attention, layer, dtype);
+                    if !sizes.specs.contains(&spec) {
+                        sizes.specs.push(spec);
+                    }
+                    if let Attention::Mla(mla) = attention_of(attention) {
+                        sizes.mla = Some(mla);
+                    }
+                }
+                Op::Route { logits, router } => {
+                    let width = lowered.buffers[logits.0].width;
+                    let (experts, top_k) = sizes.router;
+                    sizes.router = (experts.max(width), top_k.max(router.top_k));
+                }
+                Op::Experts { x, top_k, intermediate, gate, .. } => {
+                    sizes.experts = Some(ExpertShape {
+                        top_k: *top_k,
+                        held: gate.len(),
+                        hidden: lowered.buffers[x.0].width,
+                        intermediate: *intermediate,
+                    });
+                }
+                _ => {}
+            }
+        }
+        sizes
+    }
+
+    /// Whether a buffer is kept in 32-bit floats whatever activations are: what chooses must not be
+    /// rounded first.
+    pub(super) fn is_exact(lowered: &Lowered, id: BufferId) -> bool {
+        let routed = |op: &Op| matches!(op, Op::Route { logits, .. } if *logits == id);
+        id == lowered.logits || lowered.body.iter().any(routed)
+    }
+
+    /// Bytes of the body's activations.
+    pub(super) fn body_bytes(&self, limits: &Limits) -> usize {
+        self.body_width.saturating_mul(limits.rows).saturating_mul(self.dtype.size())
+    }
+
+    /// Bytes of the head's activations.
+    pub(super) const fn head_bytes(&self) -> usize {
+        self.head_width * self.tile * self.dtype.size()
+    }
+
+    /// Bytes of a tile of logits.
+    pub(super) const fn logits_bytes(&self) -> usize {
+        self.tile * self.vocab * 4
+    }
+
+    /// Bytes of the router's scores.
+    pub(super) const fn router_bytes(&self, limits: &Limits) -> usize {
+        limits.rows * self.router.0 * 4
+    }
+
+    /// Bytes of the experts chosen, and as many of their weights.
+    pub(super) const fn choice_bytes(&self, limits: &Limits) -> usize {
+        limits.rows * self.router.1 * 4
+    }
+
+    /// Lines times splits of attention's partial results, at most, and their width.
+    pub(super) fn partials(&self, limits: &Limits) -> (usize, usize) {
+        let mut most = (0, 0);
+        for bucket in limits.buckets() {
+            for (spec, prompts) in self.specs.iter().flat_map(|s| [(s, false), (s, true)]) {
+                let splits = spec.splits(limits, bucket, prompts);
+                if splits > 1 {
+                    most.0 = most.0.max(bucket * spec.heads * splits);
+                }
+                most.1 = most.1.max(spec.v_width);
+            }
+        }
+        most
+    }
+
+    /// Bytes that steps within the limits take, inputs, scratch and logits included.
+    pub(super) fn step_bytes(&self, limits: &Limits) -> usize {
+        let (lines, v_width) = self.partials(limits);
+        let attention = match &self.mla {
+            Some(mla) => mla::cuda::Scratch::bytes(mla, self.dtype, limits.rows, lines),
+            None => Partials::bytes(lines, v_width),
+        };
+        let experts = self.experts.map_or(0, |e| {
+            let ExpertShape { top_k, held, hidden, intermediate } = e;
+            moe::cuda::Scratch::bytes(self.dtype, limits.rows, top_k, held, hidden, intermediate)
+        });
+        let plain = [
+            self.body_bytes(limits),
+            self.head_bytes(),
+            self.logits_bytes(),
+            self.router_bytes(limits),
+            self.choice_bytes(limits),
+            self.choice_bytes(limits),
+            Layout::new(self, limits, limits.rows).bytes(),
+        ];
+        let plain = plain.into_iter().map(Arena::padded).fold(0, usize::saturating_add);
+        plain.saturating_add(attention).saturating_add(experts)
+    }
+}
+
+/// What a program takes of a device's memory, beside the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaBytes {
+    /// Weights, laid out as the kernels want them.
+    pub weights: u64,
+    /// Activations, scratch, inputs and logits of the largest step.
+    pub steps: u64,
+}
+
+/// What an engine on a CUDA device will allocate beside the cache, in bytes: `element` are those of
+/// activations and matrices (4 or 2), a step has up to `tokens` tokens of up to `slots` requests whose
+/// contexts are up to `context` long.
+#[must_use]
+pub fn cuda_bytes(
+    lowered: &Lowered,
+    kv_dtype: crate::KvDtype,
+    (tokens, slots, context): (usize, usize, usize),
+    multiprocessors: usize,
+) -> CudaBytes {
+    let dtype = super::dtype_of(kv_dtype);
+    let limits = Limits { rows: tokens, slots, context, multiprocessors };
+    CudaBytes {
+        weights: weights::bytes(lowered, dtype) as u64,
+        steps: Sizes::new(lowered, dtype).step_bytes(&limits) as u64,
+    }
+}

@@ -1,0 +1,143 @@
+//! The engine on a CUDA device: the same checks as on the CPU in 32-bit floats, and bf16 within what
+//! its roundings explain. Without a device they say so and pass; where `TOKENMILL_REQUIRE` names
+//! `gpu` they fail instead.
+
+mod common;
+
+use common::{
+    Model, Setup, agreement, equalities, families, goldens, greedy, naive, native, poison,
+};
+use device::cuda::{Context, CudaError};
+use engine::{Device, KvDtype};
+use std::io::Write;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// 32-bit sums in another order than the processor's.
+const TOLERANCE: f32 = 5e-4;
+/// As on the CPU: what parity means, and f32 against f64.
+const PARITY: f64 = 2e-3;
+const EXACT: f64 = 1e-3;
+
+/// The device for one test at a time, in 32-bit floats; `None` where there is none.
+fn cuda() -> Option<(Setup, MutexGuard<'static, ()>)> {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    static TURN: Mutex<()> = Mutex::new(());
+    let found = *FOUND.get_or_init(|| {
+        let missing = match (Context::open(0), ops::cuda::missing()) {
+            (Ok(_), None) => return true,
+            (Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })), _) => {
+                error.to_string()
+            }
+            (Err(error), _) => panic!("the device cannot be used: {error}"),
+            (_, Some(missing)) => missing.to_owned(),
+        };
+        let required = std::env::var("TOKENMILL_REQUIRE").unwrap_or_default();
+        assert!(!required.split(',').any(|r| r == "gpu"), "a GPU is required: {missing}");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: the engine on a CUDA device: {missing}");
+        false
+    });
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let setup = Setup { device: Device::Cuda { ordinal: 0 }, ..Setup::default() };
+    found.then_some((setup, turn))
+}
+
+#[test]
+fn it_says_what_it_is() {
+    let Some((setup, _turn)) = cuda() else { return };
+    let (_, config) = families().remove(0);
+    let session = Model::new(&config, 1).session(setup);
+    assert_eq!(session.engine.hello().backend, "cuda");
+}
+
+#[test]
+fn log_probabilities_agree_with_the_naive_model() {
+    let Some((setup, _turn)) = cuda() else { return };
+    agreement::every_family_agrees(setup, EXACT);
+}
+
+#[test]
+fn every_case_agrees_with_its_golden() {
+    let Some((setup, _turn)) = cuda() else { return };
+    goldens::every_case_agrees(setup, PARITY);
+}
+
+#[test]
+fn chunks_of_any_size_equal_the_whole_prompt() {
+    let Some((setup, _turn)) = cuda() else { return };
+    equalities::chunks_of_any_size_equal_the_whole_prompt(setup, TOLERANCE);
+}
+
+#[test]
+fn places_of_blocks_do_not_matter() {
+    let Some((setup, _turn)) = cuda() else { return };
+    equalities::places_of_blocks_do_not_matter(setup);
+}
+
+#[test]
+fn a_batch_of_32_equals_one_by_one() {
+    let Some((setup, _turn)) = cuda() else { return };
+    equalities::a_batch_of_32_equals_one_by_one(setup, TOLERANCE);
+}
+
+#[test]
+fn a_preempted_request_goes_on_as_if_undisturbed() {
+    let Some((setup, _turn)) = cuda() else { return };
+    equalities::a_preempted_request_goes_on_as_if_undisturbed(setup);
+}
+
+#[test]
+fn a_shared_prefix_equals_a_cold_start() {
+    let Some((setup, _turn)) = cuda() else { return };
+    equalities::a_shared_prefix_equals_a_cold_start(setup, TOLERANCE);
+}
+
+#[test]
+fn a_nan_ends_one_request_and_leaves_its_batch_mates_alone() {
+    let Some((setup, _turn)) = cuda() else { return };
+    poison::a_nan_ends_one_request(setup);
+    poison::a_nan_ends_one_request(Setup { kv_dtype: KvDtype::Bf16, ..setup });
+}
+
+/// Roundings of a token's residual stream that do not follow from each other: per layer those of two
+/// norms, the projections, rotation, attention's queries, weights, sums and result, two activations
+/// and two additions; at the ends embedding and norm.
+const ROUNDINGS: (usize, usize) = (14, 3);
+/// bf16 keeps 8 bits: half a unit in the last place is at most this part of a number.
+const UNIT: f64 = 1.0 / 512.0;
+
+/// With `n` roundings, each off by at most `UNIT` and independent, hidden states are off by about
+/// `UNIT sqrt(n)` of their size, and logits by that part of their spread. A router whose choice is
+/// close to a tie may choose otherwise, which no rounding bounds: there the median is held.
+#[test]
+fn bf16_differs_by_no_more_than_its_roundings() {
+    let Some((setup, _turn)) = cuda() else { return };
+    let setup = Setup { kv_dtype: KvDtype::Bf16, ..setup };
+    for (name, config) in families().into_iter().chain(native()) {
+        let model = Model::new(&config, 11);
+        let tokens = common::prompt(150, 4);
+        let got = model.session(setup).complete(&tokens, 1024, 1, greedy()).prompt;
+        let expected = naive::logprobs(&model.config, model.weights, &tokens);
+        let row = &expected[20];
+        let mean = row.iter().sum::<f64>() / row.len() as f64;
+        let spread =
+            (row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / row.len() as f64).sqrt();
+        let layers = config["num_hidden_layers"].as_u64().expect("layers") as usize;
+        let roundings = (ROUNDINGS.0 * layers + ROUNDINGS.1) as f64;
+        // Matrices are rounded too, which counts as much again.
+        let typical = UNIT * (2.0 * roundings).sqrt() * spread;
+        let off = |(at, got): (usize, &f32)| {
+            (expected[at][tokens[at + 1] as usize] - f64::from(*got)).abs()
+        };
+        let mut off: Vec<f64> = got.iter().enumerate().map(off).collect();
+        off.sort_by(f64::total_cmp);
+        let (median, worst) = (off[off.len() / 2], off[off.len() - 1]);
+        let routed = name.contains("moe") || name.contains("deepseek");
+        let _ = writeln!(
+            std::io::stderr(),
+            "bf16 {name}: median {median:.4}, worst {worst:.4}, typical {typical:.4}"
+        );
+        assert!(median > 0.0 && median <= typical, "{name}: median {median}, expected {typical}");
+        // Four standard deviations over 149 draws.
+        assert!(routed || worst <= 4.0 * typical, "{name}: worst {worst}, expected {typical}");
+    }
+}
