@@ -2,6 +2,7 @@
 //!
 //! It changes nothing and contacts no host. Invariant: a line that is not ok says what to do.
 
+use crate::serve::device::is_absent;
 use anyhow::{Result, bail};
 use std::path::Path;
 
@@ -64,10 +65,20 @@ fn memory() -> Finding {
 }
 
 fn gpu() -> Finding {
-    if Path::new("/dev/nvidia0").exists() {
-        Finding::Note("an NVIDIA GPU is present, but this build has the CPU backend only".into())
-    } else {
-        Finding::Note("none found; the CPU backend serves".into())
+    let gib = |bytes: ids::Bytes| bytes.0 as f64 / (1_u64 << 30) as f64;
+    match engine::cuda_device(0) {
+        Ok(device) => {
+            let (free, total) = (gib(device.free), gib(device.total));
+            let (major, minor) = device.driver;
+            Finding::Ok(format!(
+                "{}, {free:.1} of {total:.1} GiB free, a driver for CUDA {major}.{minor}, kernels built",
+                device.name
+            ))
+        }
+        Err(error) if is_absent(&error) => {
+            Finding::Note(format!("{error}. The CPU backend serves"))
+        }
+        Err(error) => Finding::Bad(format!("{error}; `serve --device cpu` serves without it")),
     }
 }
 

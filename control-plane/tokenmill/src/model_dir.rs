@@ -90,6 +90,19 @@ impl ModelDir {
         engine::step_bytes(&self.lowered, tokens as usize, threads).0
     }
 
+    /// Bytes that weights and steps take on a CUDA device: steps of `tokens` of `slots` requests on
+    /// contexts of `context`, elements of `element` bytes.
+    pub(crate) fn cuda_bytes(
+        &self,
+        element: usize,
+        (tokens, slots, context): (u32, u32, u32),
+        multiprocessors: usize,
+    ) -> engine::CudaBytes {
+        let dtype = if element == 4 { engine::KvDtype::F32 } else { engine::KvDtype::Bf16 };
+        let limits = (tokens as usize, slots as usize, context as usize);
+        engine::cuda_bytes(&self.lowered, dtype, limits, multiprocessors)
+    }
+
     /// Bytes of what penalties count, if `slots` requests use them on contexts of `tokens`.
     pub(crate) fn penalty_bytes(&self, slots: u32, tokens: u32) -> u64 {
         let vocab = u32::try_from(self.program.vocab).unwrap_or(u32::MAX);

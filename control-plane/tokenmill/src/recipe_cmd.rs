@@ -2,7 +2,7 @@
 
 use crate::cli::RecipeCommand;
 use crate::model_dir::ModelDir;
-use crate::serve::memory_plan::{MemoryPlan, Wanted, plan};
+use crate::serve::memory_plan::{Machine, MemoryPlan, Wanted, plan};
 use anyhow::{Context, Result, bail};
 use recipe::{CacheDtype, Recipe};
 use std::path::Path;
@@ -109,9 +109,11 @@ fn memory_plan(recipe: &Recipe) -> Result<MemoryPlan> {
             max_context: Some(recipe.limits.max_model_len),
             max_seqs: recipe.limits.max_num_seqs,
             max_step_tokens: recipe.limits.max_num_batched_tokens,
-            threads: recipe.hardware.threads.map_or(1, usize::from),
             kv_bytes: recipe.cache.bytes,
-            available: Some(u64::from(recipe.hardware.memory_gib) << 30),
+            machine: Machine::Cpu {
+                threads: recipe.hardware.threads.map_or(1, usize::from),
+                available: Some(u64::from(recipe.hardware.memory_gib) << 30),
+            },
         },
     )
 }

@@ -2,7 +2,9 @@
 
 use crate::cli::WorkerArgs;
 use crate::model_dir::ModelDir;
-use crate::serve::worker_config::{EngineConfig, KvDtype, LoadFormat, ModelConfig, WorkerConfig};
+use crate::serve::worker_config::{
+    DeviceConfig, EngineConfig, KvDtype, LoadFormat, ModelConfig, WorkerConfig,
+};
 use anyhow::{Context, Result};
 use engine::{Engine, MlaForm, Options};
 use ids::{Bytes, RequestId};
@@ -89,7 +91,12 @@ fn load(
         KvDtype::Float32 => engine::KvDtype::F32,
         KvDtype::Auto | KvDtype::Bfloat16 => engine::KvDtype::Bf16,
     };
+    let device = match config.device {
+        DeviceConfig::Cpu => engine::Device::Cpu,
+        DeviceConfig::Cuda { ordinal } => engine::Device::Cuda { ordinal },
+    };
     let options = Options {
+        device,
         threads,
         kv_dtype,
         cache_bytes: Bytes(config.kv_cache_bytes),

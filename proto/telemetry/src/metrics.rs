@@ -92,9 +92,15 @@ pub struct Metrics {
     refused: IntCounterVec,
     unknown_fields: IntCounterVec,
     info: IntGaugeVec,
+    device: IntGaugeVec,
 }
 
 impl Metrics {
+    /// Says what runs the model: `cpu` or `cuda`, and which device and why, for people.
+    pub fn serves_on(&self, backend: &str, device: &str) {
+        self.device.with_label_values(&[backend, device]).set(1);
+    }
+
     /// The metrics of a server for the model of this name.
     #[must_use]
     pub fn new(model: &str, version: &str) -> Self {
@@ -162,6 +168,11 @@ impl Metrics {
                 &["door"],
             ),
             info: make.gauges("build_info", "1; the version is a label.", &["version"]),
+            device: make.gauges(
+                "device_info",
+                "1; what runs the model, and why that, are labels.",
+                &["backend", "device"],
+            ),
             registry,
         };
         metrics.info.with_label_values(&[version]).set(1);

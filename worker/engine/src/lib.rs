@@ -21,7 +21,8 @@ mod source;
 mod tables;
 
 pub use batch::{Batch, Purpose, Run, Wanted};
-pub use cuda::{CudaBytes, cuda_bytes};
+pub use cuda::{CudaBytes, CudaDevice, cuda_bytes, cuda_device};
+pub use device::cuda::CudaError;
 pub use engine::Engine;
 pub use error::{EngineError, PlanError, StepError, WeightError};
 pub use executor::{Executor, TableView};

@@ -7,8 +7,7 @@ mod common;
 use common::{
     Model, Setup, agreement, equalities, families, goldens, greedy, naive, native, poison,
 };
-use device::cuda::{Context, CudaError};
-use engine::{Device, KvDtype};
+use engine::{CudaError, Device, KvDtype};
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -23,13 +22,14 @@ fn cuda() -> Option<(Setup, MutexGuard<'static, ()>)> {
     static FOUND: OnceLock<bool> = OnceLock::new();
     static TURN: Mutex<()> = Mutex::new(());
     let found = *FOUND.get_or_init(|| {
-        let missing = match (Context::open(0), ops::cuda::missing()) {
-            (Ok(_), None) => return true,
-            (Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })), _) => {
-                error.to_string()
-            }
-            (Err(error), _) => panic!("the device cannot be used: {error}"),
-            (_, Some(missing)) => missing.to_owned(),
+        let missing = match engine::cuda_device(0) {
+            Ok(_) => return true,
+            Err(
+                error @ (CudaError::NoDriver
+                | CudaError::NoDevice { .. }
+                | CudaError::NoKernels { .. }),
+            ) => error,
+            Err(error) => panic!("the device cannot be used: {error}"),
         };
         let required = std::env::var("TOKENMILL_REQUIRE").unwrap_or_default();
         assert!(!required.split(',').any(|r| r == "gpu"), "a GPU is required: {missing}");

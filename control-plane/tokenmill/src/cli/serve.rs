@@ -1,5 +1,6 @@
 //! Flags of `serve`.
 
+use crate::serve::device::DeviceArg;
 use crate::serve::worker_config::{KvDtype, LoadFormat};
 use clap::Args;
 use std::net::IpAddr;
@@ -31,8 +32,9 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value_t = 30, help_heading = "HTTP")]
     pub(crate) shutdown_timeout: u64,
 
-    /// Element type of weights made by `--load-format random` and of the KV cache; a checkpoint's
-    /// weights are used in the type they are stored in.
+    /// Element type of weights made by `--load-format random` and of the KV cache. On the CPU a
+    /// checkpoint's weights are used in the type they are stored in; a CUDA device computes in
+    /// bfloat16, or in float32 where that is given.
     #[arg(long, default_value = "auto", help_heading = "Model")]
     pub(crate) dtype: Dtype,
     /// Where the weights come from.
@@ -84,6 +86,14 @@ pub(crate) struct ServeArgs {
     #[arg(long, help_heading = "Memory")]
     pub(crate) kv_cache_memory_bytes: Option<u64>,
 
+    /// What runs the model. `auto`: a CUDA device where there is one that this build has kernels for,
+    /// else the CPU; the log says which, and why.
+    #[arg(long, default_value = "auto", help_heading = "Workers")]
+    pub(crate) device: DeviceArg,
+    /// Share of a CUDA device's free memory that weights, steps and KV cache may take.
+    #[arg(long, default_value_t = 0.9, value_parser = share, help_heading = "Memory")]
+    pub(crate) gpu_memory_utilization: f64,
+
     /// Ranks that split each layer. This build runs one; more are refused.
     #[arg(long, short = 't', default_value_t = 1, help_heading = "Workers")]
     pub(crate) tensor_parallel_size: u32,
@@ -96,6 +106,16 @@ pub(crate) struct ServeArgs {
     /// Replace the engine by one without a model, for tests: BASE_US,DECODE_US,PREFILL_NS.
     #[arg(long, hide = true, value_delimiter = ',', num_args = 1)]
     pub(crate) fake_engine: Option<Vec<u64>>,
+}
+
+/// A share: above 0, at most 1.
+fn share(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    if value > 0.0 && value <= 1.0 {
+        Ok(value)
+    } else {
+        Err("must be above 0 and at most 1".to_owned())
+    }
 }
 
 /// Element types a user can ask for.

@@ -7,8 +7,8 @@ use crate::model_dir::ModelDir;
 use anyhow::{Result, bail};
 use std::fmt;
 
-/// Share of available memory (in 1/100) that a plan may take; the rest is the system's.
-const USABLE_PERCENT: u64 = 90;
+/// Share of available memory that a plan may take on the CPU; the rest is the system's.
+const USABLE: f64 = 0.9;
 /// KV cache where nobody says how large: enough for this many contexts of the longest kind, if that
 /// much is there.
 const CONTEXTS: u64 = 8;
@@ -42,12 +42,31 @@ pub(crate) struct Wanted {
     pub(crate) max_seqs: u32,
     /// Tokens of the largest step.
     pub(crate) max_step_tokens: u32,
-    /// Threads of the backend; each has scratch of its own.
-    pub(crate) threads: usize,
     /// Bytes of the KV cache, where somebody says.
     pub(crate) kv_bytes: Option<u64>,
-    /// What the machine has to give.
-    pub(crate) available: Option<u64>,
+    /// What serves.
+    pub(crate) machine: Machine,
+}
+
+/// What memory is there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Machine {
+    /// The processor.
+    Cpu {
+        /// Threads of the backend; each has scratch of its own.
+        threads: usize,
+        /// What the machine has to give.
+        available: Option<u64>,
+    },
+    /// A CUDA device; activations are of the cache's type.
+    Cuda {
+        /// Of the device.
+        multiprocessors: usize,
+        /// Bytes that nobody holds.
+        free: u64,
+        /// Share of them that may be taken.
+        share: f64,
+    },
 }
 
 /// Makes the plan.
@@ -56,7 +75,6 @@ pub(crate) struct Wanted {
 /// When the weights alone do not fit, or no context of the wanted length does; the message names the
 /// largest that would.
 pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
-    let weights = dir.weight_bytes(wanted.weight_element);
     let per_token = dir.kv_token_bytes(wanted.kv_element).max(1);
     let own = u32::try_from(dir.program.max_context).unwrap_or(u32::MAX);
     if let Some(asked) = wanted.max_context
@@ -65,26 +83,41 @@ pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
         bail!("--max-model-len {asked} is longer than the model's {own}; lower it");
     }
     let context = wanted.max_context.unwrap_or(own);
-    let activations = dir.step_bytes(wanted.max_step_tokens, wanted.threads)
-        + dir.penalty_bytes(wanted.max_seqs, context);
-    let budget = wanted.available.map(|bytes| bytes / 100 * USABLE_PERCENT);
-    let left = budget.map(|budget| budget.saturating_sub(weights + activations));
+    let (weights, activations) = needs(dir, wanted, context);
+    let (available, share) = match wanted.machine {
+        Machine::Cpu { available, .. } => (available, USABLE),
+        Machine::Cuda { free, share, .. } => (Some(free), share),
+    };
+    let budget = available.map(|bytes| (bytes as f64 * share) as u64);
+    let left = budget.map(|budget| budget.saturating_sub(weights.saturating_add(activations)));
     let one = dir.kv_bytes(context, wanted.kv_element);
-    let kv = match (wanted.kv_bytes, left) {
-        (Some(bytes), _) => bytes,
-        (None, Some(left)) => one.saturating_mul(CONTEXTS.min(wanted.max_seqs.into())).min(left),
-        (None, None) => one,
+    let kv = match (wanted.kv_bytes, left, wanted.machine) {
+        (Some(bytes), ..) => bytes,
+        // Nobody else wants a device's memory; what requests leave behind is found again in it.
+        (None, Some(left), Machine::Cuda { .. }) => left,
+        (None, Some(left), Machine::Cpu { .. }) => {
+            one.saturating_mul(CONTEXTS.min(wanted.max_seqs.into())).min(left)
+        }
+        (None, None, _) => one,
     };
     if let (Some(budget), Some(left)) = (budget, left)
         && (left == 0 || kv > left)
     {
         bail!(
             "this needs {} for weights, {} for activations and {} for the KV cache, and {} are \
-             usable; give --kv-cache-memory-bytes at most {left}, or free memory",
+             usable{}; give --kv-cache-memory-bytes at most {left}, lower --max-num-batched-tokens, \
+             or free memory",
             Size(weights),
             Size(activations),
             Size(kv),
-            Size(budget)
+            Size(budget),
+            match wanted.machine {
+                Machine::Cpu { .. } => String::new(),
+                Machine::Cuda { free, share, .. } => format!(
+                    " ({} are free on the device, --gpu-memory-utilization {share})",
+                    Size(free)
+                ),
+            }
         );
     }
     if kv < one {
@@ -100,10 +133,26 @@ pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
         weights,
         kv,
         activations,
-        available: wanted.available,
+        available,
         kv_tokens: kv / per_token,
         max_context: context,
     })
+}
+
+/// Bytes of weights, and of activations and scratch of the largest step.
+fn needs(dir: &ModelDir, wanted: &Wanted, context: u32) -> (u64, u64) {
+    match wanted.machine {
+        Machine::Cpu { threads, .. } => {
+            let steps = dir.step_bytes(wanted.max_step_tokens, threads);
+            let penalties = dir.penalty_bytes(wanted.max_seqs, context);
+            (dir.weight_bytes(wanted.weight_element), steps.saturating_add(penalties))
+        }
+        Machine::Cuda { multiprocessors, .. } => {
+            let limits = (wanted.max_step_tokens, wanted.max_seqs, context);
+            let bytes = dir.cuda_bytes(wanted.kv_element, limits, multiprocessors);
+            (bytes.weights, bytes.steps)
+        }
+    }
 }
 
 /// Bytes for people.

@@ -5,6 +5,7 @@
 //! plan was printed and fits.
 
 mod bundled;
+pub(crate) mod device;
 mod driver;
 mod handle;
 mod life;
@@ -104,6 +105,10 @@ fn start_engine(settings: &Settings, stop: watch::Receiver<bool>) -> Result<Star
     let config = settings.scheduler(hash_key.clone());
     let scheduler = Scheduler::new(config).context("set the scheduler up")?;
     let metrics = Arc::new(Metrics::new(&settings.names[0], crate::cli::VERSION));
+    if let Some(device) = &settings.device {
+        tracing::info!(device = device.name(), "serving on {device}");
+        metrics.serves_on(device.name(), &device.to_string());
+    }
     let origin = Instant::now();
     let patience = Duration::from_secs((settings.args.step_timeout / PATIENCE_DIVISOR).max(5));
     let progress = Arc::new(Progress::new(patience));

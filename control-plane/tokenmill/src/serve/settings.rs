@@ -3,9 +3,12 @@
 //! Flags first, then the recipe where one is served, then the model's own values. Invariant: what
 //! is in here was checked; nothing later refuses a flag.
 
-use super::memory_plan::{MemoryPlan, Wanted, plan};
+use super::device::{Chosen, choose};
+use super::memory_plan::{Machine, MemoryPlan, Wanted, plan};
 use super::source::{self, Source};
-use super::worker_config::{EngineConfig, KvDtype, LoadFormat, ModelConfig, WorkerConfig};
+use super::worker_config::{
+    DeviceConfig, EngineConfig, KvDtype, LoadFormat, ModelConfig, WorkerConfig,
+};
 use crate::cli::{Dtype, ServeArgs};
 use crate::model_dir::ModelDir;
 use anyhow::{Result, bail, ensure};
@@ -28,6 +31,8 @@ pub(crate) struct Settings {
     pub(crate) dir: Option<ModelDir>,
     /// The memory plan; none with the fake engine.
     pub(crate) plan: Option<MemoryPlan>,
+    /// What runs it; none with the fake engine.
+    pub(crate) device: Option<Chosen>,
     /// Names clients may use.
     pub(crate) names: Vec<String>,
     /// Vocabulary entries.
@@ -83,7 +88,8 @@ impl Settings {
             super::folder_of(&source, &args.revision)?
         };
         let dir = super::read_dir(&folder)?;
-        let kv = kv_dtype(&args, &dir);
+        let device = choose(args.device)?;
+        let kv = kv_dtype(&args, &dir, &device)?;
         let float32 = dir.matrix_dtype(asked(&args)) == weights::Dtype::F32;
         let plan = plan(
             &dir,
@@ -93,9 +99,15 @@ impl Settings {
                 max_context: args.max_model_len,
                 max_seqs: args.max_num_seqs,
                 max_step_tokens: args.max_num_batched_tokens,
-                threads,
                 kv_bytes: args.kv_cache_memory_bytes,
-                available: super::memory::available(),
+                machine: match &device.cuda {
+                    Some(cuda) => Machine::Cuda {
+                        multiprocessors: cuda.multiprocessors,
+                        free: cuda.free.0,
+                        share: args.gpu_memory_utilization,
+                    },
+                    None => Machine::Cpu { threads, available: super::memory::available() },
+                },
             },
         )?;
         let names = if args.served_model_name.is_empty() {
@@ -109,6 +121,7 @@ impl Settings {
             identity: format!("{} {kv:?}", folder.display()),
             dir: Some(dir),
             plan: Some(plan),
+            device: Some(device),
             names,
             args,
             threads,
@@ -126,6 +139,7 @@ impl Settings {
         Self {
             dir: None,
             plan: None,
+            device: None,
             names,
             vocab: FAKE_VOCAB,
             max_context: Tokens(args.max_model_len.unwrap_or(1 << 16)),
@@ -147,6 +161,10 @@ impl Settings {
         let engine = match (&self.args.fake_engine, &self.dir, &self.plan) {
             (None, Some(dir), Some(plan)) => EngineConfig::Model(ModelConfig {
                 path: dir.path.clone(),
+                device: match self.device.as_ref().and_then(|chosen| chosen.cuda.as_ref()) {
+                    Some(cuda) => DeviceConfig::Cuda { ordinal: cuda.ordinal },
+                    None => DeviceConfig::Cpu,
+                },
                 load_format: self.args.load_format,
                 seed: self.args.seed,
                 random_float32: asked(&self.args) == Some(weights::Dtype::F32),
@@ -193,13 +211,24 @@ fn asked(args: &ServeArgs) -> Option<weights::Dtype> {
     }
 }
 
-/// The KV type: what is asked for, else float32 for float32 models and bfloat16 for others.
-fn kv_dtype(args: &ServeArgs, dir: &ModelDir) -> KvDtype {
-    match args.kv_cache_dtype {
+/// The KV type. On the CPU what is asked for, else float32 for float32 models and bfloat16 for others.
+/// On a CUDA device that of all activations: float32 where `--dtype` says so, else bfloat16.
+fn kv_dtype(args: &ServeArgs, dir: &ModelDir, device: &Chosen) -> Result<KvDtype> {
+    if device.cuda.is_some() {
+        let float32 = args.dtype == Dtype::Float32;
+        let all = if float32 { KvDtype::Float32 } else { KvDtype::Bfloat16 };
+        ensure!(
+            [KvDtype::Auto, all].contains(&args.kv_cache_dtype),
+            "--kv-cache-dtype must be that of --dtype on a CUDA device; leave it out, or give \
+             --device cpu"
+        );
+        return Ok(all);
+    }
+    Ok(match args.kv_cache_dtype {
         KvDtype::Auto if dir.matrix_dtype(asked(args)) == weights::Dtype::F32 => KvDtype::Float32,
         KvDtype::Auto => KvDtype::Bfloat16,
         chosen => chosen,
-    }
+    })
 }
 
 /// A recipe and the source of its model.

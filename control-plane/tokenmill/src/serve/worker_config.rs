@@ -20,7 +20,7 @@ pub(crate) struct WorkerConfig {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub(crate) enum EngineConfig {
-    /// A model on the CPU backend.
+    /// A model.
     Model(ModelConfig),
     /// No model: the cost model's time and hashed tokens.
     Fake {
@@ -39,6 +39,8 @@ pub(crate) enum EngineConfig {
 pub(crate) struct ModelConfig {
     /// Folder with `config.json` and the weights.
     pub(crate) path: PathBuf,
+    /// What runs it.
+    pub(crate) device: DeviceConfig,
     /// Where the weights come from.
     pub(crate) load_format: LoadFormat,
     /// Of random weights.
@@ -49,6 +51,19 @@ pub(crate) struct ModelConfig {
     pub(crate) kv_cache_dtype: KvDtype,
     /// Bytes of the KV cache.
     pub(crate) kv_cache_bytes: u64,
+}
+
+/// What runs a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case")]
+pub(crate) enum DeviceConfig {
+    /// The processor.
+    Cpu,
+    /// A CUDA device.
+    Cuda {
+        /// As the driver counts.
+        ordinal: usize,
+    },
 }
 
 /// Where weights come from.

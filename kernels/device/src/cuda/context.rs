@@ -10,6 +10,8 @@ use std::sync::Arc;
 pub struct DeviceFacts {
     /// As the driver names it.
     pub name: String,
+    /// The newest CUDA that the driver serves, major and minor.
+    pub driver: (u32, u32),
     /// Compute capability, major and minor.
     pub capability: (u32, u32),
     /// Multiprocessors.
@@ -127,7 +129,13 @@ fn facts(device: CUdevice) -> Result<DeviceFacts, CudaError> {
     // SAFETY: the pointer is to a live integer.
     let got = unsafe { sys::cuDeviceTotalMem_v2(&raw mut memory_bytes, device) };
     check("cuDeviceTotalMem", got)?;
+    let mut driver = 0;
+    // SAFETY: the pointer is to a live integer.
+    check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&raw mut driver) })?;
+    let driver = u32::try_from(driver).unwrap_or(0);
     Ok(DeviceFacts {
+        // Written as 1000 times the major, 10 times the minor.
+        driver: (driver / 1000, driver % 1000 / 10),
         name: String::from_utf8_lossy(&name[..end]).into_owned(),
         capability: (
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,

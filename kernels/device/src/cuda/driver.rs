@@ -15,7 +15,10 @@ pub(super) fn load() -> Result<(), CudaError> {
                 return Err(CudaError::NoDriver);
             }
             // SAFETY: the library is there; 0 is the only flag the call takes.
-            check("cuInit", unsafe { sys::cuInit(0) })
+            match unsafe { sys::cuInit(0) } {
+                CUresult::CUDA_ERROR_NO_DEVICE => Err(CudaError::NoDevice { ordinal: 0, count: 0 }),
+                result => check("cuInit", result),
+            }
         })
         .clone()
 }

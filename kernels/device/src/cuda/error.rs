@@ -38,7 +38,7 @@ pub enum CudaError {
         code: String,
     },
     /// The program was built without kernels.
-    #[error("this program holds no CUDA kernels: {reason}")]
+    #[error("this program holds no CUDA kernels for the device: {reason}")]
     NoKernels {
         /// What was missing when it was built, and how to get it.
         reason: &'static str,

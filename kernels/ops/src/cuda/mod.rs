@@ -105,10 +105,23 @@ impl Rows<'_> {
     }
 }
 
-/// Why this program holds no kernels and what to do about it; `None` where it holds them.
-#[must_use]
-pub const fn missing() -> Option<&'static str> {
-    if built::CUBINS.is_empty() { Some(built::MISSING) } else { None }
+/// What the kernels are compiled for.
+const CAPABILITY: (u32, u32) = (9, 0);
+
+/// Whether this program holds kernels for a device.
+///
+/// # Errors
+/// When it holds none, or others; the error says what to do.
+pub fn check(facts: &DeviceFacts) -> Result<(), CudaError> {
+    const OTHERS: &str = "those it holds are for compute capability 9.0 (H100, H200); run on the \
+        processor";
+    if built::CUBINS.is_empty() {
+        return Err(CudaError::NoKernels { reason: built::MISSING });
+    }
+    if facts.capability != CAPABILITY {
+        return Err(CudaError::NoKernels { reason: OTHERS });
+    }
+    Ok(())
 }
 
 /// The kernels on one device.
@@ -125,6 +138,7 @@ impl Gpu {
     /// When the program was built without kernels, or they do not fit the device.
     pub fn new(context: &Context) -> Result<Self, CudaError> {
         let facts = context.facts().clone();
+        check(&facts)?;
         let kernels = Kernels::load(context, built::CUBINS, built::MISSING)?;
         // Attributes are set once, so that launches only launch.
         for name in crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL) {

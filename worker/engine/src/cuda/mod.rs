@@ -6,6 +6,7 @@
 //! another in data alone. Logits come back to the host, where tokens are drawn. Invariant: a step
 //! sends its inputs in one copy and waits only for logits.
 
+mod facts;
 mod inputs;
 mod launch;
 mod limits;
@@ -13,6 +14,7 @@ mod run;
 mod sizes;
 mod weights;
 
+pub use facts::{CudaDevice, cuda_device};
 pub use sizes::{CudaBytes, cuda_bytes};
 
 use crate::batch::Batch;
