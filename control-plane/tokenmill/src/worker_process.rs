@@ -58,7 +58,13 @@ impl Stepper for Model {
     }
 
     fn configure(&mut self, configure: &Configure) -> Result<(), WorkerFault> {
-        self.0.configure(configure).map_err(|error| WorkerFault::from_error(&error))
+        let began = Instant::now();
+        self.0.configure(configure).map_err(|error| WorkerFault::from_error(&error))?;
+        tracing::info!(
+            seconds = began.elapsed().as_secs_f64(),
+            "memory of steps and cache is there"
+        );
+        Ok(())
     }
 
     fn upload(&mut self, upload: &Upload) -> Result<(), WorkerFault> {
@@ -81,6 +87,7 @@ fn load(
 ) -> Result<Model, WorkerFault> {
     let fault = |error: anyhow::Error| WorkerFault(format!("{error:#}"));
     let dir = ModelDir::read(&config.path).map_err(fault)?;
+    let began = Instant::now();
     let reporter = Reporter { state: Mutex::new((Instant::now(), report)) };
     let weights = match config.load_format {
         LoadFormat::Random => random(&dir, config, threads, &reporter),
@@ -100,12 +107,16 @@ fn load(
         threads,
         kv_dtype,
         cache_bytes: Bytes(config.kv_cache_bytes),
+        graphs: true,
         mla_form: MlaForm::Auto,
     };
+    tracing::info!(seconds = began.elapsed().as_secs_f64(), "weights are loaded");
+    let began = Instant::now();
     // One engine lives in this process, until it ends.
     let weights: &'static Weights = Box::leak(Box::new(weights));
     let engine = Engine::new(&dir.program, dir.lowered, weights, options)
         .map_err(|error| WorkerFault::from_error(&error))?;
+    tracing::info!(seconds = began.elapsed().as_secs_f64(), "the engine holds its weights");
     Ok(Model(engine))
 }
 

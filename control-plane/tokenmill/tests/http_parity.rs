@@ -56,10 +56,13 @@ fn check(case: &Path) -> Outcome {
     let folder = tempfile::tempdir().expect("temporary folder");
     let seed = golden["seed"].as_u64().expect("a seed");
     let model = checkpoint(&case.join("config.json"), seed, folder.path());
+    // Several servers share a device, so none may take what is free.
+    let cache = (256 << 20).to_string();
     let limits = ["--dtype", "float32", "--max-model-len", "1024"];
+    let memory = ["--kv-cache-memory-bytes", &cache];
     let batch = ["--max-num-seqs", "8", "--max-num-batched-tokens", "512"];
     let mut args = vec![model.to_str().expect("UTF-8")];
-    args.extend(limits.iter().chain(&batch));
+    args.extend(limits.iter().chain(&batch).chain(&memory));
     let server = Server::start(&args);
     let mut worst: f64 = 0.0;
     let mut nearest_fault = f64::INFINITY;

@@ -7,11 +7,12 @@ use crate::batch::{Batch, Purpose, Wanted};
 use crate::cpu::Cpu;
 use crate::cuda::Cuda;
 use crate::digest::Digest;
-use crate::executor::{Backend, Executor, TableView};
-use crate::sampler::Sampler;
+use crate::executor::{Backend, Executor, TableView, Tile};
+use crate::sampler::{Sampler, drawn_on_device};
 use crate::slots::{MAX_CONTEXT, Slots};
 use crate::tables::Carver;
 use crate::{Device, EngineError, Options, PlanError, StepError, WeightSource};
+use core::ops::Range;
 use device::cuda::CudaError;
 use ids::{Bytes, GroupId, Incarnation, RequestId, StepSeq, Tokens};
 use model::lower::Lowered;
@@ -46,6 +47,7 @@ struct Configured {
     incarnation: Incarnation,
     last: StepSeq,
     max_step_tokens: usize,
+    vocab: usize,
     slots: Slots,
     batch: Batch,
     sampler: Sampler,
@@ -136,6 +138,7 @@ impl<'w> Engine<'w> {
             incarnation: configure.incarnation,
             last: StepSeq::ZERO,
             max_step_tokens,
+            vocab: self.vocab as usize,
             slots: Slots::new(carver, max_slots, configure.max_context, self.vocab),
             batch: Batch::with_capacity(max_step_tokens, max_slots as usize),
             sampler: Sampler::new(self.vocab as usize),
@@ -220,6 +223,18 @@ impl<'w> Engine<'w> {
 }
 
 impl Configured {
+    /// How the wanted rows are drawn where that may happen on a device.
+    fn fill_draws(&mut self, wanted: Range<usize>) -> Result<(), PlanError> {
+        let Self { slots, batch, sampler, .. } = self;
+        sampler.draws.clear();
+        for wanted in &batch.wanted[wanted] {
+            let life = slots.life_mut(wanted.slot)?;
+            let sampled = wanted.purpose == Purpose::Sample;
+            sampler.draws.push(sampled.then(|| Sampler::on_device(life)).flatten());
+        }
+        Ok(())
+    }
+
     /// A failure of the device in this step.
     fn failed(&self, during: &'static str, source: CudaError) -> StepError {
         let (rows, requests) = (self.batch.ids.len(), self.batch.runs.len());
@@ -237,25 +252,31 @@ impl Configured {
         let most = executor.tile();
         for first in (0..self.batch.wanted.len()).step_by(most) {
             let range = first..(first + most).min(self.batch.wanted.len());
+            self.fill_draws(range.clone())?;
             let began = Instant::now();
-            let logits = executor
-                .logits(&self.batch, range.clone())
-                .map_err(|source| self.failed("the logits", source))?;
+            let Tile { logits, drawn } = executor
+                .finish(&self.batch, range.clone(), &self.sampler.draws)
+                .map_err(|source| self.failed("the end", source))?;
             spent += began.elapsed();
-            let Self { slots, batch, sampler, .. } = self;
+            let Self { slots, batch, sampler, vocab, .. } = self;
+            let (tokens, faults) = drawn.split_at(drawn.len() / 2);
             let tile = &batch.wanted[range];
-            let vocab = logits.len() / tile.len();
-            for (wanted, row) in tile.iter().zip(logits.chunks_exact_mut(vocab)) {
+            for (at, wanted) in tile.iter().enumerate() {
                 let Wanted { slot, purpose, .. } = *wanted;
                 let generation = slots.row(slot).generation.unwrap_or_default();
                 let life = slots.life_mut(slot)?;
+                // Empty where the row was drawn on the device.
+                let row = logits.get_mut(at * *vocab..(at + 1) * *vocab).unwrap_or_default();
                 match purpose {
                     Purpose::Prompt { position } => {
                         let entry = sampler.describe(row, life, position);
                         push_prompt(&mut outcome.prompt_logprobs, life.request, position, entry);
                     }
                     Purpose::Sample => {
-                        let drawn = sampler.draw(row, life);
+                        let drawn = match (sampler.draws[at], tokens.get(at), faults.get(at)) {
+                            (Some(_), Some(token), Some(left)) => drawn_on_device(*token, *left),
+                            _ => sampler.draw(row, life),
+                        };
                         let (token, fault) = match drawn.token {
                             Ok(token) => (token, None),
                             Err(fault) => (ids::TokenId(0), Some(fault)),

@@ -7,6 +7,7 @@ use crate::cuda::Cuda;
 use crate::slots::Slots;
 use core::ops::Range;
 use device::cuda::CudaError;
+use ops::sample::cuda::SampleRow;
 
 /// Where the block tables of a batch's slots are found.
 pub struct TableView<'a> {
@@ -25,6 +26,15 @@ impl<'a> TableView<'a> {
     }
 }
 
+/// What came of some rows.
+pub struct Tile<'a> {
+    /// `[rows, vocab]`; empty where a token was drawn of every row.
+    pub logits: &'a mut [f32],
+    /// Tokens, then faults (see [`ops::sample::cuda::fault`]), of rows that were to be drawn; empty
+    /// where the executor draws nothing.
+    pub drawn: &'a [u32],
+}
+
 /// Runs batches of one model on one device. Only a device fails; after that nothing may be asked of
 /// the executor any more.
 pub trait Executor {
@@ -35,14 +45,19 @@ pub trait Executor {
     /// When the device does.
     fn forward(&mut self, batch: &Batch, tables: &TableView<'_>) -> Result<(), CudaError>;
 
-    /// Logits `[rows, vocab]` of some of the wanted rows of the last forward, whose batch this is; at
-    /// most [`Executor::tile`].
+    /// Some of the wanted rows of the last forward, whose batch this is; at most [`Executor::tile`].
+    /// `draws` says of each row how its token is drawn where that may happen beside the logits.
     ///
     /// # Errors
     /// When the device does.
-    fn logits(&mut self, batch: &Batch, wanted: Range<usize>) -> Result<&mut [f32], CudaError>;
+    fn finish(
+        &mut self,
+        batch: &Batch,
+        wanted: Range<usize>,
+        draws: &[Option<SampleRow>],
+    ) -> Result<Tile<'_>, CudaError>;
 
-    /// Most rows of one call of [`Executor::logits`].
+    /// Most rows of one call of [`Executor::finish`].
     fn tile(&self) -> usize;
 }
 
@@ -83,10 +98,15 @@ impl Executor for Backend<'_> {
         }
     }
 
-    fn logits(&mut self, batch: &Batch, wanted: Range<usize>) -> Result<&mut [f32], CudaError> {
+    fn finish(
+        &mut self,
+        batch: &Batch,
+        wanted: Range<usize>,
+        draws: &[Option<SampleRow>],
+    ) -> Result<Tile<'_>, CudaError> {
         match self {
-            Self::Cpu(cpu) => cpu.logits(batch, wanted),
-            Self::Cuda(cuda) => cuda.logits(batch, wanted),
+            Self::Cpu(cpu) => cpu.finish(batch, wanted, draws),
+            Self::Cuda(cuda) => cuda.finish(batch, wanted, draws),
         }
     }
 

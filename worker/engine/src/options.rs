@@ -59,6 +59,9 @@ pub struct Options {
     pub kv_dtype: KvDtype,
     /// Bytes offered for the cache.
     pub cache_bytes: Bytes,
+    /// Whether a CUDA device captures its launches into graphs when it is configured: steps start
+    /// sooner, the start takes longer.
+    pub graphs: bool,
     /// Form of latent attention; only tests and measurements fix it.
     pub mla_form: MlaForm,
 }

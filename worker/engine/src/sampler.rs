@@ -6,6 +6,7 @@
 
 use crate::slots::Life;
 use ids::{TokenId, Tokens};
+use ops::sample::cuda::{SampleRow, fault};
 use ops::sample::{Fault, LogSoftmax, Params, Seen, Workspace, sample};
 use step::{Logprobs, SampleFault, Sampling, TokenLogprob};
 
@@ -54,6 +55,8 @@ pub(crate) struct Drawn {
 /// Memory of draws, kept between steps.
 #[derive(Debug)]
 pub(crate) struct Sampler {
+    /// How each row of the tile at hand is drawn on a device.
+    pub(crate) draws: Vec<Option<SampleRow>>,
     workspace: Workspace,
     /// The raw row, kept where its log-probabilities are wanted after it was changed.
     raw: Vec<f32>,
@@ -63,10 +66,34 @@ pub(crate) struct Sampler {
 impl Sampler {
     pub(crate) fn new(vocab: usize) -> Self {
         Self {
+            draws: Vec::new(),
             workspace: Workspace::new(vocab),
             raw: Vec::with_capacity(vocab),
             none: Seen::none(),
         }
+    }
+
+    /// How a request's next token is drawn on a device; `None` where that takes more than its own
+    /// parameters: counts, lists, or the raw row afterwards. It depends on the request and its length
+    /// alone, so batch mates do not change who draws.
+    pub(crate) fn on_device(life: &Life) -> Option<SampleRow> {
+        let sampling = &*life.sampling;
+        let (output, state) = (life.known - life.prompt, &life.sampler);
+        let lists = !state.bias.is_empty()
+            || !banned(&state.banned, output, sampling.min_tokens).is_empty();
+        if sampling.logprobs.is_some() || state.seen.is_some() || lists {
+            return None;
+        }
+        Some(SampleRow {
+            seed: sampling.seed,
+            temperature: sampling.temperature,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            top_k: sampling.top_k,
+            choice: sampling.choice,
+            position: output.0,
+            ..SampleRow::GREEDY
+        })
     }
 
     /// Draws the next token of a request from its row, which is changed.
@@ -109,6 +136,16 @@ impl Sampler {
     pub(crate) fn describe(&self, logits: &[f32], life: &Life, position: u32) -> Logprobs {
         logprobs(logits, life.token(position), life.prompt_logprobs.unwrap_or(0))
     }
+}
+
+/// What a device left of a row.
+pub(crate) const fn drawn_on_device(token: u32, left: u32) -> Drawn {
+    let token = match left {
+        fault::NONE => Ok(TokenId(token)),
+        fault::NOTHING_ALLOWED => Err(SampleFault::NothingAllowed),
+        _ => Err(SampleFault::NotANumber),
+    };
+    Drawn { token, logprobs: None }
 }
 
 fn banned(tokens: &[u32], output: Tokens, min_tokens: Tokens) -> &[u32] {

@@ -10,6 +10,7 @@ use common::{
 use engine::{CudaError, Device, KvDtype};
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use step::Sampling;
 
 /// 32-bit sums in another order than the processor's.
 const TOLERANCE: f32 = 5e-4;
@@ -139,5 +140,46 @@ fn bf16_differs_by_no_more_than_its_roundings() {
         assert!(median > 0.0 && median <= typical, "{name}: median {median}, expected {typical}");
         // Four standard deviations over 149 draws.
         assert!(routed || worst <= 4.0 * typical, "{name}: worst {worst}, expected {typical}");
+    }
+}
+
+#[test]
+fn captured_steps_equal_launched_ones() {
+    let Some((setup, _turn)) = cuda() else { return };
+    let captured = Setup { graphs: true, ..setup };
+    for (name, config) in families().into_iter().chain(native()) {
+        let model = Model::new(&config, 9);
+        let tokens = common::prompt(150, 3);
+        for kv_dtype in [KvDtype::F32, KvDtype::Bf16] {
+            let run = |setup: Setup| {
+                let setup = Setup { kv_dtype, ..setup };
+                model.session(setup).complete(&tokens, 65, 8, greedy())
+            };
+            assert_eq!(run(captured), run(setup), "{name} {kv_dtype:?}");
+        }
+    }
+    equalities::a_batch_of_32_equals_one_by_one_of(captured, TOLERANCE, 2);
+}
+
+#[test]
+fn tokens_drawn_on_the_device_are_the_processors() {
+    let Some((setup, _turn)) = cuda() else { return };
+    let likeliest = Sampling { temperature: 0.0, ..Sampling::default() };
+    let drawn = |seed| Sampling {
+        temperature: 0.9,
+        top_p: 0.95,
+        min_p: 0.01,
+        top_k: 40,
+        seed,
+        ..Sampling::default()
+    };
+    for (name, config) in families() {
+        let model = Model::new(&config, 12);
+        let tokens = common::prompt(70, 5);
+        for sampling in [likeliest.clone(), drawn(1), drawn(2)] {
+            let run =
+                |setup| model.session(setup).complete(&tokens, 1024, 16, sampling.clone()).tokens;
+            assert_eq!(run(setup), run(Setup::default()), "{name}");
+        }
     }
 }

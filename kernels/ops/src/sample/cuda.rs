@@ -66,6 +66,29 @@ impl SampleRow {
         banned_start: 0,
         banned_count: 0,
     };
+
+    /// As the device has it, in 32-bit words.
+    #[must_use]
+    pub const fn words(&self) -> [u32; 16] {
+        [
+            self.seed as u32,
+            (self.seed >> 32) as u32,
+            self.temperature.to_bits(),
+            self.top_p.to_bits(),
+            self.min_p.to_bits(),
+            self.repetition.to_bits(),
+            self.frequency.to_bits(),
+            self.presence.to_bits(),
+            self.top_k,
+            self.choice,
+            self.position,
+            self.slot,
+            self.bias_start,
+            self.bias_count,
+            self.banned_start,
+            self.banned_count,
+        ]
+    }
 }
 
 /// What [`sample`] leaves per row beside the token.

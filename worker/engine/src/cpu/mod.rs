@@ -10,7 +10,7 @@ mod run;
 pub(crate) use launch::local_router;
 
 use crate::batch::Batch;
-use crate::executor::{Executor, TableView};
+use crate::executor::{Executor, TableView, Tile};
 use crate::memory::HEAD_ROWS;
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use arena::Arena;
@@ -23,6 +23,7 @@ use launch::{Experts, Launch, Layer, Place, Resolver, Rotation};
 use model::lower::Lowered;
 use ops::moe;
 use ops::paged::{Kv, KvMut, Segment};
+use ops::sample::cuda::SampleRow;
 use run::Step;
 
 /// Elements of logits held at once, at most (but for one row).
@@ -218,7 +219,12 @@ impl Executor for Cpu<'_> {
         Ok(())
     }
 
-    fn logits(&mut self, batch: &Batch, wanted: Range<usize>) -> Result<&mut [f32], CudaError> {
+    fn finish(
+        &mut self,
+        batch: &Batch,
+        wanted: Range<usize>,
+        _: &[Option<SampleRow>],
+    ) -> Result<Tile<'_>, CudaError> {
         let wanted = &batch.wanted[wanted];
         let Self { pool, head, rotations, memory, mla_form, .. } = self;
         let (from, to) = (self.hidden, self.chosen);
@@ -232,7 +238,8 @@ impl Executor for Cpu<'_> {
         for launch in head.iter() {
             step.run(launch, wanted.len(), &[], &[], memory, true);
         }
-        Ok(memory.head_arena.one(self.logits, wanted.len()))
+        let logits = memory.head_arena.one(self.logits, wanted.len());
+        Ok(Tile { logits, drawn: &[] })
     }
 
     fn tile(&self) -> usize {

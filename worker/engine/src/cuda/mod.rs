@@ -3,10 +3,13 @@
 //!
 //! Activations, matrices and cache share one element type. No op allocates and none is chosen here;
 //! kernels read the numbers of rows and tiles on the device, so a step of a bucket differs from
-//! another in data alone. Logits come back to the host, where tokens are drawn. Invariant: a step
-//! sends its inputs in one copy and waits only for logits.
+//! another in data alone. Tokens are drawn on the device, but for requests that
+//! need more than their own parameters, whose logits come back to the host. Invariant: a step waits
+//! only for what it drew.
 
+mod draw;
 mod facts;
+mod graphs;
 mod inputs;
 mod launch;
 mod limits;
@@ -18,10 +21,12 @@ pub use facts::{CudaDevice, cuda_device};
 pub use sizes::{CudaBytes, cuda_bytes};
 
 use crate::batch::Batch;
-use crate::executor::{Executor, TableView};
+use crate::executor::{Executor, TableView, Tile};
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Download, Stream};
+use draw::Draws;
+use graphs::{Graphs, Kind};
 use inputs::Inputs;
 use launch::{Activations, Launch, Place, Region, Resolver};
 use limits::Limits;
@@ -29,6 +34,7 @@ use model::lower::Lowered;
 use ops::cuda::{Dtype, Gpu, Queue, Rows, Tensor};
 use ops::flash::cuda::Partials;
 use ops::rope::Pairing;
+use ops::sample::cuda::SampleRow;
 use ops::{embed, mla, moe};
 use run::{Rotation, Scratch, Step};
 use sizes::{ExpertShape, Sizes};
@@ -52,6 +58,7 @@ pub(crate) struct Cuda {
     hidden: Place,
     chosen: Place,
     logits: Place,
+    capture: bool,
     memory: Option<Memory>,
     gpu: Gpu,
     stream: Stream,
@@ -60,11 +67,14 @@ pub(crate) struct Cuda {
 
 /// Everything that a step writes.
 struct Memory {
+    /// First, so that they end before the memory they name.
+    graphs: Graphs,
     limits: Limits,
     inputs: Inputs,
     activations: Activations,
     scratch: Scratch,
     cache: DeviceSlice,
+    draws: Draws,
     download: Download,
     /// Padded rows of the last forward.
     bucket: usize,
@@ -103,6 +113,7 @@ impl Cuda {
             logits: head.place(lowered.logits),
             body: body.launches(&lowered.body)?,
             head: head.launches(&lowered.head)?,
+            capture: options.graphs,
             memory: None,
             sizes,
             gpu,
@@ -138,15 +149,33 @@ impl Cuda {
         let moe = sizes.experts.map(moe).transpose()?;
         let mut choices = || arena.take("routing", sizes.choice_bytes(&limits));
         let choices = [choices()?, choices()?];
-        self.memory = Some(Memory {
+        let mut memory = Memory {
+            graphs: Graphs::default(),
             inputs: Inputs::take(&self.context, arena, sizes, &limits)?,
             activations: Activations::take(arena, sizes, &limits)?,
             scratch: Scratch { partials, mla, moe, choices },
             cache,
+            draws: Draws::take(&self.context, arena, sizes)?,
             download: Download::new(&self.context, sizes.logits_bytes())?,
             bucket: 0,
             limits,
-        });
+        };
+        if self.capture {
+            self.capture(&mut memory)?;
+        }
+        self.memory = Some(memory);
+        Ok(())
+    }
+
+    /// Captures the body of every step there can be.
+    fn capture(&self, memory: &mut Memory) -> Result<(), CudaError> {
+        let mut graphs = Graphs::default();
+        for kind in graphs::kinds(&memory.limits) {
+            memory.bucket = kind.bucket;
+            let body = |_: &Stream| self.enqueue_body(memory, kind.prompts);
+            graphs.insert(kind, self.stream.capture(body)?);
+        }
+        memory.graphs = graphs;
         Ok(())
     }
 
@@ -200,6 +229,30 @@ impl Cuda {
         embed::cuda::embed(step.on, rows, &choose)?;
         self.head.iter().try_for_each(|launch| step.run(launch))
     }
+
+    /// Enqueues the logits of some wanted rows, the draws of those that are drawn here, and the way
+    /// back of what is needed on the host.
+    fn enqueue_tile(
+        &self,
+        memory: &mut Memory,
+        wanted: &Range<usize>,
+        draws: &[Option<SampleRow>],
+    ) -> Result<(), CudaError> {
+        let some = draws.iter().any(Option::is_some);
+        if some {
+            memory.draws.send(&self.stream, draws)?;
+        }
+        self.enqueue_head(memory, wanted)?;
+        let logits = memory.activations.at(self.logits, wanted.len());
+        if some {
+            let queue = Queue { gpu: &self.gpu, stream: &self.stream };
+            memory.draws.enqueue(queue, &logits, self.sizes.vocab, wanted.len())?;
+        }
+        if draws.iter().any(Option::is_none) {
+            memory.download.start(&self.stream, &logits)?;
+        }
+        Ok(())
+    }
 }
 
 /// What a step before the configuration is told.
@@ -214,21 +267,38 @@ impl Executor for Cuda {
         memory.bucket = memory.limits.bucket(batch.ids.len());
         let sent = memory.inputs.send(&self.stream, batch, memory.bucket, tables);
         let prompts = inputs::has_prompts(batch);
-        let run = sent.and_then(|()| self.enqueue_body(&memory, prompts));
+        let kind = Kind { bucket: memory.bucket, prompts };
+        let run = sent.and_then(|()| match memory.graphs.get(kind) {
+            Some(graph) => graph.launch(&self.stream),
+            None => self.enqueue_body(&memory, prompts),
+        });
         self.memory = Some(memory);
         run
     }
 
-    fn logits(&mut self, _: &Batch, wanted: Range<usize>) -> Result<&mut [f32], CudaError> {
+    fn finish(
+        &mut self,
+        _: &Batch,
+        wanted: Range<usize>,
+        draws: &[Option<SampleRow>],
+    ) -> Result<Tile<'_>, CudaError> {
         self.context.enter()?;
-        let memory = self.memory.as_ref().ok_or_else(not_configured)?;
-        self.enqueue_head(memory, &wanted)?;
-        let logits = memory.activations.at(self.logits, wanted.len());
-        let memory = self.memory.as_mut().ok_or_else(not_configured)?;
-        memory.download.start(&self.stream, &logits)?;
-        let bytes = &mut memory.download.wait()?[..logits.bytes()];
-        <[f32]>::mut_from_bytes(bytes)
-            .map_err(|e| CudaError::Shape { op: "logits", why: e.to_string() })
+        let mut memory = self.memory.take().ok_or_else(not_configured)?;
+        let enqueued = self.enqueue_tile(&mut memory, &wanted, draws);
+        let memory = self.memory.insert(memory);
+        enqueued?;
+        let drawn = match draws.iter().any(Option::is_some) {
+            true => memory.draws.wait(wanted.len())?,
+            false => &[],
+        };
+        let elements = match draws.iter().all(Option::is_some) {
+            true => 0,
+            false => wanted.len() * self.sizes.vocab,
+        };
+        let bytes = &mut memory.download.wait()?[..elements * 4];
+        let logits = <[f32]>::mut_from_bytes(bytes)
+            .map_err(|e| CudaError::Shape { op: "logits", why: e.to_string() })?;
+        Ok(Tile { logits, drawn })
     }
 
     fn tile(&self) -> usize {

@@ -12,6 +12,7 @@ use model::lower::{BufferId, LocalAttention, Lowered, Op};
 use ops::cuda::Dtype;
 use ops::flash::cuda::{Partials, Variant, splits};
 use ops::paged::KvLayer;
+use ops::sample::cuda::SampleRow;
 use ops::{gqa, mla, moe};
 
 /// Elements of logits held at once, at most (but for one row).
@@ -177,6 +178,16 @@ impl Sizes {
         self.tile * self.vocab * 4
     }
 
+    /// Bytes that say how the rows of a tile are drawn.
+    pub(super) const fn draw_bytes(&self) -> usize {
+        self.tile * size_of::<SampleRow>()
+    }
+
+    /// Bytes of a tile's tokens, and as many faults.
+    pub(super) const fn drawn_bytes(&self) -> usize {
+        self.tile * 2 * size_of::<u32>()
+    }
+
     /// Bytes of the router's scores.
     pub(super) const fn router_bytes(&self, limits: &Limits) -> usize {
         limits.rows * self.router.0 * 4
@@ -221,6 +232,8 @@ impl Sizes {
             self.choice_bytes(limits),
             self.choice_bytes(limits),
             Layout::new(self, limits, limits.rows).bytes(),
+            self.draw_bytes(),
+            self.drawn_bytes(),
         ];
         let plain = plain.into_iter().map(Arena::padded).fold(0, usize::saturating_add);
         plain.saturating_add(attention).saturating_add(experts)

@@ -162,6 +162,7 @@ impl Model {
             threads: 1,
             kv_dtype: KvDtype::F32,
             cache_bytes: Bytes(1 << 20),
+            graphs: false,
             mla_form: MlaForm::Auto,
         };
         Engine::new(&self.program, self.lowered.clone(), self.weights, options).expect("weights")
@@ -174,6 +175,7 @@ impl Model {
             threads: 2,
             kv_dtype: options.kv_dtype,
             cache_bytes: Bytes(1 << 30),
+            graphs: options.graphs,
             mla_form: options.form,
         };
         let lowered = self.lowered.clone();
@@ -226,11 +228,18 @@ pub struct Setup {
     pub kv_dtype: KvDtype,
     pub form: MlaForm,
     pub scattered: bool,
+    pub graphs: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { device: Device::Cpu, kv_dtype: KvDtype::F32, form: MlaForm::Auto, scattered: true }
+        Self {
+            device: Device::Cpu,
+            kv_dtype: KvDtype::F32,
+            form: MlaForm::Auto,
+            scattered: true,
+            graphs: false,
+        }
     }
 }
 

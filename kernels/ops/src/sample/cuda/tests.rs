@@ -221,3 +221,27 @@ fn a_row_with_nan_has_no_log_probabilities() {
     logprobs(device.queue(), Rows::exactly(1), &operands).expect("a launch");
     assert!(device.fetch(&out, TokenLogprob::default()).iter().all(|e| e.logprob.is_nan()));
 }
+
+#[test]
+fn words_are_the_layout_that_the_device_has() {
+    let row = SampleRow {
+        seed: 0x0102_0304_0506_0708,
+        temperature: 0.5,
+        top_p: 0.25,
+        min_p: 0.125,
+        repetition: 1.5,
+        frequency: 2.5,
+        presence: 3.5,
+        top_k: 9,
+        choice: 10,
+        position: 11,
+        slot: 12,
+        bias_start: 13,
+        bias_count: 14,
+        banned_start: 15,
+        banned_count: 16,
+    };
+    // SAFETY: a plain struct of 64 bytes without padding, read as as many words.
+    let layout: [u32; 16] = unsafe { std::mem::transmute(row) };
+    assert_eq!(row.words(), layout);
+}

@@ -1,0 +1,61 @@
+//! Captured bodies, one per kind of step, made before the first step so that no step waits for one.
+//!
+//! A graph holds addresses: whoever keeps graphs keeps the memory behind them. Invariant: a step of a
+//! kind differs from another of that kind in what its inputs hold, never in its launches.
+
+use super::limits::Limits;
+use device::cuda::Graph;
+use std::collections::BTreeMap;
+
+/// What launches depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Kind {
+    /// Padded rows.
+    pub(super) bucket: usize,
+    /// Whether a segment has several rows.
+    pub(super) prompts: bool,
+}
+
+/// Every kind of step within limits. Only requests that decode are a row each, so without prompt
+/// chunks a step has at most as many rows as there are slots.
+pub(super) fn kinds(limits: &Limits) -> Vec<Kind> {
+    let slots = limits.bucket(limits.slots.min(limits.rows));
+    let buckets = limits.buckets().into_iter();
+    buckets
+        .flat_map(|bucket| [false, true].map(|prompts| Kind { bucket, prompts }))
+        .filter(|kind| if kind.prompts { kind.bucket > 1 } else { kind.bucket <= slots })
+        .collect()
+}
+
+/// The graphs that there are.
+#[derive(Debug, Default)]
+pub(super) struct Graphs {
+    by_kind: BTreeMap<Kind, Graph>,
+}
+
+impl Graphs {
+    pub(super) fn insert(&mut self, kind: Kind, graph: Graph) {
+        self.by_kind.insert(kind, graph);
+    }
+
+    pub(super) fn get(&self, kind: Kind) -> Option<&Graph> {
+        self.by_kind.get(&kind)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_step_has_a_kind() {
+        let limits = Limits { rows: 1000, slots: 20, context: 1, multiprocessors: 1 };
+        let kinds = kinds(&limits);
+        for rows in 1..=limits.rows {
+            let bucket = limits.bucket(rows);
+            assert_eq!(kinds.contains(&Kind { bucket, prompts: true }), rows > 1);
+            assert!(rows > limits.slots || kinds.contains(&Kind { bucket, prompts: false }));
+        }
+        assert!(kinds.len() < 40, "{}", kinds.len());
+    }
+}
