@@ -7,7 +7,7 @@ mod common;
 use common::{
     Model, Setup, agreement, equalities, families, goldens, greedy, naive, native, poison,
 };
-use engine::{CudaError, Device, KvDtype};
+use engine::{CudaError, Device, EngineError, KvDtype};
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use step::Sampling;
@@ -182,4 +182,17 @@ fn tokens_drawn_on_the_device_are_the_processors() {
             assert_eq!(run(setup), run(Setup::default()), "{name}");
         }
     }
+}
+
+#[test]
+fn a_cache_that_does_not_fit_is_refused_with_its_numbers() {
+    let Some((setup, _turn)) = cuda() else { return };
+    let (_, config) = families().remove(0);
+    // A pebibyte.
+    let error = Model::new(&config, 1).refused(setup, 1 << 50);
+    let EngineError::Device(CudaError::Memory { what, needed, left }) = error else {
+        panic!("{error}")
+    };
+    assert_eq!((what.as_str(), needed), ("the KV cache", 1 << 50));
+    assert!(left > 0 && left < 1 << 40, "{left}");
 }

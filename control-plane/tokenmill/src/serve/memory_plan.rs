@@ -12,6 +12,8 @@ const USABLE: f64 = 0.9;
 /// KV cache where nobody says how large: enough for this many contexts of the longest kind, if that
 /// much is there.
 const CONTEXTS: u64 = 8;
+/// What captured graphs take on a CUDA device; kernels are there before free memory is read.
+const GRAPHS: u64 = 512 << 20;
 
 /// Bytes by what holds them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,7 +152,7 @@ fn needs(dir: &ModelDir, wanted: &Wanted, context: u32) -> (u64, u64) {
         Machine::Cuda { multiprocessors, .. } => {
             let limits = (wanted.max_step_tokens, wanted.max_seqs, context);
             let bytes = dir.cuda_bytes(wanted.kv_element, limits, multiprocessors);
-            (bytes.weights, bytes.steps)
+            (bytes.weights, bytes.steps.saturating_add(GRAPHS))
         }
     }
 }
@@ -192,5 +194,47 @@ impl fmt::Display for MemoryPlan {
             Some(bytes) => write!(f, "   of {} available", Size(bytes)),
             None => write!(f, "   (what is available is unknown)"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn on_device(free: u64, share: f64, kv_bytes: Option<u64>) -> Result<MemoryPlan> {
+        let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/bundled");
+        let dir = ModelDir::read(&bundled).expect("the bundled model");
+        plan(
+            &dir,
+            &Wanted {
+                weight_element: 4,
+                kv_element: 2,
+                max_context: None,
+                max_seqs: 16,
+                max_step_tokens: 512,
+                kv_bytes,
+                machine: Machine::Cuda { multiprocessors: 132, free, share },
+            },
+        )
+    }
+
+    #[test]
+    fn a_device_gives_its_cache_what_is_left_of_its_share() {
+        let plan = on_device(8 << 30, 0.5, None).expect("a small model");
+        let all = plan.weights + plan.activations + plan.kv;
+        assert!(all <= 4 << 30 && all + (1 << 20) > 4 << 30, "{all}");
+        assert!(plan.kv_tokens > u64::from(plan.max_context));
+        let given = on_device(8 << 30, 0.5, Some(1 << 30)).expect("fits");
+        assert_eq!(given.kv, 1 << 30);
+    }
+
+    #[test]
+    fn what_does_not_fit_a_device_is_refused_with_its_numbers() {
+        let error = on_device(256 << 20, 0.9, None).expect_err("graphs alone are more").to_string();
+        assert!(error.contains("256.0 MiB are free on the device"), "{error}");
+        assert!(error.contains("--gpu-memory-utilization 0.9"), "{error}");
+        let error = on_device(8 << 30, 0.9, Some(8 << 30)).expect_err("more than its share");
+        assert!(error.to_string().contains("8.0 GiB for the KV cache"), "{error}");
     }
 }

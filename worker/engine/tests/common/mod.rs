@@ -8,7 +8,7 @@ pub mod goldens;
 pub mod naive;
 pub mod poison;
 
-use engine::{Device, Engine, KvDtype, MlaForm, Options, WeightSource};
+use engine::{Device, Engine, EngineError, KvDtype, MlaForm, Options, WeightSource};
 use ids::{
     BLOCK_TOKENS, BlockId, Bytes, GroupId, Incarnation, RequestId, SlotGeneration, SlotId, StepSeq,
     TokenId, Tokens,
@@ -166,6 +166,30 @@ impl Model {
             mla_form: MlaForm::Auto,
         };
         Engine::new(&self.program, self.lowered.clone(), self.weights, options).expect("weights")
+    }
+
+    /// Why an engine whose cache is one super-block of `bytes` bytes is refused.
+    pub fn refused(&self, setup: Setup, bytes: u64) -> EngineError {
+        let options = Options {
+            device: setup.device,
+            threads: 1,
+            kv_dtype: setup.kv_dtype,
+            cache_bytes: Bytes(bytes),
+            graphs: setup.graphs,
+            mla_form: setup.form,
+        };
+        let lowered = self.lowered.clone();
+        let mut engine =
+            Engine::new(&self.program, lowered, self.weights, options).expect("weights");
+        let per_super = vec![1; engine.hello().groups.len()];
+        let configure = Configure {
+            incarnation: LIFE,
+            max_slots: 4,
+            max_step_tokens: Tokens(64),
+            max_context: Tokens(512),
+            carving: Carving { super_bytes: Bytes(bytes), supers: 1, per_super },
+        };
+        engine.configure(&configure).expect_err("a cache that does not fit")
     }
 
     /// A session over other weights of the same shapes.
