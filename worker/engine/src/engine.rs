@@ -256,7 +256,7 @@ impl Configured {
             let began = Instant::now();
             let Tile { logits, drawn } = executor
                 .finish(&self.batch, range.clone(), &self.sampler.draws)
-                .map_err(|source| self.failed("the end", source))?;
+                .map_err(|source| self.failed("logits and draws", source))?;
             spent += began.elapsed();
             let Self { slots, batch, sampler, vocab, .. } = self;
             let (tokens, faults) = drawn.split_at(drawn.len() / 2);
