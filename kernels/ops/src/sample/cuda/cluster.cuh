@@ -8,13 +8,17 @@
 
 #include <cooperative_groups.h>
 
+#include <utility>
+
 #include "sample/cuda/weight.cuh"
 
 constexpr uint32_t kThreads = 512, kWarps = kThreads / 32;
 constexpr uint32_t kBlocks = 8;      // of a cluster, at most
 constexpr uint32_t kBins = 1024;     // two per thread
 constexpr uint32_t kList = 1024;     // tokens that are sorted, at most; two per thread
-constexpr uint32_t kBoxBytes = 16;
+constexpr uint32_t kBoxBytes = 32;
+constexpr uint32_t kChunk = 4096;    // logits of one copy into shared memory
+constexpr uint32_t kChunks = 12;     // so a block holds up to 49,152, whose places fit 16 bits
 
 struct Shared {
     union {
@@ -25,6 +29,7 @@ struct Shared {
     };
     uint16_t above[kList], inside[kList];  // places in the stretch
     alignas(16) unsigned char boxes[2][kBlocks][kBoxBytes];
+    unsigned long long arrived[kChunks];  // barriers of the copies
     unsigned long long parts[kWarps];
     unsigned long long before;
     uint32_t words[3][kWarps];
@@ -86,6 +91,22 @@ struct Stretch {
         return reinterpret_cast<const T*>(s.boxes[turn]);
     }
 
+    // Tells the leader, for the last time: others get null, and nobody needs them any more.
+    template <typename T> __device__ const T* tell_leader(const T& mine) {
+        static_assert(sizeof(T) <= kBoxBytes);
+        turn ^= 1;
+        if (threadIdx.x == 0) *reinterpret_cast<T*>(cluster().map_shared_rank(s.boxes[turn][rank], 0)) = mine;
+        return leave_to_leader() ? reinterpret_cast<const T*>(s.boxes[turn]) : nullptr;
+    }
+
+    // Whether this is the leader, which now has what all sent it; the others are done.
+    __device__ bool leave_to_leader() const {
+        auto sent = cluster().barrier_arrive();
+        if (rank != 0) return false;
+        cluster().barrier_wait(std::move(sent));
+        return true;
+    }
+
     // What a block said in an exchange.
     template <typename T> __device__ static __forceinline__ const T& said(const T* all, uint32_t block) {
         return *reinterpret_cast<const T*>(reinterpret_cast<const unsigned char*>(all) + block * kBoxBytes);
@@ -96,13 +117,17 @@ struct Stretch {
 #pragma unroll 1
         for (uint32_t from = 0; from < padded; from += 4 * kThreads) {
             const uint32_t at = from + 4 * threadIdx.x;
-            float4 x = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-            if (at < padded) x = *reinterpret_cast<const float4*>(logits + at);
+            const float4 x = four(at);
             visit(at, x.x);
             visit(at + 1, x.y);
             visit(at + 2, x.z);
             visit(at + 3, x.w);
         }
+    }
+
+    __device__ __forceinline__ float4 four(uint32_t at) const {
+        if (at < padded) return *reinterpret_cast<const float4*>(logits + at);
+        return {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
     }
 
     // Where this thread's own run of consecutive places begins; its length is odd, so that threads
@@ -117,66 +142,4 @@ __device__ __forceinline__ Stretch stretch_of(Shared& s, float* logits, uint32_t
     const uint32_t share = ((vocab + blocks - 1) / blocks + 3) / 4 * 4;
     const uint32_t first = min(rank * share, vocab), len = min(share, vocab - first);
     return {s, logits, first, len, (len + 3) / 4 * 4, rank, blocks, 0};
-}
-
-// Four logits of the stretch, negative infinity past its end.
-__device__ __forceinline__ float4 load4(const float* from, uint32_t at, uint32_t len, bool wide) {
-    if (wide) return __ldg(reinterpret_cast<const float4*>(from + at));
-    auto one = [&](uint32_t i) { return i < len ? __ldg(from + i) : -INFINITY; };
-    return {one(at), one(at + 1), one(at + 2), one(at + 3)};
-}
-
-// What is known of logits after one look.
-struct Look {
-    float best = -INFINITY, lowest = INFINITY;  // the lowest finite one
-    uint32_t at = kLast;                        // the first place of the best
-    bool bad = false;                           // NaN or positive infinity
-
-    __device__ __forceinline__ void see(uint32_t place, float x) {
-        bad |= !(x < INFINITY);
-        if (x > best) {
-            best = x;
-            at = place;
-        }
-        lowest = fminf(lowest, x == -INFINITY ? INFINITY : x);
-    }
-};
-
-struct Summary {
-    uint32_t best, at, lowest, bad;  // order keys, a token
-};
-
-// The look of the whole row, from those of all its threads.
-__device__ __forceinline__ Summary summarise(Stretch& row, const Look& look) {
-    Shared& s = row.s;
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Summary sum;
-    auto reduce = [&](uint32_t best, uint32_t at, uint32_t lowest) {
-        sum.best = __reduce_max_sync(0xffffffff, best);
-        sum.at = __reduce_min_sync(0xffffffff, best == sum.best ? at : kLast);
-        sum.lowest = __reduce_min_sync(0xffffffff, lowest);
-    };
-    const uint32_t at = look.at == kLast ? kLast : row.first + look.at;
-    reduce(order_key(look.best), at, order_key(look.lowest));
-    if (lane == 0) {
-        s.words[0][warp] = sum.best;
-        s.words[1][warp] = sum.at;
-        s.words[2][warp] = sum.lowest;
-    }
-    sum.bad = __syncthreads_or(look.bad);
-    const uint32_t from = lane % kWarps;
-    reduce(s.words[0][from], s.words[1][from], s.words[2][from]);
-    const Summary* all = row.exchange(sum);
-    Summary whole = Stretch::said(all, 0);
-    for (uint32_t block = 1; block < row.blocks; ++block) {
-        const Summary& other = Stretch::said(all, block);
-        // Blocks are in the order of tokens: of equal ones the first stays.
-        if (other.best > whole.best) {
-            whole.best = other.best;
-            whole.at = other.at;
-        }
-        whole.lowest = min(whole.lowest, other.lowest);
-        whole.bad |= other.bad;
-    }
-    return whole;
 }

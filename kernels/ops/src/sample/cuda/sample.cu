@@ -2,8 +2,7 @@
 // steps is the contract's: penalties, bias, bans, temperature, top-k, top-p, min-p, draw.
 //
 // Logits stay as they are: what is added and banned changes the copy in shared memory.
-#include <utility>
-
+#include "sample/cuda/read.cuh"
 #include "sample/cuda/select.cuh"
 
 struct SampleRow {
@@ -65,44 +64,41 @@ __device__ __forceinline__ float penalised(float logit, uint32_t seen, const Sam
     return __fsub_rn(logit, __fadd_rn(__fmul_rn(how.frequency, float(output)), how.presence));
 }
 
-// Reads the stretch once: penalises it, looks at it, and keeps it where `keep`.
-template <bool kPenalised>
-__device__ __forceinline__ Look load(const Stretch& row, const float* from, const uint32_t* seen, const SampleRow& how, bool wide, bool keep) {
+// Lowers what was seen before. Counts are on their way while the logits still are.
+__device__ __forceinline__ void penalise(const Stretch& row, const Source& source, const uint32_t* seen, const SampleRow& how) {
     constexpr uint32_t kAhead = 4;
-    Look look;
-    for (uint32_t base = 4 * threadIdx.x; base < row.padded; base += kAhead * 4 * kThreads) {
-        float4 x[kAhead];
+    const bool wide = source.wide && aligned16(seen);
+    for (uint32_t base = 0; base < row.padded; base += kAhead * 4 * kThreads) {
+        uint4 counts[kAhead];
 #pragma unroll
         for (uint32_t i = 0; i < kAhead; ++i) {
-            const uint32_t at = base + i * 4 * kThreads;
-            x[i] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-            if (at < row.padded) x[i] = load4(from, at, row.len, wide);
+            const uint32_t at = base + 4 * (i * kThreads + threadIdx.x);
+            auto one = [&](uint32_t j) { return j < row.len ? seen[j] : 0u; };
+            if (at >= row.padded) {
+                counts[i] = {0, 0, 0, 0};
+            } else if (wide) {
+                counts[i] = *reinterpret_cast<const uint4*>(seen + at);
+            } else {
+                counts[i] = {one(at), one(at + 1), one(at + 2), one(at + 3)};
+            }
         }
 #pragma unroll
         for (uint32_t i = 0; i < kAhead; ++i) {
-            const uint32_t at = base + i * 4 * kThreads;
-            if (kPenalised && at < row.padded) {
-                auto one = [&](uint32_t j) { return j < row.len ? seen[j] : 0u; };
-                const uint4 n = wide ? *reinterpret_cast<const uint4*>(seen + at) : uint4{one(at), one(at + 1), one(at + 2), one(at + 3)};
-                if ((n.x | n.y | n.z | n.w) != 0) {
-                    x[i].x = penalised(x[i].x, n.x, how);
-                    x[i].y = penalised(x[i].y, n.y, how);
-                    x[i].z = penalised(x[i].z, n.z, how);
-                    x[i].w = penalised(x[i].w, n.w, how);
-                }
-            }
-            if (keep && at < row.padded) *reinterpret_cast<float4*>(row.logits + at) = x[i];
-            look.see(at, x[i].x);
-            look.see(at + 1, x[i].y);
-            look.see(at + 2, x[i].z);
-            look.see(at + 3, x[i].w);
+            const uint32_t from = base + 4 * i * kThreads, at = from + 4 * threadIdx.x;
+            if (from < row.padded) source.wait(row.s, from);
+            const uint4 n = counts[i];
+            if ((n.x | n.y | n.z | n.w) == 0) continue;
+            row.logits[at] = penalised(row.logits[at], n.x, how);
+            row.logits[at + 1] = penalised(row.logits[at + 1], n.y, how);
+            row.logits[at + 2] = penalised(row.logits[at + 2], n.z, how);
+            row.logits[at + 3] = penalised(row.logits[at + 3], n.w, how);
         }
     }
-    return look;
 }
 
-// Adds biases and takes bans away, and looks again. A list names no token twice.
-__device__ __forceinline__ Look apply_lists(const Stretch& row, const SampleParams& p, const SampleRow& how) {
+// Adds biases and takes bans away. A list of biases names no token twice.
+__device__ __forceinline__ void apply_lists(const Stretch& row, const Source& source, const SampleParams& p, const SampleRow& how) {
+    for (uint32_t from = 0; from < row.padded; from += kChunk) source.wait(row.s, from);
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < how.bias_count; i += kThreads) {
         const uint32_t at = p.bias_tokens[how.bias_start + i] - row.first;
@@ -114,9 +110,6 @@ __device__ __forceinline__ Look apply_lists(const Stretch& row, const SamplePara
         if (at < row.len) row.logits[at] = -INFINITY;
     }
     __syncthreads();
-    Look look;
-    row.each([&](uint32_t at, float x) { look.see(at, x); });
-    return look;
 }
 
 // Filters and draws from the leader's list, of which the first `limit` by the order may be kept, up
@@ -171,15 +164,17 @@ __device__ __forceinline__ uint32_t draw_from_list(Shared& s, const Weigher& wei
 }
 
 // Draws by token from everything that is kept; one thread of the cluster finds it and says so.
-template <typename Found> __device__ __forceinline__ void draw_from_row(Stretch& row, const Weigher& weigher, const SampleRow& how, Found found) {
-    const uint32_t from = threadIdx.x * row.run(), to = min(from + row.run(), row.len);
+template <bool kCut, typename Found>
+__device__ __forceinline__ void draw_from_row(Stretch& row, const Weigher& weigher, const SampleRow& how, Found found) {
+    const uint32_t run = row.run(), from = threadIdx.x * run, to = min(from + run, row.len), lane = threadIdx.x % 32;
+    const float min_p = how.min_p;
     auto mass = [&](uint32_t at) -> uint64_t {
-        const float x = row.logits[at];
-        if (!weigher.keeps(x, row.first + at)) return 0;
-        const float weight = weigher.weight(x);
-        return weight >= how.min_p ? static_cast<uint64_t>(weight * kPoint) : 0;
+        const float x = row.logits[at], weight = weigher.weight(x);
+        const bool kept = weight >= min_p && (!kCut || weigher.keeps(x, row.first + at));
+        return kept ? static_cast<uint64_t>(weight * kPoint) : 0;
     };
     uint64_t sum = 0;
+#pragma unroll 4
     for (uint32_t at = from; at < to; ++at) sum += mass(at);
     const Prefix prefix = block_prefix(row.s, sum);
     const uint64_t* all = row.exchange(prefix.whole);
@@ -188,17 +183,139 @@ template <typename Found> __device__ __forceinline__ void draw_from_row(Stretch&
         if (block == row.rank) below = whole;
         whole += Stretch::said(all, block);
     }
-    uint64_t until = below + prefix.until - sum;
-    const uint64_t target = drawn_mass(how, whole);
-    if (until >= target || until + sum < target) return;
-#pragma unroll 1
-    for (uint32_t at = from; at < to; ++at) {
-        until += mass(at);
-        if (until >= target) {
-            found(row.first + at);
+    const uint64_t target = drawn_mass(how, whole), until = below + prefix.until;
+    const uint32_t reached = __ballot_sync(0xffffffff, until >= target && until - sum < target);
+    if (reached == 0) return;
+    // The whole warp walks the run of the thread that reaches it.
+    const uint32_t thread = __ffs(reached) - 1, end = __shfl_sync(0xffffffff, to, thread);
+    uint64_t before = __shfl_sync(0xffffffff, until - sum, thread);
+    for (uint32_t at = __shfl_sync(0xffffffff, from, thread) + lane;; at += 32) {
+        const uint64_t here = warp_prefix(at < end ? mass(at) : 0) + before;
+        const uint32_t lanes = __ballot_sync(0xffffffff, here >= target);
+        if (lanes != 0) {
+            if (lane == __ffs(lanes) - 1) found(row.first + at);
             return;
         }
+        before = __shfl_sync(0xffffffff, here, 31);
     }
+}
+
+// A logit that about as many tokens reach as are wanted, from the highest of each thread.
+__device__ __forceinline__ float reached_by(Stretch& row, const Bins& bins, float own, uint32_t wanted) {
+    Shared& s = row.s;
+    for (uint32_t i = threadIdx.x; i < kBins; i += kThreads) s.bins.low[i] = s.bins.high[i] = 0;
+    __syncthreads();
+    const uint32_t bin = bins.of(own, order_key(own));
+    if (bin != kLast) atomicAdd(&s.bins.low[bin], 1);
+    Stretch::cluster().sync();
+    find_bin(row, wanted);
+    return s.found == kLast ? bins.lowest : fmaxf(bins.lowest, bins.highest - (s.found + 1) / bins.per_logit);
+}
+
+// What is listed of a row.
+struct Listed {
+    uint64_t whole, mass;  // of the row, where it is wanted, and of the list
+    uint32_t tokens;
+};
+
+// Lists what reaches `bound`. Returns what all blocks listed, and how much `lower` ones did.
+template <bool kWhole>
+__device__ __forceinline__ Listed list_from(Stretch& row, const Weigher& weigher, float bound, uint32_t& lower) {
+    Shared& s = row.s;
+    if (threadIdx.x == 0) s.above_count = 0;
+    __syncthreads();
+    uint64_t whole = 0, listed = 0;
+    row.each([&](uint32_t at, float x) {
+        const uint64_t mass = kWhole ? weigher.mass(x) : 0;
+        whole += mass;
+        if (x >= bound) {
+            listed += mass;
+            const uint32_t place = atomicAdd(&s.above_count, 1);
+            if (place < kList) s.above[place] = static_cast<uint16_t>(at);
+        }
+    });
+    __syncthreads();
+    Listed mine = {0, 0, s.above_count};
+    if (kWhole) {
+        mine.whole = block_prefix(s, whole).whole;
+        mine.mass = block_prefix(s, listed).whole;
+    }
+    const Listed* all = row.exchange(mine);
+    Listed sum = {0, 0, 0};
+    for (uint32_t block = 0; block < row.blocks; ++block) {
+        if (block == row.rank) lower = sum.tokens;
+        sum.whole += Stretch::said(all, block).whole;
+        sum.mass += Stretch::said(all, block).mass;
+        sum.tokens += Stretch::said(all, block).tokens;
+    }
+    return sum;
+}
+
+// Up to here a filter by rank is served from one list; few rows have more that reach the bound.
+constexpr uint32_t kFew = 800;
+// Tokens that a list holds where a filter by mass says nothing of their number.
+constexpr uint32_t kSome = 600;
+// By how much a bound on logits is lowered against rounding, in natural logs of weights.
+constexpr float kMargin = 0.01f;
+
+// What the leader draws from.
+struct Draw {
+    bool listed;
+    uint32_t tokens, limit;
+    uint64_t target;
+};
+
+// Tries to list everything that filters keep, by a guess that is checked.
+__device__ __forceinline__ Draw guess_list(Stretch& row, const Weigher& weigher, const SampleRow& how, uint32_t vocab, float lowest_top, float own) {
+    const float least = weigher.highest - kReach / weigher.scale;
+    const bool some_k = how.top_k > 0 && how.top_k < vocab, some_p = how.top_p < 1.0f;
+    Draw draw = {false, 0, some_k ? how.top_k : kLast, 0};
+    if ((some_k && how.top_k > kFew) || !(some_k || some_p || how.min_p > 0.0f)) return draw;
+    float bound = weigher.highest + (logf(how.min_p) - kMargin) / weigher.scale;
+    if (some_k || some_p) {
+        const Bins bins = bins_between(weigher.highest, fmaxf(lowest_top, least), false);
+        bound = reached_by(row, bins, own, some_k ? how.top_k : kSome);
+        // Where the highest of threads lie far apart, everything that has mass.
+        if (bound == bins.lowest) bound = least;
+    }
+    uint32_t lower = 0;
+    const bool by_mass = some_p && !some_k;
+    const Listed listed = by_mass ? list_from<true>(row, weigher, bound, lower) : list_from<false>(row, weigher, bound, lower);
+    if (listed.tokens > kList) return draw;
+    if (some_k && listed.tokens < how.top_k && bound > least) return draw;
+    if (by_mass) {
+        draw.target = max(uint64_t(1), static_cast<uint64_t>(ceil(double(how.top_p) * double(listed.whole))));
+        if (listed.mass < draw.target) return draw;
+    }
+    send_list(row, row.s.above, row.s.above_count, lower);
+    draw.listed = true;
+    draw.tokens = listed.tokens;
+    return draw;
+}
+
+// The cuts of rank and mass, wherever they lie.
+__device__ __forceinline__ Draw cut_row(Stretch& row, Weigher& weigher, const SampleRow& how, uint32_t vocab) {
+    float lowest = INFINITY;
+    row.each([&](uint32_t, float x) { lowest = fminf(lowest, x == -INFINITY ? INFINITY : x); });
+    lowest = key_value(row_tops(row, block_tops(row.s, order_key(lowest))).lowest);
+    // What has no mass is never drawn, and no cut depends on it.
+    const Bins bins = bins_between(weigher.highest, fmaxf(lowest, weigher.highest - kReach / weigher.scale), false);
+    Selected selected = {Selected::kAll, kKeepAll, 0, 0};
+    Draw draw = {false, 0, kLast, 0};
+    if (how.top_k > 0 && how.top_k < vocab) {
+        selected = select<false>(row, weigher, bins, how.top_k, 0.0f, vocab);
+        weigher.cut = selected.cut;
+        draw.limit = how.top_k;
+    }
+    if (how.top_p < 1.0f && selected.kind != Selected::kListed) {
+        selected = select<true>(row, weigher, bins, 0, how.top_p, vocab);
+        weigher.cut = selected.cut;
+        draw.limit = kLast;
+        draw.target = selected.target;
+    }
+    draw.listed = selected.kind == Selected::kListed;
+    draw.tokens = selected.listed;
+    return draw;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2) sample(const __grid_constant__ SampleParams p) {
@@ -209,58 +326,55 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sample(const __grid_co
     // Others write here only once this block runs.
     auto started = Stretch::cluster().barrier_arrive();
     Stretch row = stretch_of(s, reinterpret_cast<float*>(held), p.vocab);
+    const Source source = {p.logits + uint64_t(index) * p.vocab + row.first, p.vocab % 4 == 0 && aligned16(p.logits)};
+    start_reading(row, source);
     const SampleRow& how = p.how[index];
-    const float* from = p.logits + uint64_t(index) * p.vocab + row.first;
-    const bool wide = p.vocab % 4 == 0 && aligned16(p.logits) && aligned16(p.seen);
-
+    const bool greedy = how.temperature == 0.0f;
     const bool has_penalties = p.seen != nullptr && (how.repetition != 1.0f || how.frequency != 0.0f || how.presence != 0.0f);
-    const bool has_lists = how.bias_count > 0 || how.banned_count > 0, greedy = how.temperature == 0.0f;
     uint32_t* seen = has_penalties ? p.seen + uint64_t(how.slot) * p.vocab : nullptr;
-    const bool keep = has_lists || !greedy;
-    Look look = has_penalties ? load<true>(row, from, seen + row.first, how, wide, keep) : load<false>(row, from, nullptr, how, wide, keep);
-    if (has_lists) look = apply_lists(row, p, how);
+    if (has_penalties) penalise(row, source, seen + row.first, how);
+    if (how.bias_count > 0 || how.banned_count > 0) apply_lists(row, source, p, how);
+    const float own = look(row, source);
+    const Tops here = block_tops(s, order_key(own));
     Stretch::cluster().barrier_wait(std::move(started));
-    const Summary summary = summarise(row, look);
 
-    auto found = [&](uint32_t token) {
+    auto drawn = [&](uint32_t token) {
         p.tokens[index] = token;
         p.faults[index] = 0;
         if (has_penalties) seen[token] = (seen[token] + 1) | kSeen;
     };
-    const bool nothing = summary.at == kLast;
-    if (summary.bad || nothing || greedy) {
-        if (!row.leads() || threadIdx.x != 0) return;
-        if (!summary.bad && !nothing) return found(summary.at);
+    auto failed = [&](uint32_t highest) {
         p.tokens[index] = 0;
-        p.faults[index] = summary.bad ? 1 : 2;
+        p.faults[index] = highest >= kBadKey ? 1 : 2;
+    };
+    if (greedy) {
+        const uint32_t first = first_of(row, here.highest, order_key(own) == here.highest);
+        const uint2* all = row.tell_leader(uint2{here.highest, first});
+        if (all == nullptr || threadIdx.x != 0) return;
+        uint2 best = {0, 0};
+        for (uint32_t block = 0; block < row.blocks; ++block) {
+            // Blocks are in the order of tokens: of equal ones the first stays.
+            if (Stretch::said(all, block).x > best.x) best = Stretch::said(all, block);
+        }
+        return best.x >= kBadKey || best.x == kNothingKey ? failed(best.x) : drawn(best.y);
+    }
+    const Tops tops = row_tops(row, here);
+    if (tops.highest >= kBadKey || tops.highest == kNothingKey) {
+        if (row.leads() && threadIdx.x == 0) failed(tops.highest);
         return;
     }
 
-    Weigher weigher = {key_value(summary.best), fminf(__fdiv_rn(1.0f, how.temperature), 3.402823466e38f), kKeepAll};
-    // What has no mass is never drawn, and no filter's cut depends on it.
-    const float lowest = fmaxf(key_value(summary.lowest), weigher.highest - kReach / weigher.scale);
-    const Bins bins = bins_between(weigher.highest, lowest, false);
-    const bool some_k = how.top_k > 0 && how.top_k < p.vocab, some_p = how.top_p < 1.0f;
-    Selected selected = {Selected::kAll, kKeepAll, 0, 0};
-    uint32_t limit = kLast;
-    uint64_t target = 0;
-    if (some_k) {
-        selected = select<false>(row, weigher, bins, how.top_k, 0.0f, p.vocab);
-        weigher.cut = selected.cut;
-        limit = how.top_k;
+    Weigher weigher = {key_value(tops.highest), fminf(__fdiv_rn(1.0f, how.temperature), 3.402823466e38f), kKeepAll};
+    Draw draw = guess_list(row, weigher, how, p.vocab, key_value(tops.lowest), own);
+    if (!draw.listed) {
+        const bool cuts = (how.top_k > 0 && how.top_k < p.vocab) || how.top_p < 1.0f;
+        if (!cuts) return draw_from_row<false>(row, weigher, how, drawn);
+        draw = cut_row(row, weigher, how, p.vocab);
+        if (!draw.listed) return draw_from_row<true>(row, weigher, how, drawn);
     }
-    if (some_p && selected.kind != Selected::kListed) {
-        selected = select<true>(row, weigher, bins, 0, how.top_p, p.vocab);
-        weigher.cut = selected.cut;
-        limit = kLast;
-        target = selected.target;
-    }
-    if (selected.kind != Selected::kListed) return draw_from_row(row, weigher, how, found);
-    auto sent = Stretch::cluster().barrier_arrive();
-    if (!row.leads()) return;
-    Stretch::cluster().barrier_wait(std::move(sent));
-    const uint32_t token = draw_from_list(s, weigher, how, selected.listed, limit, target);
-    if (threadIdx.x == 0) found(token);
+    if (!row.leave_to_leader()) return;
+    const uint32_t token = draw_from_list(s, weigher, how, draw.tokens, draw.limit, draw.target);
+    if (threadIdx.x == 0) drawn(token);
 }
 
 // Counts tokens of one slot, when a request comes in or comes back: prompt tokens are only marked.
