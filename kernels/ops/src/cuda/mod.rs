@@ -140,6 +140,9 @@ impl Gpu {
         let facts = context.facts().clone();
         check(&facts)?;
         let kernels = Kernels::load(context, built::CUBINS, built::MISSING)?;
+        for name in crate::sample::cuda::HOLDING {
+            kernels.allow_shared(name, facts.shared_bytes)?;
+        }
         // Attributes are set once, so that launches only launch.
         for name in crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL) {
             kernels.allow_shared(name, facts.shared_bytes)?;

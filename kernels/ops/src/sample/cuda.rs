@@ -1,5 +1,6 @@
-//! Launches of the sampler and of log-probabilities, one block per row, all on the device.
+//! Launches of the sampler and of log-probabilities, one cluster of blocks per row, all on the device.
 //!
+//! A row lies in the shared memory of its cluster, so it is read once, and stays as it is.
 //! The order of steps is the contract's, and exponentials have the processor's bits; masses are exact
 //! integers instead of floating sums, so a draw differs from the processor's only where the random
 //! number lies within rounding of a border. Penalties read dense counts, `[slots, vocab]`, that the
@@ -124,15 +125,16 @@ unsafe impl Parameters for Params {}
 /// Operands of [`sample`].
 #[derive(Clone, Copy, Debug)]
 pub struct Sample<'a> {
-    /// f32 `[rows, vocab]`; changed by penalties, bias and bans.
+    /// f32 `[rows, vocab]`; not changed.
     pub logits: &'a DeviceSlice,
     /// Tokens of a row.
     pub vocab: usize,
     /// [`SampleRow`] each; slots and list places inside of what follows.
     pub how: &'a DeviceSlice,
-    /// u32 `[slots, vocab]` by [`count_tokens`]; none where no row has penalties.
+    /// u32 `[slots, vocab]` by [`count_tokens`], to which what is drawn is added; none where no row has
+    /// penalties.
     pub seen: Option<&'a DeviceSlice>,
-    /// u32 tokens and f32 values of all rows' biases.
+    /// u32 tokens and f32 values of all rows' biases; no row names a token twice.
     pub bias: Option<(&'a DeviceSlice, &'a DeviceSlice)>,
     /// u32 tokens of all rows' bans.
     pub banned: Option<&'a DeviceSlice>,
@@ -167,16 +169,93 @@ pub fn sample(on: Queue<'_>, rows: Rows<'_>, operands: &Sample<'_>) -> Result<()
         rows: dim(OP, rows.padded)?,
         vocab: dim(OP, vocab)?,
     };
-    Launch::new(on.kernel("sample")?, [params.rows, 1, 1], 1024).on(on.stream, &params)
+    launch(on, "sample", params.rows, vocab, true)?.on(on.stream, &params)
 }
 
-/// Masses of a whole row fit 64 bits up to here.
+/// Mirrors `GreedyParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GreedyParams {
+    logits: u64,
+    count: u64,
+    tokens: u64,
+    faults: u64,
+    rows: u32,
+    vocab: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `greedy`.
+unsafe impl Parameters for GreedyParams {}
+
+/// The likeliest token of every row, as [`sample`] finds it for [`SampleRow::GREEDY`], in less time.
+/// Of [`Sample`]'s operands these are `logits`, `tokens` and `faults`.
+///
+/// # Errors
+/// When an operand is too short, or the launch fails.
+pub fn greedy(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    vocab: usize,
+    logits: &DeviceSlice,
+    (tokens, faults): (&DeviceSlice, &DeviceSlice),
+) -> Result<(), CudaError> {
+    const OP: &str = "greedy";
+    check_vocab(OP, vocab)?;
+    need(OP, "logits", logits, &[rows.padded, vocab], 4)?;
+    need(OP, "tokens", tokens, &[rows.padded], 4)?;
+    need(OP, "faults", faults, &[rows.padded], 4)?;
+    let params = GreedyParams {
+        logits: logits.address(),
+        count: rows.count_address(),
+        tokens: tokens.address(),
+        faults: faults.address(),
+        rows: dim(OP, rows.padded)?,
+        vocab: dim(OP, vocab)?,
+    };
+    launch(on, OP, params.rows, vocab, false)?.on(on.stream, &params)
+}
+
+/// Kernels that hold a row in shared memory.
+pub(crate) const HOLDING: [&str; 2] = ["sample", "logprobs"];
+/// Threads of a block.
+const THREADS: u32 = 512;
+/// Blocks of a cluster, at most.
+const MOST_BLOCKS: usize = 8;
+/// Logits for which a row gets another block, until it has all: with fewer, barriers cost more than
+/// blocks save.
+const FEW_LOGITS: usize = 1 << 14;
+/// Logits that a block holds, at most.
+const MOST_LOGITS: usize = 49_152;
+
+/// A row longer than a cluster holds is refused.
 fn check_vocab(op: &'static str, vocab: usize) -> Result<(), CudaError> {
-    const MOST: usize = 1 << 19;
+    const MOST: usize = MOST_BLOCKS * MOST_LOGITS;
     if vocab == 0 || vocab > MOST {
-        return Err(shape(op, format!("a vocabulary of {vocab}")));
+        let why = format!("a vocabulary of {vocab}; clusters hold rows of 1 to {MOST} logits");
+        return Err(shape(op, why));
     }
     Ok(())
+}
+
+/// Blocks of a row, and the logits that each of them has.
+const fn cluster(vocab: usize) -> (usize, usize) {
+    let wanted = vocab.div_ceil(FEW_LOGITS).next_power_of_two();
+    let blocks = if wanted < MOST_BLOCKS { wanted } else { MOST_BLOCKS };
+    (blocks, vocab.div_ceil(blocks).next_multiple_of(4))
+}
+
+/// A cluster per row; `holds` where it keeps the row in shared memory.
+fn launch<'a>(
+    on: Queue<'a>,
+    kernel: &'static str,
+    rows: u32,
+    vocab: usize,
+    holds: bool,
+) -> Result<Launch<'a>, CudaError> {
+    let (blocks, logits) = cluster(vocab);
+    let blocks = dim(kernel, blocks)?;
+    let shared = if holds { dim(kernel, logits * size_of::<f32>())? } else { 0 };
+    let launch = Launch::new(on.kernel(kernel)?, [blocks, rows, 1], THREADS);
+    Ok(launch.cluster(blocks).shared(shared))
 }
 
 /// Mirrors `CountParams`.
@@ -294,5 +373,5 @@ pub fn logprobs(on: Queue<'_>, rows: Rows<'_>, operands: &Logprobs<'_>) -> Resul
         vocab: dim(OP, vocab)?,
         most: dim(OP, most)?,
     };
-    Launch::new(on.kernel("logprobs")?, [params.rows, 1, 1], 1024).on(on.stream, &params)
+    launch(on, OP, params.rows, vocab, true)?.on(on.stream, &params)
 }

@@ -27,13 +27,13 @@ struct Shared {
         } bins;
         unsigned long long list[kList];  // order key and inverted token; of the leader
     };
-    uint16_t above[kList], inside[kList];  // places in the stretch
+    uint16_t places[kList];  // of what is listed, in the stretch
     alignas(16) unsigned char boxes[2][kBlocks][kBoxBytes];
     unsigned long long arrived[kChunks];  // barriers of the copies
     unsigned long long parts[kWarps];
     unsigned long long before;
     uint32_t words[3][kWarps];
-    uint32_t found, above_count, inside_count;
+    uint32_t found, count;
 };
 
 __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {

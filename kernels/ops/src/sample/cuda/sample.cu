@@ -2,8 +2,8 @@
 // steps is the contract's: penalties, bias, bans, temperature, top-k, top-p, min-p, draw.
 //
 // Logits stay as they are: what is added and banned changes the copy in shared memory.
+#include "sample/cuda/list.cuh"
 #include "sample/cuda/read.cuh"
-#include "sample/cuda/select.cuh"
 
 struct SampleRow {
     uint64_t seed;
@@ -200,57 +200,6 @@ __device__ __forceinline__ void draw_from_row(Stretch& row, const Weigher& weigh
     }
 }
 
-// A logit that about as many tokens reach as are wanted, from the highest of each thread.
-__device__ __forceinline__ float reached_by(Stretch& row, const Bins& bins, float own, uint32_t wanted) {
-    Shared& s = row.s;
-    for (uint32_t i = threadIdx.x; i < kBins; i += kThreads) s.bins.low[i] = s.bins.high[i] = 0;
-    __syncthreads();
-    const uint32_t bin = bins.of(own, order_key(own));
-    if (bin != kLast) atomicAdd(&s.bins.low[bin], 1);
-    Stretch::cluster().sync();
-    find_bin(row, wanted);
-    return s.found == kLast ? bins.lowest : fmaxf(bins.lowest, bins.highest - (s.found + 1) / bins.per_logit);
-}
-
-// What is listed of a row.
-struct Listed {
-    uint64_t whole, mass;  // of the row, where it is wanted, and of the list
-    uint32_t tokens;
-};
-
-// Lists what reaches `bound`. Returns what all blocks listed, and how much `lower` ones did.
-template <bool kWhole>
-__device__ __forceinline__ Listed list_from(Stretch& row, const Weigher& weigher, float bound, uint32_t& lower) {
-    Shared& s = row.s;
-    if (threadIdx.x == 0) s.above_count = 0;
-    __syncthreads();
-    uint64_t whole = 0, listed = 0;
-    row.each([&](uint32_t at, float x) {
-        const uint64_t mass = kWhole ? weigher.mass(x) : 0;
-        whole += mass;
-        if (x >= bound) {
-            listed += mass;
-            const uint32_t place = atomicAdd(&s.above_count, 1);
-            if (place < kList) s.above[place] = static_cast<uint16_t>(at);
-        }
-    });
-    __syncthreads();
-    Listed mine = {0, 0, s.above_count};
-    if (kWhole) {
-        mine.whole = block_prefix(s, whole).whole;
-        mine.mass = block_prefix(s, listed).whole;
-    }
-    const Listed* all = row.exchange(mine);
-    Listed sum = {0, 0, 0};
-    for (uint32_t block = 0; block < row.blocks; ++block) {
-        if (block == row.rank) lower = sum.tokens;
-        sum.whole += Stretch::said(all, block).whole;
-        sum.mass += Stretch::said(all, block).mass;
-        sum.tokens += Stretch::said(all, block).tokens;
-    }
-    return sum;
-}
-
 // Up to here a filter by rank is served from one list; few rows have more that reach the bound.
 constexpr uint32_t kFew = 800;
 // Tokens that a list holds where a filter by mass says nothing of their number.
@@ -273,49 +222,38 @@ __device__ __forceinline__ Draw guess_list(Stretch& row, const Weigher& weigher,
     if ((some_k && how.top_k > kFew) || !(some_k || some_p || how.min_p > 0.0f)) return draw;
     float bound = weigher.highest + (logf(how.min_p) - kMargin) / weigher.scale;
     if (some_k || some_p) {
-        const Bins bins = bins_between(weigher.highest, fmaxf(lowest_top, least), false);
+        const Bins bins = bins_between(weigher.highest, fmaxf(lowest_top, least));
         bound = reached_by(row, bins, own, some_k ? how.top_k : kSome);
         // Where the highest of threads lie far apart, everything that has mass.
         if (bound == bins.lowest) bound = least;
     }
+    auto reaches = [&](float x, uint32_t) { return x >= bound; };
     uint32_t lower = 0;
     const bool by_mass = some_p && !some_k;
-    const Listed listed = by_mass ? list_from<true>(row, weigher, bound, lower) : list_from<false>(row, weigher, bound, lower);
+    const Listed listed = by_mass ? list_where<true>(row, weigher, reaches, lower) : list_where<false>(row, weigher, reaches, lower);
     if (listed.tokens > kList) return draw;
     if (some_k && listed.tokens < how.top_k && bound > least) return draw;
     if (by_mass) {
         draw.target = max(uint64_t(1), static_cast<uint64_t>(ceil(double(how.top_p) * double(listed.whole))));
         if (listed.mass < draw.target) return draw;
     }
-    send_list(row, row.s.above, row.s.above_count, lower);
+    send_list(row, lower);
     draw.listed = true;
     draw.tokens = listed.tokens;
     return draw;
 }
 
-// The cuts of rank and mass, wherever they lie.
-__device__ __forceinline__ Draw cut_row(Stretch& row, Weigher& weigher, const SampleRow& how, uint32_t vocab) {
+// Cuts by rank, then by mass, wherever the cuts lie. Out of line, since few rows come here and it needs
+// many registers.
+__device__ __noinline__ Cut cut_row(Stretch& row, Weigher weigher, const SampleRow& how, uint32_t vocab) {
     float lowest = INFINITY;
     row.each([&](uint32_t, float x) { lowest = fminf(lowest, x == -INFINITY ? INFINITY : x); });
     lowest = key_value(row_tops(row, block_tops(row.s, order_key(lowest))).lowest);
     // What has no mass is never drawn, and no cut depends on it.
-    const Bins bins = bins_between(weigher.highest, fmaxf(lowest, weigher.highest - kReach / weigher.scale), false);
-    Selected selected = {Selected::kAll, kKeepAll, 0, 0};
-    Draw draw = {false, 0, kLast, 0};
-    if (how.top_k > 0 && how.top_k < vocab) {
-        selected = select<false>(row, weigher, bins, how.top_k, 0.0f, vocab);
-        weigher.cut = selected.cut;
-        draw.limit = how.top_k;
-    }
-    if (how.top_p < 1.0f && selected.kind != Selected::kListed) {
-        selected = select<true>(row, weigher, bins, 0, how.top_p, vocab);
-        weigher.cut = selected.cut;
-        draw.limit = kLast;
-        draw.target = selected.target;
-    }
-    draw.listed = selected.kind == Selected::kListed;
-    draw.tokens = selected.listed;
-    return draw;
+    const Bins bins = bins_between(weigher.highest, fmaxf(lowest, weigher.highest - kReach / weigher.scale));
+    if (how.top_k > 0 && how.top_k < vocab) weigher.cut = select<false>(row, weigher, bins, how.top_k, 0.0f, vocab);
+    if (how.top_p < 1.0f) weigher.cut = select<true>(row, weigher, bins, 0, how.top_p, vocab);
+    return weigher.cut;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2) sample(const __grid_constant__ SampleParams p) {
@@ -365,12 +303,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sample(const __grid_co
     }
 
     Weigher weigher = {key_value(tops.highest), fminf(__fdiv_rn(1.0f, how.temperature), 3.402823466e38f), kKeepAll};
-    Draw draw = guess_list(row, weigher, how, p.vocab, key_value(tops.lowest), own);
+    const Draw draw = guess_list(row, weigher, how, p.vocab, key_value(tops.lowest), own);
     if (!draw.listed) {
         const bool cuts = (how.top_k > 0 && how.top_k < p.vocab) || how.top_p < 1.0f;
         if (!cuts) return draw_from_row<false>(row, weigher, how, drawn);
-        draw = cut_row(row, weigher, how, p.vocab);
-        if (!draw.listed) return draw_from_row<true>(row, weigher, how, drawn);
+        weigher.cut = cut_row(row, weigher, how, p.vocab);
+        return draw_from_row<true>(row, weigher, how, drawn);
     }
     if (!row.leave_to_leader()) return;
     const uint32_t token = draw_from_list(s, weigher, how, draw.tokens, draw.limit, draw.target);

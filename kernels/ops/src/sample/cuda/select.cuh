@@ -2,7 +2,7 @@
 //
 // Logits fall into bins of equal width between the likeliest and the lowest that matters, so that
 // even a flat row spreads out; the bin that holds the target is found from the sums of all blocks.
-// Where few tokens lie in it or before it they are listed; where many, their keys are cut into bins
+// Where few tokens lie in it they are listed and sorted; where many, their keys are cut into bins
 // again; where all have one key, the first by token are taken.
 #pragma once
 
@@ -20,25 +20,16 @@ struct Bins {
         // Every rounding is monotonic; of equal logits the product is not a number, which becomes 0.
         return x < lowest ? kLast : min(static_cast<uint32_t>((highest - x) * per_logit), kBins - 1);
     }
-    __device__ __forceinline__ bool above(uint32_t key) const { return by_key && key > top; }
 };
 
-// Bins from `highest` down to `lowest`; what lies below is left out unless `all`.
-__device__ __forceinline__ Bins bins_between(float highest, float lowest, bool all) {
-    return {highest, float(kBins) / (highest - lowest), all ? -INFINITY : lowest, 0, 0, 0, false};
+// Bins from `highest` down to `lowest`; what lies below is left out.
+__device__ __forceinline__ Bins bins_between(float highest, float lowest) {
+    return {highest, float(kBins) / (highest - lowest), lowest, 0, 0, 0, false};
 }
 
+// Tokens in a bin, and the keys there.
 struct Tally {
-    uint32_t above, inside;  // tokens before the bin that was found, and in it
-    uint32_t top, bottom;    // keys in it
-};
-
-// What a selection ended with.
-struct Selected {
-    enum Kind { kAll, kListed, kCut } kind;  // nothing is cut; candidates are with the leader; the cut
-    Cut cut;
-    uint32_t listed;
-    uint64_t target;  // as it was, or became of a share of the mass
+    uint32_t tokens, top, bottom;
 };
 
 __device__ __forceinline__ void add64(Shared& s, uint32_t bin, uint64_t amount) {
@@ -103,36 +94,26 @@ __device__ __forceinline__ void find_bin(const Stretch& row, uint64_t target) {
     __syncthreads();
 }
 
-// Lists the places of what lies before the bin `found` and in it; says how many there are in the row,
-// and `mine` of this block and `lower` ones.
-__device__ __forceinline__ Tally gather(Stretch& row, const Cut& cut, const Bins& bins, uint32_t found, Tally& lower) {
+// Lists the places of what lies in the bin `found`. Says how many there are in the row, and in `lower`
+// blocks.
+__device__ __forceinline__ Tally list_bin(Stretch& row, const Cut& cut, const Bins& bins, uint32_t found, uint32_t& lower) {
     Shared& s = row.s;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (threadIdx.x == 0) s.above_count = s.inside_count = 0;
+    if (threadIdx.x == 0) s.count = 0;
     __syncthreads();
     uint32_t top = 0, bottom = kLast;
-    auto list = [&](bool listed, uint16_t* places, uint32_t* count, uint32_t at) {
-        const uint32_t lanes = __ballot_sync(0xffffffff, listed);
-        if (lanes == 0) return;
-        uint32_t from = 0;
-        if (lane == 0) from = atomicAdd(count, __popc(lanes));
-        const uint32_t place = __shfl_sync(0xffffffff, from, 0) + __popc(lanes & ((1u << lane) - 1));
-        if (listed && place < kList) places[place] = static_cast<uint16_t>(at);
-    };
     row.each([&](uint32_t at, float x) {
         const uint32_t key = order_key(x);
-        bool above = false, inside = false;
-        if (at < row.len && cut.keeps(key, row.first + at)) {
-            const uint32_t bin = bins.of(x, key);
-            above = bins.above(key) || bin < found;
-            inside = bin == found && bin != kLast;
-        }
-        list(above, s.above, &s.above_count, at);
-        list(inside, s.inside, &s.inside_count, at);
-        if (inside) {
-            top = max(top, key);
-            bottom = min(bottom, key);
-        }
+        const bool inside = bins.of(x, key) == found && at < row.len && cut.keeps(key, row.first + at);
+        const uint32_t lanes = __ballot_sync(0xffffffff, inside);
+        if (lanes == 0) return;
+        uint32_t from = 0;
+        if (lane == 0) from = atomicAdd(&s.count, __popc(lanes));
+        const uint32_t place = __shfl_sync(0xffffffff, from, 0) + __popc(lanes & ((1u << lane) - 1));
+        if (!inside) return;
+        if (place < kList) s.places[place] = static_cast<uint16_t>(at);
+        top = max(top, key);
+        bottom = min(bottom, key);
     });
     top = __reduce_max_sync(0xffffffff, top);
     bottom = __reduce_min_sync(0xffffffff, bottom);
@@ -143,24 +124,23 @@ __device__ __forceinline__ Tally gather(Stretch& row, const Cut& cut, const Bins
     __syncthreads();
     top = __reduce_max_sync(0xffffffff, s.words[0][lane % kWarps]);
     bottom = __reduce_min_sync(0xffffffff, s.words[1][lane % kWarps]);
-    const Tally* all = row.exchange(Tally{s.above_count, s.inside_count, top, bottom});
-    Tally whole = {0, 0, 0, kLast};
+    const Tally* all = row.exchange(Tally{s.count, top, bottom});
+    Tally whole = {0, 0, kLast};
     for (uint32_t block = 0; block < row.blocks; ++block) {
-        if (block == row.rank) lower = whole;
+        if (block == row.rank) lower = whole.tokens;
         const Tally& other = Stretch::said(all, block);
-        whole.above += other.above;
-        whole.inside += other.inside;
+        whole.tokens += other.tokens;
         whole.top = max(whole.top, other.top);
         whole.bottom = min(whole.bottom, other.bottom);
     }
     return whole;
 }
 
-// Sends what `gather` listed to the leader, whose bins are over. A barrier must follow.
-__device__ __forceinline__ void send_list(const Stretch& row, const uint16_t* places, uint32_t count, uint32_t to) {
+// Sends what this block listed to the leader, whose bins are over. A barrier must follow.
+__device__ __forceinline__ void send_list(const Stretch& row, uint32_t to) {
     unsigned long long* list = Stretch::cluster().map_shared_rank(row.s.list, 0);
-    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-        const uint32_t at = places[i];
+    for (uint32_t i = threadIdx.x; i < row.s.count; i += kThreads) {
+        const uint32_t at = row.s.places[i];
         list[to + i] = uint64_t(order_key(row.logits[at])) << 32 | ~(row.first + at);
     }
 }
@@ -238,14 +218,14 @@ __device__ __forceinline__ uint32_t token_of_key(Stretch& row, const Cut& cut, u
     return token;
 }
 
-// `target` counts tokens, or it is made of `share`, that of the mass.
+// `target` counts tokens, or it is made of a `share` of the mass. Where it is not reached nothing more
+// is cut.
 template <bool kMass>
-__device__ Selected select(Stretch& row, const Weigher& weigher, Bins bins, uint64_t target, float share, uint32_t vocab) {
+__device__ Cut select(Stretch& row, const Weigher& weigher, Bins bins, uint64_t target, float share, uint32_t vocab) {
     Shared& s = row.s;
     // Lighter ones weigh less than 1 - share together, so the cut does not lie among them; half of it
     // leaves room for rounding.
     const uint64_t least = kMass ? max(1.0, (1.0 - double(share)) * double(kPoint) * 0.5 / vocab) : 1.0;
-    Selected selected = {Selected::kAll, weigher.cut, 0, target};
 #pragma unroll 1
     for (bool first = true;; first = false) {
         const uint64_t mine = fill_bins<kMass>(row, weigher, bins, least);
@@ -254,48 +234,32 @@ __device__ Selected select(Stretch& row, const Weigher& weigher, Bins bins, uint
         if (kMass && first) {
             uint64_t whole = 0;
             for (uint32_t block = 0; block < row.blocks; ++block) whole += Stretch::said(all, block);
-            target = selected.target = max(uint64_t(1), uint64_t(ceil(double(share) * double(whole))));
+            target = max(uint64_t(1), uint64_t(ceil(double(share) * double(whole))));
         }
         find_bin(row, target);
         const uint32_t found = s.found;
-        const uint64_t before = s.before;
         // In every block alike.
-        if (found == kLast) return selected;
-        target -= before;
-        Tally lower;
-        const Tally tally = gather(row, weigher.cut, bins, found, lower);
-        const bool whole_list = uint64_t(tally.above) + tally.inside <= kList;
-        if (whole_list || tally.inside <= kList) {
-            if (whole_list) {
-                send_list(row, s.above, s.above_count, lower.above);
-                send_list(row, s.inside, s.inside_count, tally.above + lower.inside);
-                selected.kind = Selected::kListed;
-                selected.listed = tally.above + tally.inside;
-                return selected;
-            }
-            send_list(row, s.inside, s.inside_count, lower.inside);
+        if (found == kLast) return weigher.cut;
+        target -= s.before;
+        uint32_t lower = 0;
+        const Tally tally = list_bin(row, weigher.cut, bins, found, lower);
+        if (tally.tokens <= kList) {
+            send_list(row, lower);
             Stretch::cluster().sync();
             Cut cut = weigher.cut;
             if (row.leads()) {
-                sort_list(s, tally.inside);
-                cut = cut_of_list<kMass>(s, weigher, tally.inside, target);
+                sort_list(s, tally.tokens);
+                cut = cut_of_list<kMass>(s, weigher, tally.tokens, target);
             }
-            selected.cut = Stretch::said(row.exchange(cut), 0);
-            selected.kind = Selected::kCut;
-            return selected;
+            return Stretch::said(row.exchange(cut), 0);
         }
         if (tally.top == tally.bottom) {
             const uint64_t each = kMass ? weigher.mass(key_value(tally.top)) : 1;
             const uint32_t token = token_of_key(row, weigher.cut, tally.top, (target + each - 1) / each);
-            selected.cut = {tally.top, token};
-            selected.kind = Selected::kCut;
-            return selected;
+            return {tally.top, token};
         }
         uint32_t shift = 0;
         while ((tally.top - tally.bottom) >> shift >= kBins) ++shift;
-        bins.by_key = true;
-        bins.top = tally.top;
-        bins.bottom = tally.bottom;
-        bins.shift = shift;
+        bins = {0.0f, 0.0f, 0.0f, tally.top, tally.bottom, shift, true};
     }
 }
