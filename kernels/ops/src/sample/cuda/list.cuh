@@ -18,13 +18,12 @@ __device__ __forceinline__ float reached_by(Stretch& row, const Bins& bins, floa
 // What is listed of a row.
 struct Listed {
     uint64_t whole, mass;  // of the row, where it is wanted, and of the list
-    uint32_t tokens;
+    uint32_t tokens, lower;  // of the row, and of the blocks before this one
 };
 
-// Lists the logits and places that `pick` takes. Returns what all blocks listed, and how much `lower`
-// ones did.
+// Lists the logits and places that `pick` takes. Returns what all blocks listed.
 template <bool kWhole, typename Pick>
-__device__ __forceinline__ Listed list_where(Stretch& row, const Weigher& weigher, Pick pick, uint32_t& lower) {
+__device__ __forceinline__ Listed list_where(Stretch& row, const Weigher& weigher, Pick pick) {
     Shared& s = row.s;
     if (threadIdx.x == 0) s.count = 0;
     __syncthreads();
@@ -39,15 +38,15 @@ __device__ __forceinline__ Listed list_where(Stretch& row, const Weigher& weighe
         }
     });
     __syncthreads();
-    Listed mine = {0, 0, s.count};
+    Listed mine = {0, 0, s.count, 0};
     if (kWhole) {
         mine.whole = block_prefix(s, whole).whole;
         mine.mass = block_prefix(s, listed).whole;
     }
     const Listed* all = row.exchange(mine);
-    Listed sum = {0, 0, 0};
+    Listed sum = {0, 0, 0, 0};
     for (uint32_t block = 0; block < row.blocks; ++block) {
-        if (block == row.rank) lower = sum.tokens;
+        if (block == row.rank) sum.lower = sum.tokens;
         sum.whole += Stretch::said(all, block).whole;
         sum.mass += Stretch::said(all, block).mass;
         sum.tokens += Stretch::said(all, block).tokens;

@@ -34,24 +34,24 @@ __device__ __forceinline__ double block_sum(Shared& s, double x) {
     return fold(lane < kWarps ? __longlong_as_double(s.parts[lane]) : 0.0);
 }
 
-// Lists just the `n` likeliest, whatever the row looks like. Out of line, since few rows come here.
-__device__ __noinline__ Listed list_by_cut(Stretch& row, Weigher weigher, uint32_t highest, uint32_t n, uint32_t& lower) {
+// Lists just the `n` likeliest, whatever the row looks like; the last to exchange anything. Out of line,
+// since few rows come here; by value, so that the caller keeps its stretch in registers.
+__device__ __noinline__ Listed list_by_cut(Stretch row, Weigher weigher, uint32_t highest, uint32_t n) {
     uint32_t shift = 0;
     while ((highest - kNothingKey) >> shift >= kBins) ++shift;
     const Bins all = {0.0f, 0.0f, 0.0f, highest, kNothingKey, shift, true};
     weigher.cut = select<false>(row, weigher, all, n, 0.0f, kLast);
-    return list_where<false>(row, weigher, [&](float x, uint32_t at) { return weigher.keeps(x, row.first + at); }, lower);
+    return list_where<false>(row, weigher, [&](float x, uint32_t at) { return weigher.keeps(x, row.first + at); });
 }
 
 // Lists the `n` likeliest, and perhaps others; says how many are listed.
 __device__ __forceinline__ uint32_t list_likeliest(Stretch& row, const Weigher& weigher, const Tops& tops, float own, uint32_t n) {
-    uint32_t lower = 0;
     const float bound = reached_by(row, bins_between(weigher.highest, key_value(tops.lowest)), own, n);
-    Listed listed = list_where<false>(row, weigher, [&](float x, uint32_t) { return x >= bound; }, lower);
+    Listed listed = list_where<false>(row, weigher, [&](float x, uint32_t) { return x >= bound; });
     if (listed.tokens < n || listed.tokens > kList) {
-        listed = list_by_cut(row, weigher, tops.highest, n, lower);
+        listed = list_by_cut(row, weigher, tops.highest, n);
     }
-    send_list(row, lower);
+    send_list(row, listed.lower);
     return listed.tokens;
 }
 

@@ -64,6 +64,22 @@ __device__ __forceinline__ float penalised(float logit, uint32_t seen, const Sam
     return __fsub_rn(logit, __fadd_rn(__fmul_rn(how.frequency, float(output)), how.presence));
 }
 
+// Where a row's result goes.
+struct Result {
+    uint32_t *token, *fault;
+    uint32_t* seen;  // the slot's counts, or null
+
+    __device__ __forceinline__ void drawn(uint32_t drawn) const {
+        *token = drawn;
+        *fault = 0;
+        if (seen != nullptr) seen[drawn] = (seen[drawn] + 1) | kSeen;
+    }
+    __device__ __forceinline__ void failed(uint32_t highest) const {
+        *token = 0;
+        *fault = highest >= kBadKey ? 1 : 2;
+    }
+};
+
 // Lowers what was seen before. Counts are on their way while the logits still are.
 __device__ __forceinline__ void penalise(const Stretch& row, const Source& source, const uint32_t* seen, const SampleRow& how) {
     constexpr uint32_t kAhead = 4;
@@ -164,8 +180,8 @@ __device__ __forceinline__ uint32_t draw_from_list(Shared& s, const Weigher& wei
 }
 
 // Draws by token from everything that is kept; one thread of the cluster finds it and says so.
-template <bool kCut, typename Found>
-__device__ __forceinline__ void draw_from_row(Stretch& row, const Weigher& weigher, const SampleRow& how, Found found) {
+template <bool kCut>
+__device__ __forceinline__ void draw_from_row(Stretch& row, const Weigher& weigher, const SampleRow& how, const Result& result) {
     const uint32_t run = row.run(), from = threadIdx.x * run, to = min(from + run, row.len), lane = threadIdx.x % 32;
     const float min_p = how.min_p;
     auto mass = [&](uint32_t at) -> uint64_t {
@@ -193,7 +209,7 @@ __device__ __forceinline__ void draw_from_row(Stretch& row, const Weigher& weigh
         const uint64_t here = warp_prefix(at < end ? mass(at) : 0) + before;
         const uint32_t lanes = __ballot_sync(0xffffffff, here >= target);
         if (lanes != 0) {
-            if (lane == __ffs(lanes) - 1) found(row.first + at);
+            if (lane == __ffs(lanes) - 1) result.drawn(row.first + at);
             return;
         }
         before = __shfl_sync(0xffffffff, here, 31);
@@ -228,24 +244,23 @@ __device__ __forceinline__ Draw guess_list(Stretch& row, const Weigher& weigher,
         if (bound == bins.lowest) bound = least;
     }
     auto reaches = [&](float x, uint32_t) { return x >= bound; };
-    uint32_t lower = 0;
     const bool by_mass = some_p && !some_k;
-    const Listed listed = by_mass ? list_where<true>(row, weigher, reaches, lower) : list_where<false>(row, weigher, reaches, lower);
+    const Listed listed = by_mass ? list_where<true>(row, weigher, reaches) : list_where<false>(row, weigher, reaches);
     if (listed.tokens > kList) return draw;
     if (some_k && listed.tokens < how.top_k && bound > least) return draw;
     if (by_mass) {
         draw.target = max(uint64_t(1), static_cast<uint64_t>(ceil(double(how.top_p) * double(listed.whole))));
         if (listed.mass < draw.target) return draw;
     }
-    send_list(row, lower);
+    send_list(row, listed.lower);
     draw.listed = true;
     draw.tokens = listed.tokens;
     return draw;
 }
 
-// Cuts by rank, then by mass, wherever the cuts lie. Out of line, since few rows come here and it needs
-// many registers.
-__device__ __noinline__ Cut cut_row(Stretch& row, Weigher weigher, const SampleRow& how, uint32_t vocab) {
+// Cuts by rank, then by mass, wherever the cuts lie, and draws. Out of line, since few rows come here;
+// by value, so that the caller keeps its own in registers.
+__device__ __noinline__ void cut_and_draw(Stretch row, Weigher weigher, const SampleRow& how, uint32_t vocab, Result result) {
     float lowest = INFINITY;
     row.each([&](uint32_t, float x) { lowest = fminf(lowest, x == -INFINITY ? INFINITY : x); });
     lowest = key_value(row_tops(row, block_tops(row.s, order_key(lowest))).lowest);
@@ -253,7 +268,7 @@ __device__ __noinline__ Cut cut_row(Stretch& row, Weigher weigher, const SampleR
     const Bins bins = bins_between(weigher.highest, fmaxf(lowest, weigher.highest - kReach / weigher.scale));
     if (how.top_k > 0 && how.top_k < vocab) weigher.cut = select<false>(row, weigher, bins, how.top_k, 0.0f, vocab);
     if (how.top_p < 1.0f) weigher.cut = select<true>(row, weigher, bins, 0, how.top_p, vocab);
-    return weigher.cut;
+    draw_from_row<true>(row, weigher, how, result);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2) sample(const __grid_constant__ SampleParams p) {
@@ -276,15 +291,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sample(const __grid_co
     const Tops here = block_tops(s, order_key(own));
     Stretch::cluster().barrier_wait(std::move(started));
 
-    auto drawn = [&](uint32_t token) {
-        p.tokens[index] = token;
-        p.faults[index] = 0;
-        if (has_penalties) seen[token] = (seen[token] + 1) | kSeen;
-    };
-    auto failed = [&](uint32_t highest) {
-        p.tokens[index] = 0;
-        p.faults[index] = highest >= kBadKey ? 1 : 2;
-    };
+    const Result result = {p.tokens + index, p.faults + index, seen};
     if (greedy) {
         const uint32_t first = first_of(row, here.highest, order_key(own) == here.highest);
         const uint2* all = row.tell_leader(uint2{here.highest, first});
@@ -294,25 +301,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sample(const __grid_co
             // Blocks are in the order of tokens: of equal ones the first stays.
             if (Stretch::said(all, block).x > best.x) best = Stretch::said(all, block);
         }
-        return best.x >= kBadKey || best.x == kNothingKey ? failed(best.x) : drawn(best.y);
+        return best.x >= kBadKey || best.x == kNothingKey ? result.failed(best.x) : result.drawn(best.y);
     }
     const Tops tops = row_tops(row, here);
     if (tops.highest >= kBadKey || tops.highest == kNothingKey) {
-        if (row.leads() && threadIdx.x == 0) failed(tops.highest);
+        if (row.leads() && threadIdx.x == 0) result.failed(tops.highest);
         return;
     }
 
-    Weigher weigher = {key_value(tops.highest), fminf(__fdiv_rn(1.0f, how.temperature), 3.402823466e38f), kKeepAll};
+    const Weigher weigher = {key_value(tops.highest), fminf(__fdiv_rn(1.0f, how.temperature), 3.402823466e38f), kKeepAll};
     const Draw draw = guess_list(row, weigher, how, p.vocab, key_value(tops.lowest), own);
     if (!draw.listed) {
         const bool cuts = (how.top_k > 0 && how.top_k < p.vocab) || how.top_p < 1.0f;
-        if (!cuts) return draw_from_row<false>(row, weigher, how, drawn);
-        weigher.cut = cut_row(row, weigher, how, p.vocab);
-        return draw_from_row<true>(row, weigher, how, drawn);
+        if (cuts) return cut_and_draw(row, weigher, how, p.vocab, result);
+        return draw_from_row<false>(row, weigher, how, result);
     }
     if (!row.leave_to_leader()) return;
     const uint32_t token = draw_from_list(s, weigher, how, draw.tokens, draw.limit, draw.target);
-    if (threadIdx.x == 0) drawn(token);
+    if (threadIdx.x == 0) result.drawn(token);
 }
 
 // Counts tokens of one slot, when a request comes in or comes back: prompt tokens are only marked.
