@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Model, Setup, agreement, equalities, families, goldens, greedy, naive, native, poison,
+    Model, Setup, agreement, equalities, families, goldens, greedy, naive, native, origins, poison,
 };
 use engine::{CudaError, Device, EngineError, KvDtype};
 use std::io::Write;
@@ -159,6 +159,12 @@ fn captured_steps_equal_launched_ones() {
         }
     }
     equalities::a_batch_of_32_equals_one_by_one_of(captured, TOLERANCE, 2);
+}
+
+#[test]
+fn weights_are_the_same_from_everywhere() {
+    let Some((setup, _turn)) = cuda() else { return };
+    origins::weights_are_the_same_from_everywhere(setup);
 }
 
 #[test]

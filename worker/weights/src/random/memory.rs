@@ -11,8 +11,8 @@ use crate::slice::{Buffer, Element};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 
-/// Elements that one job makes.
-const CHUNK: usize = 1 << 20;
+/// Elements that one job makes: an expert's matrix of a few million is still a job for every core.
+const CHUNK: usize = 1 << 17;
 
 impl Weights {
     /// Makes random tensors in memory, with the values that [`crate::write_random`] would put into
