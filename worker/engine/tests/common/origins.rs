@@ -13,7 +13,9 @@ fn leaked<T: WeightSource + 'static>(source: T) -> &'static dyn WeightSource {
 
 /// Results are equal to the bit, whatever type weights are stored in and computed with.
 pub fn weights_are_the_same_from_everywhere(setup: Setup) {
-    for (name, config) in families() {
+    // With biases and one matrix used twice, with experts, with a latent cache.
+    const THESE: [&str; 3] = ["llama, biases, tied", "qwen3_moe", "deepseek_v3"];
+    for (name, config) in families().into_iter().filter(|(name, _)| THESE.contains(name)) {
         let model = Model::new(&config, 21);
         let random = &model.random;
         for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
