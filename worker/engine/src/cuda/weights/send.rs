@@ -6,6 +6,9 @@
 //! decides no place. Invariant: when [`send`] returns, every byte has arrived, or an error says which
 //! weight did not.
 
+#[cfg(test)]
+mod tests;
+
 use crate::{EngineError, WeightError};
 use device::cuda::{Context, DeviceSlice, Stream, Upload};
 use half::slice::HalfFloatSliceExt;
@@ -46,22 +49,24 @@ pub(super) enum Elements<'a> {
     Vector(Cow<'a, [f32]>),
 }
 
-impl Transfer<'_> {
-    /// Writes some of the elements to `to`; `raw` holds them as they are stored where that differs.
+impl Elements<'_> {
+    /// Writes some of them as `dtype`; `raw` holds them as they are stored where that differs.
     fn write(
         &self,
+        name: &str,
         range: Range<usize>,
+        dtype: Dtype,
         raw: &mut Vec<f32>,
         to: &mut [u8],
     ) -> Result<(), WeightError> {
-        let stored = match &self.from {
-            Elements::Stored(stored) => stored,
-            Elements::Held(data) => {
-                convert(data.range(range), self.dtype, to);
+        let stored = match self {
+            Self::Stored(stored) => stored,
+            Self::Held(data) => {
+                convert(data.range(range), dtype, to);
                 return Ok(());
             }
-            Elements::Vector(data) => {
-                convert(WeightSlice::F32(&data[range]), self.dtype, to);
+            Self::Vector(data) => {
+                convert(WeightSlice::F32(&data[range]), dtype, to);
                 return Ok(());
             }
         };
@@ -69,10 +74,10 @@ impl Transfer<'_> {
         let read = |to: &mut [u8]| {
             stored.read(range.start * size, to).map_err(|source| {
                 let path = stored.path().to_owned();
-                WeightError::Read { name: self.name.to_owned(), path, source }
+                WeightError::Read { name: name.to_owned(), path, source }
             })
         };
-        if let (Float::F32, Dtype::F32) | (Float::Bf16, Dtype::Bf16) = (stored.float, self.dtype) {
+        if let (Float::F32, Dtype::F32) | (Float::Bf16, Dtype::Bf16) = (stored.float, dtype) {
             return read(to);
         }
         let bytes = range.len() * size;
@@ -84,7 +89,7 @@ impl Transfer<'_> {
             Float::Bf16 => WeightSlice::Bf16(<[bf16]>::ref_from_bytes(raw).expect(ALIGNED)),
             Float::F16 => WeightSlice::F16(<[f16]>::ref_from_bytes(raw).expect(ALIGNED)),
         };
-        convert(elements, self.dtype, to);
+        convert(elements, dtype, to);
         Ok(())
     }
 }
@@ -165,7 +170,8 @@ impl Work<'_> {
             let size = transfer.dtype.size();
             let to = transfer.to.slice(range.start * size..range.end * size);
             let upload = &mut uploads[turn % 2];
-            transfer.write(range.clone(), &mut raw, &mut upload.edit()?[..to.bytes()])?;
+            let room = &mut upload.edit()?[..to.bytes()];
+            transfer.from.write(transfer.name, range.clone(), transfer.dtype, &mut raw, room)?;
             upload.send(self.stream, &to)?;
             let sent = to.bytes() as u64;
             (self.report)(self.done.fetch_add(sent, Ordering::Relaxed) + sent, self.total);
