@@ -141,7 +141,9 @@ impl Gpu {
         check(&facts)?;
         let kernels = Kernels::load(context, built::CUBINS, built::MISSING)?;
         // Attributes are set once, so that launches only launch.
-        for name in crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL) {
+        let pieces = [crate::mla::cuda::decode::DECODE];
+        let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
+        for name in large {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }
         Ok(Self { kernels, facts })
