@@ -352,7 +352,7 @@ fn latent(bench: &Bench, rows: usize, context: usize) -> Outcome {
     let (segments, tables) = step(rows, context, 64 * width);
     let blocks = bench.gpu.facts().multiprocessors as usize;
     let mut cut = pieces::Cut::default();
-    cut.make(&segments, &tables, MLA.heads, blocks);
+    cut.make(&segments, &tables, rows, MLA.heads, blocks);
     let (most, slots) = pieces::Cut::most(rows, MLA.heads, blocks);
     let mut words: Vec<u32> = cut.pieces.iter().flat_map(pieces::Piece::words).collect();
     words.resize(most * pieces::Piece::WORDS, 0);
@@ -377,7 +377,7 @@ fn latent(bench: &Bench, rows: usize, context: usize) -> Outcome {
         let kv = bench.distinct(i, cache);
         let map = pieces::cache_map(&kv)?;
         let (slots, tables, map) = (&slot_words, &tables, &map);
-        let plan = pieces::Plan { map, pieces: &words, slots, tables, blocks };
+        let plan = pieces::Plan { map, pieces: &words, slots, tables, blocks, decodes: rows };
         let kv = Tensor::new(&kv, BF16);
         if alone {
             let queries = [query(0), query(512)];

@@ -24,8 +24,8 @@ use step::{
     StepPlan, StepTiming, Upload,
 };
 
-/// Alignment of super-blocks: a cache line and the widest vector.
-const ALIGNMENT: u64 = 64;
+/// Alignment of super-blocks: two cache lines, which a device's copy engine takes as one.
+const ALIGNMENT: u64 = 128;
 /// The most rows of the slot table.
 const MAX_SLOTS: u32 = 1 << 16;
 /// The most tokens of one step.

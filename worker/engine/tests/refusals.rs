@@ -86,7 +86,7 @@ fn a_configuration_that_does_not_fit_names_its_field() {
         max_step_tokens: Tokens(64),
         max_context: Tokens(512),
         carving: Carving {
-            super_bytes: Bytes(block.next_multiple_of(64)),
+            super_bytes: Bytes(block.next_multiple_of(128)),
             supers: 2,
             per_super: vec![1, 1],
         },

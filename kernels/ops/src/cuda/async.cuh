@@ -31,11 +31,11 @@ __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, uint32_
                  "l"(from), "r"(bytes), "r"(bar)
                  : "memory");
 }
-// A box of a tensor map at (c0, c1, c2), innermost first.
-__device__ __forceinline__ void tensor_load_3d(uint32_t to, const void* map, int c0, int c1, int c2, uint32_t bar) {
+// A box of a tensor map at (c0, c1), innermost first.
+__device__ __forceinline__ void tensor_load_2d(uint32_t to, const void* map, int c0, int c1, uint32_t bar) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];\n" ::"r"(to),
-        "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(bar)
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\n" ::"r"(to),
+        "l"(map), "r"(c0), "r"(c1), "r"(bar)
         : "memory");
 }
 // Until the kernels before have ended and their writes are seen.

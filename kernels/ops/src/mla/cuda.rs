@@ -136,6 +136,26 @@ pub enum Core<'a> {
     Tiles(&'a Plan<'a>, &'a Partials),
     /// Pieces of equal work: decoding rows of the widths that [`decode::serves`] says.
     Pieces(&'a decode::Plan<'a>, &'a decode::Partials),
+    /// Tiles for the rows of chunks, pieces for the others.
+    Both((&'a Plan<'a>, &'a Partials), (&'a decode::Plan<'a>, &'a decode::Partials)),
+}
+
+impl<'a> Core<'a> {
+    const fn tiles(self) -> Option<(&'a Plan<'a>, &'a Partials)> {
+        match self {
+            Self::Tiles(plan, partials) | Self::Both((plan, partials), _) => Some((plan, partials)),
+            Self::Pieces(..) => None,
+        }
+    }
+
+    const fn pieces(self) -> Option<(&'a decode::Plan<'a>, &'a decode::Partials)> {
+        match self {
+            Self::Pieces(plan, partials) | Self::Both(_, (plan, partials)) => {
+                Some((plan, partials))
+            }
+            Self::Tiles(..) => None,
+        }
+    }
 }
 
 /// `q` is `[rows, heads * (nope + rope)]`, rotated; `out` `[rows, heads * v]`; both of the arena's type.
@@ -191,14 +211,13 @@ pub fn attention(
         Query { address: rotated, row: heads * width, head: width },
     ];
     let results = &scratch.results;
-    match core {
-        Core::Tiles(plan, partials) => {
-            let shape = shape_of(mla, dtype);
-            flash::attention(on, rows, &shape, queries, layer, arena, plan, partials, results)?;
-        }
-        Core::Pieces(plan, partials) => {
-            decode::attention(on, rows, mla, queries, layer, arena, plan, partials, results)?;
-        }
+    // Merging splits writes something into every row; pieces come after, with what holds for theirs.
+    if let Some((plan, partials)) = core.tiles() {
+        let shape = shape_of(mla, dtype);
+        flash::attention(on, rows, &shape, queries, layer, arena, plan, partials, results)?;
+    }
+    if let Some((plan, partials)) = core.pieces() {
+        decode::attention(on, rows, mla, queries, layer, arena, plan, partials, results)?;
     }
 
     // The value half of head h begins `nope` rows into its part of `kv_b`.

@@ -153,9 +153,14 @@ impl Cuda {
         let mut arena = Arena::new(DeviceMemory::allocate(&self.context, "steps", bytes)?);
         let arena = &mut arena;
         let (lines, v_width) = sizes.partials(&limits);
-        let mla = |mla| mla::cuda::Scratch::take(arena, mla, sizes.dtype, rows, lines);
+        let partials = Partials::take(arena, lines, v_width)?;
+        let mla = |mla| mla::cuda::Scratch::take(arena, mla, sizes.dtype, rows);
         let mla = sizes.mla.as_ref().map(mla).transpose()?;
-        let partials = mla.is_none().then(|| Partials::take(arena, lines, v_width)).transpose()?;
+        let pieces = |slots| {
+            let map = mla::cuda::decode::cache_map(&cache)?;
+            Ok::<_, CudaError>((map, mla::cuda::decode::Partials::take(arena, slots)?))
+        };
+        let pieces = sizes.piece_slots(&limits).map(pieces).transpose()?;
         let moe = |shape| {
             let ExpertShape { top_k, held, hidden, intermediate } = shape;
             moe::cuda::Scratch::take(arena, sizes.dtype, rows, top_k, held, hidden, intermediate)
@@ -167,7 +172,7 @@ impl Cuda {
             graphs: Graphs::default(),
             inputs: Inputs::take(&self.context, arena, sizes, &limits)?,
             activations: Activations::take(arena, sizes, &limits)?,
-            scratch: Scratch { partials, mla, moe, choices },
+            scratch: Scratch { partials, mla, pieces, moe, choices },
             cache,
             draws: Draws::take(&self.context, arena, sizes)?,
             download: Download::new(&self.context, sizes.logits_bytes())?,

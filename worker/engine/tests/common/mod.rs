@@ -220,7 +220,7 @@ impl Model {
             .expect("weights as the program wants them");
         let hello = engine.hello();
         let largest = hello.groups.iter().map(|g| g.block_bytes.0).max().expect("a group");
-        let super_bytes = (largest * 3 + 64).next_multiple_of(64);
+        let super_bytes = (largest * 3 + 64).next_multiple_of(hello.alignment.0);
         let supers = 90;
         let per_super: Vec<u32> =
             hello.groups.iter().map(|g| (super_bytes / g.block_bytes.0) as u32).collect();

@@ -18,6 +18,8 @@ const WIDTH: usize = LATENT + ROPE;
 const LINES: usize = 16;
 /// Keys of one copy; pieces begin on multiples.
 const UNIT: u32 = 16;
+/// Elements of a line of the cache as the copy engine swizzles it; blocks begin on multiples.
+pub const LINE: usize = 64;
 const THREADS: u32 = 256;
 /// Bytes of the kernel's `Shared`.
 const SHARED: u32 = 168_976;
@@ -67,16 +69,15 @@ impl Piece {
     }
 }
 
-/// Whether this kernel serves the shape over a cache whose blocks begin on multiples of
-/// `block_stride` elements.
+/// Whether this kernel serves the shape over a cache whose blocks begin on multiples of [`LINE`].
 #[must_use]
-pub const fn serves(mla: &Mla, layer: KvLayer, dtype: Dtype, block_stride: usize) -> bool {
+pub const fn serves(mla: &Mla, layer: KvLayer, dtype: Dtype) -> bool {
     matches!(dtype, Dtype::Bf16)
+        && mla.heads > 0
         && mla.latent == LATENT
         && mla.rope == ROPE
         && layer.row == WIDTH
-        && layer.offset.is_multiple_of(WIDTH)
-        && block_stride.is_multiple_of(WIDTH)
+        && layer.offset.is_multiple_of(LINE)
 }
 
 /// The cut of a step.
@@ -84,7 +85,8 @@ pub const fn serves(mla: &Mla, layer: KvLayer, dtype: Dtype, block_stride: usize
 pub struct Cut {
     /// The first of every block, then the others.
     pub pieces: Vec<Piece>,
-    /// Of every row and group of heads: its first slot, and how many; 0 where it has one piece.
+    /// Of every row of the step and group of heads: its first slot, and how many; 0 where it has one
+    /// piece, or none.
     pub slots: Vec<[u32; 2]>,
     /// The last piece of every block.
     last: Vec<u32>,
@@ -128,7 +130,19 @@ fn lines(segments: &[Segment], heads: usize) -> impl Iterator<Item = Line> {
 }
 
 impl Cut {
-    /// The most pieces and slots of partial results of steps of `rows` rows on `blocks` blocks.
+    /// With room for steps of `rows` rows of which up to `decodes` are cut.
+    #[must_use]
+    pub fn with_capacity(rows: usize, decodes: usize, heads: usize, blocks: usize) -> Self {
+        let (pieces, slots) = Self::most(decodes, heads, blocks);
+        Self {
+            pieces: Vec::with_capacity(pieces),
+            slots: Vec::with_capacity(Self::slot_entries(rows, heads)),
+            last: Vec::with_capacity(blocks),
+            parts: Vec::with_capacity(slots),
+        }
+    }
+
+    /// The most pieces and slots of partial results where `rows` rows are cut for `blocks` blocks.
     #[must_use]
     pub const fn most(rows: usize, heads: usize, blocks: usize) -> (usize, usize) {
         let lines = rows * heads.div_ceil(LINES);
@@ -141,9 +155,17 @@ impl Cut {
         rows * heads.div_ceil(LINES)
     }
 
-    /// Cuts the rows of `segments` (decodes: few rows each) for `blocks` blocks. `tables` are element
-    /// offsets of cache blocks. Allocates nothing beyond what [`Cut::most`] says once it has.
-    pub fn make(&mut self, segments: &[Segment], tables: &[u64], heads: usize, blocks: usize) {
+    /// Cuts the rows of `segments` (decodes: few rows each) of a step of `rows` rows for `blocks`
+    /// blocks. `tables` are element offsets of cache blocks. Allocates nothing within
+    /// [`Cut::with_capacity`].
+    pub fn make(
+        &mut self,
+        segments: &[Segment],
+        tables: &[u64],
+        rows: usize,
+        heads: usize,
+        blocks: usize,
+    ) {
         let mut parts = std::mem::take(&mut self.parts);
         let room = Room::choose(segments, heads, blocks as u32, &mut parts);
         self.pieces.clear();
@@ -151,6 +173,8 @@ impl Cut {
         self.last.clear();
         self.last.resize(blocks, WHOLE);
         self.slots.clear();
+        self.slots.resize(Self::slot_entries(rows, heads), [0, 0]);
+        let groups = heads.div_ceil(LINES);
         let mut slots = 0;
         room.walk(lines(segments, heads), &mut parts, |line, parts| {
             let partial = parts.len() > 1;
@@ -173,7 +197,10 @@ impl Cut {
                 };
                 self.push(block, piece);
             }
-            self.slots.push(if partial { [first, slots - first] } else { [0, 0] });
+            if partial {
+                let entry = line.row as usize * groups + line.head as usize / LINES;
+                self.slots[entry] = [first, slots - first];
+            }
         });
         self.parts = parts;
     }
@@ -235,8 +262,8 @@ impl Room {
         used < self.blocks
     }
 
-    /// Calls `each` with the parts (block, first key, end) of every line, in order. Blocks beyond the
-    /// last are named where the room is too small.
+    /// Calls `each` with the parts (block, first key, end) of every line, in order. A block beyond the
+    /// last is named where the room is too small.
     fn walk(
         self,
         lines: impl Iterator<Item = Line>,
@@ -268,12 +295,16 @@ impl Room {
                     parts.push((block, begin, end));
                     begin = end;
                 } else if used == 0 {
-                    // The room does not even hold a grain: say so by going beyond the last block.
+                    // The room does not even hold a grain.
                     parts.push((u32::MAX, begin, line.context));
                     break;
                 }
                 block += 1;
                 used = 0;
+                if block >= self.blocks {
+                    parts.push((u32::MAX, begin, line.context));
+                    break;
+                }
             }
             each(line, parts);
         }
@@ -323,10 +354,8 @@ unsafe impl Parameters for MergeParams {}
 /// # Errors
 /// When the driver refuses the shape.
 pub fn cache_map(arena: &DeviceSlice) -> Result<TensorMap, CudaError> {
-    let rows = arena.bytes() / (WIDTH * 2);
-    let line = 64;
-    let dims = [line, (WIDTH as u64) / line, rows as u64];
-    let boxes = [line as u32, (WIDTH as u64 / line) as u32, UNIT];
+    let dims = [LINE as u64, (arena.bytes() / (LINE * 2)) as u64];
+    let boxes = [LINE as u32, UNIT * (WIDTH / LINE) as u32];
     TensorMap::bf16(arena, dims, boxes, Swizzle::Bytes128)
 }
 
@@ -343,6 +372,8 @@ pub struct Plan<'a> {
     pub tables: &'a DeviceSlice,
     /// Blocks of the cut.
     pub blocks: usize,
+    /// Rows that are cut, at most.
+    pub decodes: usize,
 }
 
 /// Partial results.
@@ -389,10 +420,10 @@ pub fn attention(
     partials: &Partials,
     out: &DeviceSlice,
 ) -> Result<(), CudaError> {
-    if !serves(mla, layer, arena.dtype, WIDTH) {
+    if !serves(mla, layer, arena.dtype) {
         return Err(shape(OP, format!("{mla:?} over {layer:?} in pieces")));
     }
-    let (most, slots) = Cut::most(rows.padded, mla.heads, plan.blocks);
+    let (most, slots) = Cut::most(plan.decodes, mla.heads, plan.blocks);
     need(OP, "pieces", plan.pieces, &[most, Piece::WORDS], 4)?;
     need(OP, "slots", plan.slots, &[Cut::slot_entries(rows.padded, mla.heads), 2], 4)?;
     need(OP, "partial sums", &partials.sums, &[slots, LINES, LATENT], 4)?;
@@ -451,8 +482,10 @@ mod tests {
 
     fn cut(segments: &[Segment], heads: usize, blocks: usize) -> Cut {
         let tables: Vec<u64> = (0..1 << 20).map(|block| block * 1000).collect();
+        let rows = segments.iter().map(|s| s.start + s.len).max().unwrap_or(0) as usize;
         let mut cut = Cut::default();
-        cut.make(segments, &tables, heads, blocks);
+        cut.make(segments, &tables, rows + 1, heads, blocks);
+        assert_eq!(cut.slots.len(), Cut::slot_entries(rows + 1, heads));
         cut
     }
 
@@ -481,7 +514,9 @@ mod tests {
             }
             fullest = fullest.max(units);
         }
-        for (index, line) in lines(segments, heads).enumerate() {
+        let groups = heads.div_ceil(LINES);
+        for line in lines(segments, heads) {
+            let index = line.row as usize * groups + line.head as usize / LINES;
             let of_line = |p: &&Piece| (p.row, p.head) == (line.row, line.head);
             let mut mine: Vec<Piece> = all.iter().filter(of_line).copied().collect();
             mine.sort_by_key(|piece| piece.begin);
@@ -519,6 +554,27 @@ mod tests {
             Segment { start: 3, len: 2, context: 200, table: 1 },
         ];
         check(&several, 16, 132);
+        // Between the rows of chunks, which are not cut.
+        let among = [
+            Segment { start: 7, len: 1, context: 5000, table: 0 },
+            Segment { start: 300, len: 1, context: 64, table: 90 },
+        ];
+        check(&among, 40, 132);
+    }
+
+    #[test]
+    fn cutting_stays_within_its_capacity() {
+        let (rows, heads, blocks) = (64, 40, 132);
+        let mut cut = Cut::with_capacity(rows, rows, heads, blocks);
+        let room = |cut: &Cut| {
+            [cut.pieces.capacity(), cut.slots.capacity(), cut.last.capacity(), cut.parts.capacity()]
+        };
+        let before = room(&cut);
+        let tables = vec![0_u64; 1 << 17];
+        for contexts in [vec![100_000; 64], vec![100_000], vec![1; 64], (1..65).collect()] {
+            cut.make(&decodes(&contexts), &tables, rows, heads, blocks);
+        }
+        assert_eq!(room(&cut), before);
     }
 
     #[test]

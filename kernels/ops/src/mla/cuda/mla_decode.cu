@@ -20,6 +20,7 @@ constexpr int kLatent = 512;
 constexpr int kWidth = 576;     // latent and rope
 constexpr int kPitch = 584;     // of a query in shared memory: an odd number of 16-byte units
 constexpr int kBox = 16;        // keys of one copy
+constexpr int kLine = 64;       // elements that are swizzled together
 constexpr int kLines = 16;      // heads of a piece, padded
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
@@ -43,7 +44,7 @@ struct Piece {
 constexpr uint32_t kWhole = 0xffffffff;
 
 struct Params {
-    TensorMap cache;      // the arena as [rows, 9, 64] in boxes of 16 rows
+    TensorMap cache;      // the arena as lines of 64 elements, in boxes of 16 keys
     const bf16* q;        // latent part of every line
     const bf16* q_rest;   // rotated part
     bf16* out;            // [rows, heads, 512]
@@ -94,12 +95,13 @@ __device__ __forceinline__ void load_tile(const Params& p, Shared& s, int stage,
     uint64_t at = c.at.at;
     const uint64_t bytes = p.layer_offset + uint64_t(kBlock) * kWidth;
     if (at > p.arena_elements || bytes > p.arena_elements - at) at = 0;
-    const int row = int((at + p.layer_offset) / kWidth) + c.begin % kBlock;
+    const int line = int((at + p.layer_offset) / kLine) + int(c.begin % kBlock) * (kWidth / kLine);
     const uint32_t bar = shared_address(&s.full[stage]);
     fence_async();
     barrier_expect(bar, boxes * kBox * kWidth * 2);
     for (uint32_t i = 0; i < boxes; i++) {
-        tensor_load_3d(shared_address(&s.kv[stage][i * kBox][0]), &p.cache, 0, 0, row + int(i) * kBox, bar);
+        const int from = line + int(i) * kBox * (kWidth / kLine);
+        tensor_load_2d(shared_address(&s.kv[stage][i * kBox][0]), &p.cache, 0, from, bar);
     }
 }
 
