@@ -40,21 +40,42 @@ impl TensorMap {
         boxes: [u32; N],
         swizzle: Swizzle,
     ) -> Result<Self, CudaError> {
+        let mut strides = [1_u64; N];
+        for i in 1..N {
+            strides[i] = strides[i - 1].saturating_mul(dims[i - 1]);
+        }
+        Self::bf16_strided(slice, dims, strides, boxes, swizzle)
+    }
+
+    /// As [`TensorMap::bf16`], with `strides` elements from one index of a dimension to the next; of
+    /// the innermost it is 1. Dimensions may be in any order.
+    ///
+    /// # Errors
+    /// As [`TensorMap::bf16`].
+    pub fn bf16_strided<const N: usize>(
+        slice: &DeviceSlice,
+        dims: [u64; N],
+        strides: [u64; N],
+        boxes: [u32; N],
+        swizzle: Swizzle,
+    ) -> Result<Self, CudaError> {
         const SIZE: u64 = 2;
-        let refused = |why: String| CudaError::Shape { op: OP, why };
-        let elements = dims.iter().try_fold(1_u64, |all, dim| all.checked_mul(*dim));
-        let elements = elements.ok_or_else(|| refused(format!("{dims:?}")))?;
-        let needed = usize::try_from(elements.saturating_mul(SIZE)).unwrap_or(usize::MAX);
+        let last = dims.iter().zip(&strides).try_fold(0_u64, |all, (dim, stride)| {
+            dim.checked_sub(1)?.checked_mul(*stride)?.checked_add(all)
+        });
+        let needed = last.and_then(|last| last.checked_add(1)?.checked_mul(SIZE));
+        let needed = needed.filter(|_| strides.first() == Some(&1)).ok_or_else(|| {
+            CudaError::Shape { op: OP, why: format!("{dims:?} by {strides:?}") }
+        })?;
+        let needed = usize::try_from(needed).unwrap_or(usize::MAX);
         if needed > slice.bytes() {
             let got = slice.bytes();
             return Err(CudaError::Operand { op: OP, what: "memory", needed, got });
         }
-        // From one index of a dimension to the next, in bytes; the innermost is dense.
-        let mut strides = [0_u64; N];
-        let mut stride = SIZE;
-        for (to, dim) in strides.iter_mut().zip(dims) {
-            stride *= dim;
-            *to = stride;
+        // The driver takes bytes, and none for the innermost; of N entries it reads N - 1.
+        let mut bytes = [0_u64; N];
+        for (to, stride) in bytes.iter_mut().zip(strides.iter().skip(1)) {
+            *to = stride.saturating_mul(SIZE);
         }
         let swizzle = match swizzle {
             Swizzle::None => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
@@ -71,7 +92,7 @@ impl TensorMap {
                 N as u32,
                 slice.address() as *mut _,
                 dims.as_ptr(),
-                strides.as_ptr(),
+                bytes.as_ptr(),
                 boxes.as_ptr(),
                 steps.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -143,6 +143,7 @@ impl Gpu {
         // Attributes are set once, so that launches only launch.
         let pieces = [crate::mla::cuda::decode::DECODE];
         let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
+        let large = large.chain(crate::moe::cuda::wide::LARGE);
         for name in large {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }

@@ -7,6 +7,7 @@
 
 #[cfg(test)]
 mod tests;
+pub(crate) mod wide;
 
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};

@@ -1,0 +1,156 @@
+//! Both products of experts with few launches and at the speed of reading their weights: the rows laid
+//! by sorted pair, gate and up with the activation, down.
+//!
+//! Wants bf16 and widths in multiples of 8. Invariant: the sum of an output runs over whole tiles in
+//! one block, so that it does not depend on how many tokens other experts have.
+
+#[cfg(test)]
+mod tests;
+
+use crate::cuda::{Queue, bytes, dim};
+use crate::linear::cuda::wide::{Params, Shape};
+use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
+
+const OP: &str = "experts";
+/// Threads of `gather_pairs`.
+const GATHER: u32 = 256;
+/// Blocks of `gather_pairs` on a multiprocessor.
+const GATHER_BLOCKS: usize = 8;
+/// Tokens of an expert, if all were equally busy, up to which tiles are small.
+const SMALL: usize = 48;
+
+/// Kernels that have more shared memory than the default.
+pub(crate) const LARGE: &[&str] = &[
+    "experts_wide_64_inner",
+    "experts_wide_64_down",
+    "experts_wide_256_inner",
+    "experts_wide_256_down",
+];
+
+/// Which kernels.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wide {
+    shape: Shape,
+    inner: &'static str,
+    down: &'static str,
+}
+
+/// Bound by reading.
+const FEW: Wide = Wide {
+    shape: Shape { groups: 2, slabs: 1, rows: 64, row_box: 8, boxes: 2 },
+    inner: "experts_wide_64_inner",
+    down: "experts_wide_64_down",
+};
+/// Bound by arithmetic.
+const MANY: Wide = Wide {
+    shape: Shape { groups: 2, slabs: 1, rows: 256, row_box: 64, boxes: 1 },
+    inner: "experts_wide_256_inner",
+    down: "experts_wide_256_down",
+};
+
+impl Wide {
+    /// For experts of `each` tokens if all were equally busy.
+    pub(super) const fn select(each: usize) -> Self {
+        if each <= SMALL { FEW } else { MANY }
+    }
+
+    /// Rows of a tile.
+    pub(super) const fn tile_rows(self) -> usize {
+        self.shape.rows
+    }
+}
+
+/// Operands; lengths are checked by the caller.
+#[derive(Clone, Copy)]
+pub(super) struct Products<'a> {
+    /// `[rows, hidden]`.
+    pub(super) x: &'a DeviceSlice,
+    /// `[held, 2, intermediate, hidden]`.
+    pub(super) gate_up: &'a DeviceSlice,
+    /// `[held, hidden, intermediate]`.
+    pub(super) down: &'a DeviceSlice,
+    pub(super) held: usize,
+    pub(super) hidden: usize,
+    pub(super) intermediate: usize,
+    pub(super) top_k: usize,
+    /// Pairs there can be.
+    pub(super) max_pairs: usize,
+    /// Sorted place to pair.
+    pub(super) pairs: &'a DeviceSlice,
+    pub(super) tiles: &'a DeviceSlice,
+    /// Tiles and pairs there are.
+    pub(super) totals: &'a DeviceSlice,
+    /// `[max_pairs, intermediate]`.
+    pub(super) inner: &'a DeviceSlice,
+    /// `[max_pairs, hidden]`: rows of `x` first, then the result.
+    pub(super) y: &'a DeviceSlice,
+}
+
+/// Mirrors `GatherParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GatherParams {
+    x: u64,
+    pairs: u64,
+    totals: u64,
+    out: u64,
+    top_k: u32,
+    vectors: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `experts`.
+unsafe impl Parameters for GatherParams {}
+
+/// `y = down (silu(gate x) * up x)` by sorted place.
+pub(super) fn products(wide: Wide, on: Queue<'_>, p: &Products<'_>) -> Result<(), CudaError> {
+    let Products { held, hidden, intermediate, max_pairs, .. } = *p;
+    let Wide { shape, inner, down } = wide;
+    let gather = GatherParams {
+        x: p.x.address(),
+        pairs: p.pairs.address(),
+        totals: p.totals.address(),
+        out: p.y.address(),
+        top_k: dim(OP, p.top_k)?,
+        vectors: dim(OP, hidden / 8)?,
+    };
+    let blocks = dim(OP, max_pairs.min(GATHER_BLOCKS * on.multiprocessors()))?;
+    Launch::new(on.kernel("gather_pairs")?, [blocks, 1, 1], GATHER)
+        .dependent()
+        .on(on.stream, &gather)?;
+
+    let first = Params {
+        w: shape.pairs_map(p.gate_up, held, intermediate, hidden)?,
+        x: shape.x_map(p.y, max_pairs, hidden, hidden)?,
+        bias: 0,
+        out: p.inner.address(),
+        partial: 0,
+        flags: 0,
+        count: p.totals.address(),
+        tiles: p.tiles.address(),
+        out_stride: intermediate as u64,
+        rows: 0,
+        outputs: dim(OP, bytes(OP, &[2, intermediate])?)?,
+        inputs: dim(OP, hidden)?,
+        pad: 0,
+    };
+    let second = Params {
+        w: shape.w_map(p.down, held, hidden, intermediate)?,
+        x: shape.x_map(p.inner, max_pairs, intermediate, intermediate)?,
+        out: p.y.address(),
+        out_stride: hidden as u64,
+        outputs: dim(OP, hidden)?,
+        inputs: dim(OP, intermediate)?,
+        ..first
+    };
+    // As many blocks as run at once, and no more than there are tiles.
+    let blocks = |outputs: u32| -> Result<u32, CudaError> {
+        let tiles = max_pairs.saturating_mul((outputs as usize).div_ceil(shape.outputs()));
+        dim(OP, tiles.min(on.multiprocessors()))
+    };
+    for (name, params) in [(inner, &first), (down, &second)] {
+        Launch::new(on.kernel(name)?, [blocks(params.outputs)?, 1, 1], shape.threads())
+            .shared(shape.shared())
+            .dependent()
+            .on(on.stream, params)?;
+    }
+    Ok(())
+}
