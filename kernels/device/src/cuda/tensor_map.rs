@@ -64,9 +64,9 @@ impl TensorMap {
             dim.checked_sub(1)?.checked_mul(*stride)?.checked_add(all)
         });
         let needed = last.and_then(|last| last.checked_add(1)?.checked_mul(SIZE));
-        let needed = needed.filter(|_| strides.first() == Some(&1)).ok_or_else(|| {
-            CudaError::Shape { op: OP, why: format!("{dims:?} by {strides:?}") }
-        })?;
+        let needed = needed
+            .filter(|_| strides.first() == Some(&1))
+            .ok_or_else(|| CudaError::Shape { op: OP, why: format!("{dims:?} by {strides:?}") })?;
         let needed = usize::try_from(needed).unwrap_or(usize::MAX);
         if needed > slice.bytes() {
             let got = slice.bytes();

@@ -235,6 +235,12 @@ struct CombineParams {
 // SAFETY: mirrors the kernel's struct; lengths are checked in `experts`.
 unsafe impl Parameters for CombineParams {}
 
+/// Sorts the pairs by expert.
+fn group(on: Queue<'_>, params: &GroupParams) -> Result<(), CudaError> {
+    let kernel = on.kernel("group_pairs")?;
+    Launch::new(kernel, [1, 1, 1], 1024).shared(8 * params.held).on(on.stream, params)
+}
+
 /// Rows up to which both products stream through registers, where they are aligned.
 const FEW_ROWS: usize = 8;
 
@@ -300,7 +306,7 @@ pub fn experts(
     let max_tiles = (held + pairs / tile_rows).min(pairs);
     need(OP, "tiles", &scratch.tiles, &[max_tiles], TILE)?;
 
-    let group = GroupParams {
+    let sorting = GroupParams {
         chosen: routing.chosen.address(),
         count: rows.count_address(),
         pairs: scratch.pairs.address(),
@@ -313,9 +319,6 @@ pub fn experts(
         held: dim(OP, held)?,
         tile_rows: dim(OP, tile_rows)?,
     };
-    let kernel = on.kernel("group_pairs")?;
-    Launch::new(kernel, [1, 1, 1], 1024).shared(8 * group.held).on(on.stream, &group)?;
-
     let y = Tensor::new(&scratch.y, dtype);
     if let Some(wide) = wide {
         let products = Products {
@@ -325,8 +328,9 @@ pub fn experts(
             held,
             hidden,
             intermediate,
-            top_k,
+            max_rows: rows.padded,
             max_pairs: pairs,
+            group: sorting,
             pairs: &scratch.pairs,
             tiles: &scratch.tiles,
             totals: &scratch.totals,
@@ -335,6 +339,7 @@ pub fn experts(
         };
         wide::products(wide, on, &products)?;
     } else {
+        group(on, &sorting)?;
         let mut sorted = Grouped {
             tiles: &scratch.tiles,
             max_tiles,
@@ -359,11 +364,11 @@ pub fn experts(
         weights: routing.weights.address(),
         out: out.address(),
         count: rows.count_address(),
-        rows: group.rows,
-        top_k: group.top_k,
+        rows: sorting.rows,
+        top_k: sorting.top_k,
         width: dim(OP, hidden)?,
     };
     let kernel = on.kernel(dtype.pick("combine_f32", "combine_bf16"))?;
     let parts = combine.width.div_ceil(256 * 8);
-    Launch::new(kernel, [combine.rows, parts, 1], 256).on(on.stream, &combine)
+    Launch::new(kernel, [combine.rows, parts, 1], 256).dependent().on(on.stream, &combine)
 }

@@ -9,10 +9,14 @@
         wide::run<__VA_ARGS__, wide::Balanced<__VA_ARGS__>, wide::Out::kF32>(p);                                \
     }
 
-template <int kTile, int kRows> using WideShape = wide::Shape<kTile == 64 ? 1 : 2, kTile == 256 ? 2 : 1, kRows, kRows, 1>;
+// Small tiles leave room for a second block, so that the next product can begin; large ones take two
+// boxes at once of the lines of weights while rows are few.
+template <int kTile, int kRows>
+using WideShape = wide::Shape<kTile / 64, 1, kRows, kRows, kTile == 128 && kRows <= 64 ? 2 : 1, kTile == 64 ? 2 : 1>;
 using Wide64x16 = WideShape<64, 16>;
 using Wide64x32 = WideShape<64, 32>;
 using Wide64x64 = WideShape<64, 64>;
+using Wide64x128 = WideShape<64, 128>;
 using Wide128x16 = WideShape<128, 16>;
 using Wide128x32 = WideShape<128, 32>;
 using Wide128x64 = WideShape<128, 64>;
@@ -21,6 +25,7 @@ using Wide128x256 = WideShape<128, 256>;
 TOKENMILL_WIDE(linear_wide_64x16, Wide64x16)
 TOKENMILL_WIDE(linear_wide_64x32, Wide64x32)
 TOKENMILL_WIDE(linear_wide_64x64, Wide64x64)
+TOKENMILL_WIDE(linear_wide_64x128, Wide64x128)
 TOKENMILL_WIDE(linear_wide_128x16, Wide128x16)
 TOKENMILL_WIDE(linear_wide_128x32, Wide128x32)
 TOKENMILL_WIDE(linear_wide_128x64, Wide128x64)

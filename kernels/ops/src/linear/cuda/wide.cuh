@@ -40,18 +40,18 @@ struct Params {
 };
 
 constexpr int kLine = 128;                  // bytes of 64 elements along k
-constexpr uint32_t kMemory = 227 * 1024;    // of a block
+constexpr uint32_t kMemory = 227 * 1024;    // of the blocks of a multiprocessor
 constexpr int kMostStages = 24;
 
 // `kGroups` warpgroups of `kSlabs` times 64 outputs, up to `kRows` rows loaded `kRowBox` at a time,
-// `kBoxes` boxes along k in a stage.
-template <int kGroups_, int kSlabs_, int kRows_, int kRowBox_, int kBoxes_> struct Shape {
-    static constexpr int kGroups = kGroups_, kSlabs = kSlabs_, kRows = kRows_, kRowBox = kRowBox_, kBoxes = kBoxes_;
+// `kBoxes` boxes along k in a stage; memory such that `kShare` blocks fit a multiprocessor.
+template <int kGroups_, int kSlabs_, int kRows_, int kRowBox_, int kBoxes_, int kShare_ = 1> struct Shape {
+    static constexpr int kGroups = kGroups_, kSlabs = kSlabs_, kRows = kRows_, kRowBox = kRowBox_, kBoxes = kBoxes_, kShare = kShare_;
     static constexpr int kTile = 64 * kGroups * kSlabs;
     static constexpr int kThreads = 128 * kGroups + 32;
     static constexpr uint32_t kW = kTile * kLine, kX = kRows * kLine, kRowBytes = kRowBox * kLine;
     static constexpr uint32_t kStage = kBoxes * (kW + kX);
-    static constexpr int kFit = (kMemory - 1024) / kStage;
+    static constexpr int kFit = (kMemory / kShare - 1024) / kStage;
     static constexpr int kStages = kFit < kMostStages ? kFit : kMostStages;
     static_assert(kStages >= 3, "a ring");
 };
@@ -71,6 +71,7 @@ template <class S> __device__ __forceinline__ uint32_t steps_of(const Params& p)
 
 template <class S> struct Grouped {
     uint32_t unit, units, per_tile, steps;
+    static constexpr bool reused = S::kRows > 64;
     __device__ explicit Grouped(const Params& p) {
         per_tile = (p.outputs + S::kTile - 1) / S::kTile;
         units = __ldcg(p.count) * per_tile;
@@ -87,17 +88,19 @@ template <class S> struct Grouped {
 
 template <class S> struct Balanced {
     uint32_t at, end, steps, row_tiles, real;
-    uint64_t all;
+    uint32_t all;  // times blocks it fits, which the host sees to
+    bool reused;
     __device__ explicit Balanced(const Params& p) {
         steps = steps_of<S>(p);
         row_tiles = (p.rows + S::kRows - 1) / S::kRows;
-        all = uint64_t((p.outputs + S::kTile - 1) / S::kTile) * row_tiles * steps;
+        all = (p.outputs + S::kTile - 1) / S::kTile * row_tiles * steps;
         at = start(blockIdx.x);
         end = start(blockIdx.x + 1);
         real = real_rows(p.count, p.rows);
+        reused = row_tiles > 1;
     }
     // Of the steps of a block.
-    __device__ uint32_t start(uint32_t block) const { return uint32_t(all * block / gridDim.x); }
+    __device__ uint32_t start(uint32_t block) const { return all * block / gridDim.x; }
     __device__ bool any() const { return at < end; }
     __device__ void next() { at = min(end, (at / steps + 1) * steps); }
     __device__ Segment get(const Params&) const {
@@ -113,11 +116,15 @@ enum class Out { kBf16, kF32, kInner };
 __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(bar) : "memory");
 }
-__device__ __forceinline__ void group_sync(int group) {
-    asm volatile("bar.sync %0, 128;\n" ::"r"(group + 1) : "memory");
+__device__ __forceinline__ void group_sync(uint32_t group) {
+    if (group == 0) {
+        asm volatile("bar.sync 1, 128;\n" ::: "memory");
+    } else {
+        asm volatile("bar.sync 2, 128;\n" ::: "memory");
+    }
 }
-// Weights are read once: they leave the cache first.
-constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
+// Weights that are read once leave the cache first.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000ull, kEvictNormal = 0x1000000000000000ull;
 
 __device__ __forceinline__ void load_x(uint32_t to, const TensorMap& map, uint32_t k, uint32_t row, uint32_t bar) {
     asm volatile(
@@ -125,19 +132,19 @@ __device__ __forceinline__ void load_x(uint32_t to, const TensorMap& map, uint32
         "l"(&map), "r"(k), "r"(row), "r"(bar)
         : "memory");
 }
-__device__ __forceinline__ void load_lines(uint32_t to, const TensorMap& map, uint32_t k, uint32_t line, uint32_t expert, uint32_t bar) {
+__device__ __forceinline__ void load_lines(uint32_t to, const TensorMap& map, uint32_t k, uint32_t line, uint32_t expert, uint64_t keep, uint32_t bar) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%0], [%1, {%2, %3, %4}], [%5], %6;\n" ::"r"(to),
-        "l"(&map), "r"(k), "r"(line), "r"(expert), "r"(bar), "l"(kEvictFirst)
+        "l"(&map), "r"(k), "r"(line), "r"(expert), "r"(bar), "l"(keep)
         : "memory");
 }
 // Eight lines of gate, the same eight of up, and so on.
-__device__ __forceinline__ void load_pairs(uint32_t to, const TensorMap& map, uint32_t k, uint32_t eight, uint32_t expert, uint32_t bar) {
+__device__ __forceinline__ void load_pairs(uint32_t to, const TensorMap& map, uint32_t k, uint32_t eight, uint32_t expert, uint64_t keep, uint32_t bar) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%0], [%1, {%2, %3, %3, %4, %5}], [%6], %7;\n" ::"r"(to),
-        "l"(&map), "r"(k), "r"(0), "r"(eight), "r"(expert), "r"(bar), "l"(kEvictFirst)
+        "l"(&map), "r"(k), "r"(0), "r"(eight), "r"(expert), "r"(bar), "l"(keep)
         : "memory");
 }
 
@@ -184,14 +191,15 @@ template <class S, class Walk> struct Steps {
 
 template <class S, class Walk, Out kOut> __device__ __forceinline__ void load_w(const Params& p, const Ring<S>& ring, uint32_t stage, const Steps<S, Walk>& s) {
     const uint32_t bar = ring.full(stage);
+    const uint64_t keep = s.walk.reused ? kEvictNormal : kEvictFirst;
     barrier_expect(bar, S::kBoxes * (S::kW + s.row_boxes() * S::kRowBytes));
 #pragma unroll
     for (uint32_t b = 0; b < S::kBoxes; b++) {
         const uint32_t k = (s.k * S::kBoxes + b) * 64, to = ring.stage(stage) + b * S::kW;
         if constexpr (kOut == Out::kInner) {
-            load_pairs(to, p.w, k, s.segment.output / 16, s.segment.expert, bar);
+            load_pairs(to, p.w, k, s.segment.output / 16, s.segment.expert, keep, bar);
         } else {
-            load_lines(to, p.w, k, s.segment.output, s.segment.expert, bar);
+            load_lines(to, p.w, k, s.segment.output, s.segment.expert, keep, bar);
         }
     }
 }
@@ -230,7 +238,7 @@ __device__ __forceinline__ uint32_t transposed(uint32_t tile) {
     return to;
 }
 
-__device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
+__device__ __forceinline__ float gated(float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; }
 
 // The results of 64 lines of weights, from `line` on.
 template <int N, Out kOut> __device__ __forceinline__ void store(const Params& p, const Segment& s, uint32_t line, float (&d)[N / 2]) {
@@ -278,7 +286,8 @@ template <int N, Out kOut> __device__ __forceinline__ void store(const Params& p
 }
 
 // Sums of a tile that other blocks hold a part of. The flag of a block is raised when its part is
-// there, and lowered by the one block that waits for it.
+// there, and lowered by the one block that waits for it. No block has an empty share, and one that is
+// waited for waits for none: its part comes first.
 constexpr uint32_t kPatience = 1u << 28;
 
 template <class S, int N> __device__ __forceinline__ float4* part(const Params& p, uint32_t block, uint32_t group) {
@@ -293,7 +302,6 @@ template <class S, int N> __device__ __forceinline__ void leave(const Params& p,
         const float* v = &d[i / (N / 8)][i % (N / 8) * 4];
         __stcg(to + i * 128, make_float4(v[0], v[1], v[2], v[3]));
     }
-    __threadfence();
     group_sync(group);
     if (threadIdx.x % 128 == 0) {
         asm volatile("st.release.gpu.global.u32 [%0], 1;\n" ::"l"(p.flags + blockIdx.x * S::kGroups + group) : "memory");
@@ -301,9 +309,10 @@ template <class S, int N> __device__ __forceinline__ void leave(const Params& p,
 }
 
 template <class S, int N> __device__ __forceinline__ void collect(const Params& p, uint32_t group, const Balanced<S>& walk, uint32_t tile_end, float (&d)[S::kSlabs][N / 2]) {
-    for (uint32_t block = blockIdx.x + 1; block < gridDim.x && walk.start(block) < tile_end; block++) {
-        if (walk.start(block) == walk.start(block + 1)) continue;
-        if (threadIdx.x % 128 == 0) {
+    uint32_t end = blockIdx.x + 1;
+    while (end < gridDim.x && walk.start(end) < tile_end) end++;
+    if (threadIdx.x % 128 < 32) {
+        for (uint32_t block = blockIdx.x + 1 + threadIdx.x % 32; block < end; block += 32) {
             uint32_t* flag = p.flags + block * S::kGroups + group;
             uint32_t raised = 0;
             for (uint32_t i = 0; raised == 0; i++) {
@@ -312,7 +321,10 @@ template <class S, int N> __device__ __forceinline__ void collect(const Params& 
             }
             *flag = 0;
         }
-        group_sync(group);
+    }
+    group_sync(group);
+#pragma unroll(S::kSlabs * N > 64 ? 1 : 4)
+    for (uint32_t block = blockIdx.x + 1; block < end; block++) {
         const float4* from = part<S, N>(p, block, group);
 #pragma unroll
         for (int i = 0; i < S::kSlabs * N / 8; i++) {
@@ -363,6 +375,16 @@ __device__ __forceinline__ void consume(const Params& p, const Ring<S>& ring, Pl
     for (int slab = 0; slab < S::kSlabs; slab++) store<N, kOut>(p, s, s.output + (group * S::kSlabs + slab) * 64, d[slab]);
 }
 
+// As many columns as the rows of a segment need.
+template <class S, class Walk, Out kOut, int N>
+__device__ __forceinline__ void fit(const Params& p, const Ring<S>& ring, Place& at, const Walk& walk, const Segment& s, uint32_t group) {
+    if constexpr (N < S::kRows) {
+        constexpr int kNext = S::kRows > 64 ? N + 32 : N < 32 ? N + 8 : N + 16;
+        if (s.rows > N) return fit<S, Walk, kOut, kNext>(p, ring, at, walk, s, group);
+    }
+    consume<S, Walk, kOut, N>(p, ring, at, walk, s, group);
+}
+
 template <class S, class Walk, Out kOut> __device__ __forceinline__ void run(const Params& p) {
     extern __shared__ __align__(1024) uint8_t memory[];
     const Ring<S> ring = {shared_address(memory), shared_address(memory) + S::kStages * S::kStage};
@@ -383,27 +405,8 @@ template <class S, class Walk, Out kOut> __device__ __forceinline__ void run(con
     Place at;
     for (Walk walk(p); walk.any(); walk.next()) {
         const Segment s = walk.get(p);
-        if constexpr (std::is_same_v<Walk, Balanced<S>>) {
-            consume<S, Walk, kOut, S::kRows>(p, ring, at, walk, s, group);
-        } else if constexpr (S::kRows == 64) {
-            if (s.rows <= 8) {
-                consume<S, Walk, kOut, 8>(p, ring, at, walk, s, group);
-            } else if (s.rows <= 16) {
-                consume<S, Walk, kOut, 16>(p, ring, at, walk, s, group);
-            } else if (s.rows <= 32) {
-                consume<S, Walk, kOut, 32>(p, ring, at, walk, s, group);
-            } else {
-                consume<S, Walk, kOut, 64>(p, ring, at, walk, s, group);
-            }
-        } else {
-            if (s.rows <= 64) {
-                consume<S, Walk, kOut, 64>(p, ring, at, walk, s, group);
-            } else if (s.rows <= 128) {
-                consume<S, Walk, kOut, 128>(p, ring, at, walk, s, group);
-            } else {
-                consume<S, Walk, kOut, 256>(p, ring, at, walk, s, group);
-            }
-        }
+        constexpr int kLeast = std::is_same_v<Walk, Balanced<S>> ? S::kRows : S::kRows > 64 ? 32 : 8;
+        fit<S, Walk, kOut, kLeast>(p, ring, at, walk, s, group);
     }
 }
 

@@ -1,14 +1,26 @@
-//! Products whose time is the reading of weights: what their kernels share with the host.
+//! Products whose time is the reading of weights: kernels that keep a ring of shared memory full of
+//! them, for nine rows and more.
 //!
-//! Tensor maps are made on the host with every launch, which asks the device for nothing. Invariant:
-//! shapes here are those of the kernels in `linear_wide.cu` and `moe_wide.cu`.
+//! The steps of all tiles are dealt out evenly to as many blocks as there are multiprocessors; sums of
+//! a tile that blocks share meet in [`Shared`]. Which blocks those are depends on the shape alone, so a
+//! row has the same bits whatever the others hold. Tensor maps are made on the host with every launch,
+//! which asks the device for nothing. Invariant: shapes here are those of the kernels in
+//! `linear_wide.cu` and `moe_wide.cu`.
 
-use device::cuda::{CudaError, DeviceSlice, Parameters, Swizzle, TensorMap};
+#[cfg(test)]
+mod tests;
+
+use super::{Linear, WIDE};
+use crate::cuda::{Dtype, Queue, Rows, bytes, dim, shape};
+use device::cuda::{
+    Context, CudaError, DeviceMemory, DeviceSlice, Launch, Parameters, Stream, Swizzle, TensorMap,
+};
 
 /// Elements of a line of 128 bytes, along the inputs.
 pub(crate) const LINE: usize = 64;
-/// Shared memory of a block that stages share, in bytes.
-const MEMORY: usize = 226 * 1024;
+/// Shared memory of a multiprocessor that its blocks share, and what a block keeps from its stages.
+const MEMORY: usize = 227 * 1024;
+const RESERVED: usize = 1024;
 /// Most stages.
 const MOST_STAGES: usize = 24;
 /// Barriers of a stage, in bytes.
@@ -27,6 +39,8 @@ pub(crate) struct Shape {
     pub(crate) row_box: usize,
     /// Boxes along the inputs of a stage.
     pub(crate) boxes: usize,
+    /// Blocks that fit a multiprocessor.
+    pub(crate) share: usize,
 }
 
 impl Shape {
@@ -43,7 +57,7 @@ impl Shape {
     /// Shared memory of a block, in bytes.
     pub(crate) const fn shared(self) -> u32 {
         let stage = self.boxes * (self.outputs() + self.rows) * 2 * LINE;
-        let fit = MEMORY / stage;
+        let fit = (MEMORY / self.share - RESERVED) / stage;
         let stages = if fit < MOST_STAGES { fit } else { MOST_STAGES };
         (stages * (stage + BARRIERS)) as u32
     }
@@ -89,6 +103,167 @@ impl Shape {
         let strides = [1, k, n * k, 8 * k, 2 * n * k];
         TensorMap::bf16_strided(w, dims, strides, boxes, Swizzle::Bytes128)
     }
+}
+
+/// Where sums of a tile meet. Launches that use it run one after the other.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    /// A tile of f32 for every block.
+    partial: DeviceSlice,
+    /// A u32 for every warpgroup of every block; zero between launches.
+    flags: DeviceSlice,
+}
+
+impl Shared {
+    /// Memory for launches of as many blocks as there are multiprocessors.
+    pub(crate) fn new(context: &Context) -> Result<Self, CudaError> {
+        const MOST_GROUPS: usize = 2;
+        let blocks = context.facts().multiprocessors as usize;
+        let most = ALL.iter().map(|tile| 4 * tile.outputs * tile.rows).max().unwrap_or(0);
+        let partial = DeviceMemory::allocate(context, "sums of split products", blocks * most)?;
+        let flags = DeviceMemory::allocate(context, "their flags", blocks * MOST_GROUPS * 4)?;
+        let stream = Stream::new(context)?;
+        stream.fill(&flags, 0)?;
+        stream.synchronize()?;
+        Ok(Self { partial, flags })
+    }
+}
+
+/// Outputs and rows of a tile of the kernels in `linear_wide.cu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// 64 or 128.
+    pub outputs: usize,
+    /// 16 to 256.
+    pub rows: usize,
+}
+
+const fn tile(outputs: usize, rows: usize) -> Tile {
+    Tile { outputs, rows }
+}
+
+/// Every tile there is.
+pub(crate) const ALL: [Tile; 9] = [
+    tile(64, 16),
+    tile(64, 32),
+    tile(64, 64),
+    tile(64, 128),
+    tile(128, 16),
+    tile(128, 32),
+    tile(128, 64),
+    tile(128, 128),
+    tile(128, 256),
+];
+
+/// Kernels that have more shared memory than the default.
+pub(crate) fn large() -> impl Iterator<Item = &'static str> {
+    let names = |tile: Tile| [Dtype::F32, Dtype::Bf16].map(|out| tile.kernel(out));
+    ALL.into_iter().flat_map(names).flatten()
+}
+
+impl Tile {
+    /// For products of more than a handful of rows. Small products take small tiles, of which more
+    /// blocks have a part; large ones read larger boxes, and weights less often where rows are many.
+    pub(crate) const fn select(rows: usize, outputs: usize, inputs: usize) -> Self {
+        const SMALL: usize = 8 << 20;
+        const LARGE: usize = 32 << 20;
+        let weights = outputs.saturating_mul(inputs);
+        match rows {
+            0..=64 => {
+                let outputs = if weights <= LARGE { 64 } else { 128 };
+                tile(
+                    outputs,
+                    if rows <= 16 {
+                        16
+                    } else if rows <= 32 {
+                        32
+                    } else {
+                        64
+                    },
+                )
+            }
+            _ if weights <= SMALL && rows <= 512 => tile(64, 128),
+            65..=128 => tile(128, 128),
+            129..=512 if weights <= LARGE => tile(128, 128),
+            _ => tile(128, 256),
+        }
+    }
+
+    pub(crate) const fn kernel(self, out: Dtype) -> Option<&'static str> {
+        Some(match (self.outputs, self.rows) {
+            (64, 16) => out.pick("linear_wide_64x16_f32", "linear_wide_64x16_bf16"),
+            (64, 32) => out.pick("linear_wide_64x32_f32", "linear_wide_64x32_bf16"),
+            (64, 64) => out.pick("linear_wide_64x64_f32", "linear_wide_64x64_bf16"),
+            (64, 128) => out.pick("linear_wide_64x128_f32", "linear_wide_64x128_bf16"),
+            (128, 16) => out.pick("linear_wide_128x16_f32", "linear_wide_128x16_bf16"),
+            (128, 32) => out.pick("linear_wide_128x32_f32", "linear_wide_128x32_bf16"),
+            (128, 64) => out.pick("linear_wide_128x64_f32", "linear_wide_128x64_bf16"),
+            (128, 128) => out.pick("linear_wide_128x128_f32", "linear_wide_128x128_bf16"),
+            (128, 256) => out.pick("linear_wide_128x256_f32", "linear_wide_128x256_bf16"),
+            _ => return None,
+        })
+    }
+
+    const fn shape(self) -> Shape {
+        let Self { outputs, rows } = self;
+        Shape {
+            groups: outputs / 64,
+            slabs: 1,
+            rows,
+            row_box: rows,
+            boxes: if outputs == 128 && rows <= 64 { 2 } else { 1 },
+            share: if outputs == 64 { 2 } else { 1 },
+        }
+    }
+}
+
+/// Whether the kernels take the operands: one product of bf16 with whole 16-byte units everywhere.
+pub(crate) fn takes(operands: &Linear<'_>) -> bool {
+    let Linear { out, out_stride, outputs, batch, .. } = *operands;
+    operands.is_aligned()
+        && batch == 1
+        && out_stride.is_multiple_of(WIDE)
+        && outputs.is_multiple_of(WIDE)
+        && out.address().is_multiple_of(16)
+}
+
+/// The product; lengths are checked by the caller.
+pub(super) fn launch(
+    tile: Tile,
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    operands: &Linear<'_>,
+) -> Result<(), CudaError> {
+    const OP: &str = "linear";
+    let Linear { x, x_stride, w, bias, out, out_stride, inputs, outputs, .. } = *operands;
+    let name = tile.kernel(out.dtype).filter(|_| takes(operands));
+    let name = name.ok_or_else(|| shape(OP, format!("{operands:?} as {tile:?}")))?;
+    let shared = on.shared();
+    let shape_of = tile.shape();
+    let params = Params {
+        w: shape_of.w_map(w, 1, outputs, inputs)?,
+        x: shape_of.x_map(x.slice, rows.padded, inputs, x_stride)?,
+        bias: bias.map_or(0, DeviceSlice::address),
+        out: out.address(),
+        partial: shared.partial.address(),
+        flags: shared.flags.address(),
+        count: rows.count_address(),
+        tiles: 0,
+        out_stride: out_stride as u64,
+        rows: dim(OP, rows.padded)?,
+        outputs: dim(OP, outputs)?,
+        inputs: dim(OP, inputs)?,
+        pad: 0,
+    };
+    let tiles = [outputs.div_ceil(tile.outputs), rows.padded.div_ceil(tile.rows)];
+    let steps = bytes(OP, &[tiles[0], tiles[1], inputs.div_ceil(LINE * shape_of.boxes)])?;
+    let blocks = steps.min(on.multiprocessors());
+    // The kernel multiplies steps by blocks.
+    dim(OP, bytes(OP, &[steps, blocks + 1])?)?;
+    Launch::new(on.kernel(name)?, [dim(OP, blocks)?, 1, 1], shape_of.threads())
+        .shared(shape_of.shared())
+        .dependent()
+        .on(on.stream, &params)
 }
 
 /// Mirrors `wide::Params`.

@@ -23,6 +23,119 @@ extern "C" __global__ void __launch_bounds__(256) gather_pairs(const __grid_cons
     }
 }
 
+// For up to `kSorted` pairs and `kLayThreads` experts: every block sorts all pairs, by expert and then
+// by number, and lays its share of the rows; the first one writes what the other kernels need to know.
+constexpr uint32_t kSorted = 4096, kLayThreads = 512, kLayWarps = kLayThreads / 32;
+constexpr uint32_t kElsewhere = 0xffffffff;
+
+struct LayParams {
+    const uint4* x;          // [rows, vectors]
+    const uint32_t* chosen;  // [rows, top_k]
+    const uint32_t* count;
+    uint4* out;              // [pairs, vectors]
+    uint32_t* places;        // pair to sorted place; all ones where the expert lives elsewhere
+    RowTile* tiles;
+    uint32_t* totals;        // tiles, pairs
+    uint32_t rows, top_k, first, held, tile_rows, vectors;
+};
+
+extern "C" __global__ void __launch_bounds__(kLayThreads) lay_pairs(const __grid_constant__ LayParams p) {
+    extern __shared__ uint32_t counts[];     // of pairs, [warps, held]; then pairs in front
+    __shared__ uint32_t at[kSorted];         // place of every pair
+    __shared__ uint32_t before[2][kLayWarps];
+    constexpr uint32_t kRounds = kSorted / kLayThreads;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (uint32_t i = threadIdx.x; i < kLayWarps * p.held; i += kLayThreads) counts[i] = 0;
+    wait_for_previous();
+    const uint32_t real = real_rows(p.count, p.rows), all = real * p.top_k;
+    // A warp has consecutive pairs, 32 a round.
+    const uint32_t rounds = (all + kLayThreads - 1) / kLayThreads, begin = warp * rounds * 32 + lane;
+    uint32_t expert[kRounds], rank[kRounds];
+#pragma unroll
+    for (uint32_t r = 0; r < kRounds; r++) {
+        const uint32_t i = begin + r * 32;
+        const uint32_t e = r < rounds && i < all ? p.chosen[i] - p.first : kElsewhere;
+        expert[r] = e < p.held ? e : kElsewhere;
+    }
+    __syncthreads();
+    uint32_t* mine = counts + warp * p.held;
+#pragma unroll
+    for (uint32_t r = 0; r < kRounds; r++) {
+        if (r >= rounds) break;
+        const uint32_t same = __match_any_sync(0xffffffff, expert[r]);
+        const uint32_t in_front = __popc(same & ((1u << lane) - 1));
+        const bool here = expert[r] != kElsewhere;
+        rank[r] = here ? mine[expert[r]] + in_front : 0;
+        __syncwarp();
+        if (here && in_front == 0) mine[expert[r]] += __popc(same);
+        __syncwarp();
+    }
+    __syncthreads();
+    // One expert per thread.
+    uint32_t total = 0;
+    if (threadIdx.x < p.held) {
+        for (uint32_t w = 0; w < kLayWarps; w++) {
+            const uint32_t n = counts[w * p.held + threadIdx.x];
+            counts[w * p.held + threadIdx.x] = total;
+            total += n;
+        }
+    }
+    const uint32_t my_tiles = (total + p.tile_rows - 1) / p.tile_rows;
+    uint32_t pairs = total, tiles = my_tiles;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const uint32_t a = __shfl_up_sync(0xffffffff, pairs, step), b = __shfl_up_sync(0xffffffff, tiles, step);
+        if (lane >= step) {
+            pairs += a;
+            tiles += b;
+        }
+    }
+    if (lane == 31) {
+        before[0][warp] = pairs;
+        before[1][warp] = tiles;
+    }
+    __syncthreads();
+    uint32_t start = pairs - total, tile = tiles - my_tiles;
+    for (uint32_t w = 0; w < warp; w++) {
+        start += before[0][w];
+        tile += before[1][w];
+    }
+    if (threadIdx.x < p.held) {
+        for (uint32_t w = 0; w < kLayWarps; w++) counts[w * p.held + threadIdx.x] += start;
+    }
+    if (blockIdx.x == 0) {
+        for (uint32_t i = 0; i < my_tiles; i++) {
+            const uint32_t first = i * p.tile_rows;
+            p.tiles[tile + i] = {threadIdx.x, start + first, min(p.tile_rows, total - first)};
+        }
+        if (threadIdx.x == kLayThreads - 1) {
+            p.totals[0] = tile + my_tiles;
+            p.totals[1] = start + total;
+        }
+        __threadfence();
+    }
+    __syncthreads();
+    // Who comes next reads the tiles without waiting: they are there by now.
+    allow_next();
+#pragma unroll
+    for (uint32_t r = 0; r < kRounds; r++) {
+        const uint32_t i = begin + r * 32;
+        if (r >= rounds || i >= all) break;
+        const uint32_t place = expert[r] == kElsewhere ? kElsewhere : mine[expert[r]] + rank[r];
+        at[i] = place;
+        if (blockIdx.x == 0) p.places[i] = place;
+    }
+    __syncthreads();
+    for (uint32_t i = blockIdx.x * kLayThreads + threadIdx.x; i < real * p.vectors; i += gridDim.x * kLayThreads) {
+        const uint32_t row = i / p.vectors, column = i % p.vectors;
+        const uint4 value = p.x[i];
+        for (uint32_t j = 0; j < p.top_k; j++) {
+            const uint32_t place = at[row * p.top_k + j];
+            if (place != kElsewhere) p.out[uint64_t(place) * p.vectors + column] = value;
+        }
+    }
+}
+
 #define TOKENMILL_EXPERTS(NAME, ...)                                                                             \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__::kThreads, 1) NAME##_inner(const __grid_constant__ wide::Params p) { \
         wide::run<__VA_ARGS__, wide::Grouped<__VA_ARGS__>, wide::Out::kInner>(p);                                \
@@ -32,6 +145,6 @@ extern "C" __global__ void __launch_bounds__(256) gather_pairs(const __grid_cons
     }
 
 using Experts64 = wide::Shape<2, 1, 64, 8, 2>;
-using Experts256 = wide::Shape<2, 1, 256, 64, 1>;
+using Experts256 = wide::Shape<2, 1, 256, 32, 1>;
 TOKENMILL_EXPERTS(experts_wide_64, Experts64)
 TOKENMILL_EXPERTS(experts_wide_256, Experts256)

@@ -7,11 +7,16 @@
 #[cfg(test)]
 mod tests;
 
+use super::GroupParams;
 use crate::cuda::{Queue, bytes, dim};
 use crate::linear::cuda::wide::{Params, Shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
 const OP: &str = "experts";
+/// What `lay_pairs` takes, and its threads.
+const LAID_PAIRS: usize = 4096;
+const LAID_EXPERTS: usize = 256;
+const LAY: usize = 512;
 /// Threads of `gather_pairs`.
 const GATHER: u32 = 256;
 /// Blocks of `gather_pairs` on a multiprocessor.
@@ -37,13 +42,13 @@ pub(super) struct Wide {
 
 /// Bound by reading.
 const FEW: Wide = Wide {
-    shape: Shape { groups: 2, slabs: 1, rows: 64, row_box: 8, boxes: 2 },
+    shape: Shape { groups: 2, slabs: 1, rows: 64, row_box: 8, boxes: 2, share: 1 },
     inner: "experts_wide_64_inner",
     down: "experts_wide_64_down",
 };
 /// Bound by arithmetic.
 const MANY: Wide = Wide {
-    shape: Shape { groups: 2, slabs: 1, rows: 256, row_box: 64, boxes: 1 },
+    shape: Shape { groups: 2, slabs: 1, rows: 256, row_box: 32, boxes: 1, share: 1 },
     inner: "experts_wide_256_inner",
     down: "experts_wide_256_down",
 };
@@ -72,10 +77,12 @@ pub(super) struct Products<'a> {
     pub(super) held: usize,
     pub(super) hidden: usize,
     pub(super) intermediate: usize,
-    pub(super) top_k: usize,
-    /// Pairs there can be.
+    /// Rows there can be, and pairs.
+    pub(super) max_rows: usize,
     pub(super) max_pairs: usize,
-    /// Sorted place to pair.
+    /// The grouping, where `lay` does it.
+    pub(super) group: GroupParams,
+    /// Sorted place to pair, where `lay` does not.
     pub(super) pairs: &'a DeviceSlice,
     pub(super) tiles: &'a DeviceSlice,
     /// Tiles and pairs there are.
@@ -100,23 +107,77 @@ struct GatherParams {
 // SAFETY: mirrors the kernel's struct; lengths are checked in `experts`.
 unsafe impl Parameters for GatherParams {}
 
-/// `y = down (silu(gate x) * up x)` by sorted place.
+/// Mirrors `LayParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LayParams {
+    x: u64,
+    chosen: u64,
+    count: u64,
+    out: u64,
+    places: u64,
+    tiles: u64,
+    totals: u64,
+    rows: u32,
+    top_k: u32,
+    first: u32,
+    held: u32,
+    tile_rows: u32,
+    vectors: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `experts`.
+unsafe impl Parameters for LayParams {}
+
+/// Sorts the pairs by expert, and lays the rows of `x` so.
+fn lay(on: Queue<'_>, p: &Products<'_>) -> Result<(), CudaError> {
+    let vectors = dim(OP, p.hidden / 8)?;
+    if p.max_pairs > LAID_PAIRS || p.held > LAID_EXPERTS {
+        super::group(on, &p.group)?;
+        let gather = GatherParams {
+            x: p.x.address(),
+            pairs: p.pairs.address(),
+            totals: p.totals.address(),
+            out: p.y.address(),
+            top_k: p.group.top_k,
+            vectors,
+        };
+        let blocks = dim(OP, p.max_pairs.min(GATHER_BLOCKS * on.multiprocessors()))?;
+        return Launch::new(on.kernel("gather_pairs")?, [blocks, 1, 1], GATHER)
+            .dependent()
+            .on(on.stream, &gather);
+    }
+    let GroupParams { chosen, count, places, tiles, totals, .. } = p.group;
+    let GroupParams { rows, top_k, first, held, tile_rows, .. } = p.group;
+    let (x, out) = (p.x.address(), p.y.address());
+    let params = LayParams {
+        x,
+        chosen,
+        count,
+        out,
+        places,
+        tiles,
+        totals,
+        rows,
+        top_k,
+        first,
+        held,
+        tile_rows,
+        vectors,
+    };
+    let work = bytes(OP, &[p.max_rows, p.hidden / 8])?.div_ceil(LAY);
+    let blocks = dim(OP, work.clamp(1, on.multiprocessors()))?;
+    let counters = (LAY / 32 * p.held * 4) as u32;
+    Launch::new(on.kernel("lay_pairs")?, [blocks, 1, 1], LAY as u32)
+        .shared(counters)
+        .dependent()
+        .on(on.stream, &params)
+}
+
+/// `y = down (silu(gate x) * up x)` by sorted place, after sorting.
 pub(super) fn products(wide: Wide, on: Queue<'_>, p: &Products<'_>) -> Result<(), CudaError> {
     let Products { held, hidden, intermediate, max_pairs, .. } = *p;
     let Wide { shape, inner, down } = wide;
-    let gather = GatherParams {
-        x: p.x.address(),
-        pairs: p.pairs.address(),
-        totals: p.totals.address(),
-        out: p.y.address(),
-        top_k: dim(OP, p.top_k)?,
-        vectors: dim(OP, hidden / 8)?,
-    };
-    let blocks = dim(OP, max_pairs.min(GATHER_BLOCKS * on.multiprocessors()))?;
-    Launch::new(on.kernel("gather_pairs")?, [blocks, 1, 1], GATHER)
-        .dependent()
-        .on(on.stream, &gather)?;
-
+    lay(on, p)?;
     let first = Params {
         w: shape.pairs_map(p.gate_up, held, intermediate, hidden)?,
         x: shape.x_map(p.y, max_pairs, hidden, hidden)?,
