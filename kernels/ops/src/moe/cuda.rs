@@ -260,6 +260,28 @@ pub const fn select(aligned: bool, rows: usize, top_k: usize, held: usize) -> Va
     }
 }
 
+/// `y = down (silu(gate x) * up x)` by sorted place, with the products of `linear`.
+fn products(
+    variant: Variant,
+    on: Queue<'_>,
+    mut sorted: Grouped<'_>,
+    x: Tensor<'_>,
+    weights: &ExpertWeights<'_>,
+    scratch: &Scratch,
+    max_pairs: usize,
+) -> Result<(), CudaError> {
+    let ExpertWeights { gate_up, down, hidden, intermediate, .. } = *weights;
+    let tensor = |slice| Tensor::new(slice, x.dtype);
+    let [wide, inner, y] = [&scratch.gate_up, &scratch.inner, &scratch.y].map(tensor);
+    let outputs = 2 * intermediate;
+    linear::grouped(variant, on, &sorted, x, gate_up.slice, wide, hidden, outputs)?;
+    let real = scratch.totals.slice(4..8);
+    let rows = Rows { padded: max_pairs, count: Some(&real) };
+    act::cuda::silu_mul(on, rows, intermediate, wide, inner.slice)?;
+    sorted.gather = None;
+    linear::grouped(variant, on, &sorted, inner, down, y, intermediate, hidden)
+}
+
 /// `out = sum_j weight_j * down_j(silu(gate_j x) * up_j x)`; `x` and `out` are `[rows, hidden]` of the
 /// weights' type. Experts that live elsewhere add nothing.
 ///
@@ -319,7 +341,6 @@ pub fn experts(
         held: dim(OP, held)?,
         tile_rows: dim(OP, tile_rows)?,
     };
-    let y = Tensor::new(&scratch.y, dtype);
     if let Some(wide) = wide {
         let products = Products {
             x,
@@ -340,26 +361,17 @@ pub fn experts(
         wide::products(wide, on, &products)?;
     } else {
         group(on, &sorting)?;
-        let mut sorted = Grouped {
+        let sorted = Grouped {
             tiles: &scratch.tiles,
             max_tiles,
             tile_count: &scratch.totals,
             gather: Some((&scratch.pairs, top_k)),
         };
-        let x = Tensor::new(x, dtype);
-        let wide = Tensor::new(&scratch.gate_up, dtype);
-        let outputs = 2 * intermediate;
-        linear::grouped(variant, on, &sorted, x, gate_up.slice, wide, hidden, outputs)?;
-        let real = scratch.totals.slice(4..8);
-        let inner_rows = Rows { padded: pairs, count: Some(&real) };
-        act::cuda::silu_mul(on, inner_rows, intermediate, wide, &scratch.inner)?;
-        sorted.gather = None;
-        let inner = Tensor::new(&scratch.inner, dtype);
-        linear::grouped(variant, on, &sorted, inner, weights.down, y, intermediate, hidden)?;
+        products(variant, on, sorted, Tensor::new(x, dtype), weights, scratch, pairs)?;
     }
 
     let combine = CombineParams {
-        y: y.address(),
+        y: scratch.y.address(),
         places: scratch.places.address(),
         weights: routing.weights.address(),
         out: out.address(),

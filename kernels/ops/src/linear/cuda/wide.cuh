@@ -309,10 +309,11 @@ template <class S, int N> __device__ __forceinline__ void leave(const Params& p,
 }
 
 template <class S, int N> __device__ __forceinline__ void collect(const Params& p, uint32_t group, const Balanced<S>& walk, uint32_t tile_end, float (&d)[S::kSlabs][N / 2]) {
-    uint32_t end = blockIdx.x + 1;
+    const uint32_t first = blockIdx.x + 1;
+    uint32_t end = first;
     while (end < gridDim.x && walk.start(end) < tile_end) end++;
     if (threadIdx.x % 128 < 32) {
-        for (uint32_t block = blockIdx.x + 1 + threadIdx.x % 32; block < end; block += 32) {
+        for (uint32_t block = first + threadIdx.x % 32; block < end; block += 32) {
             uint32_t* flag = p.flags + block * S::kGroups + group;
             uint32_t raised = 0;
             for (uint32_t i = 0; raised == 0; i++) {
@@ -324,7 +325,7 @@ template <class S, int N> __device__ __forceinline__ void collect(const Params& 
     }
     group_sync(group);
 #pragma unroll(S::kSlabs * N > 64 ? 1 : 4)
-    for (uint32_t block = blockIdx.x + 1; block < end; block++) {
+    for (uint32_t block = first; block < end; block++) {
         const float4* from = part<S, N>(p, block, group);
 #pragma unroll
         for (int i = 0; i < S::kSlabs * N / 8; i++) {
@@ -333,6 +334,11 @@ template <class S, int N> __device__ __forceinline__ void collect(const Params& 
             to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
         }
     }
+}
+
+// One warp says that it has read a stage.
+template <class S> __device__ __forceinline__ void release(const Ring<S>& ring, uint32_t stage) {
+    if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(stage));
 }
 
 // One segment of `N` rows or fewer.
@@ -358,12 +364,12 @@ __device__ __forceinline__ void consume(const Params& p, const Ring<S>& ring, Pl
         products_commit();
         // The products of the stage before have ended; those of this one may still run.
         products_wait<1>();
-        if (i != s.begin && threadIdx.x % 32 == 0) barrier_arrive(ring.empty(before));
+        if (i != s.begin) release(ring, before);
         before = at.stage;
         at.next<S>();
     }
     products_wait<0>();
-    if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(before));
+    release(ring, before);
     if constexpr (std::is_same_v<Walk, Balanced<S>>) {
         if (s.begin != 0) {
             leave<S, N>(p, group, d);
@@ -385,6 +391,12 @@ __device__ __forceinline__ void fit(const Params& p, const Ring<S>& ring, Place&
     consume<S, Walk, kOut, N>(p, ring, at, walk, s, group);
 }
 
+template <class S, class Walk, Out kOut> __device__ __forceinline__ void consume_all(const Params& p, const Ring<S>& ring) {
+    constexpr int kLeast = std::is_same_v<Walk, Balanced<S>> ? S::kRows : S::kRows > 64 ? 32 : 8;
+    Place at;
+    for (Walk walk(p); walk.any(); walk.next()) fit<S, Walk, kOut, kLeast>(p, ring, at, walk, walk.get(p), threadIdx.x / 128);
+}
+
 template <class S, class Walk, Out kOut> __device__ __forceinline__ void run(const Params& p) {
     extern __shared__ __align__(1024) uint8_t memory[];
     const Ring<S> ring = {shared_address(memory), shared_address(memory) + S::kStages * S::kStage};
@@ -397,16 +409,10 @@ template <class S, class Walk, Out kOut> __device__ __forceinline__ void run(con
     }
     __syncthreads();
     allow_next();
-    if (threadIdx.x >= 128 * S::kGroups) {
-        if (threadIdx.x == 128 * S::kGroups) produce<S, Walk, kOut>(p, ring);
-        return;
-    }
-    const uint32_t group = threadIdx.x / 128;
-    Place at;
-    for (Walk walk(p); walk.any(); walk.next()) {
-        const Segment s = walk.get(p);
-        constexpr int kLeast = std::is_same_v<Walk, Balanced<S>> ? S::kRows : S::kRows > 64 ? 32 : 8;
-        fit<S, Walk, kOut, kLeast>(p, ring, at, walk, s, group);
+    if (threadIdx.x < 128 * S::kGroups) {
+        consume_all<S, Walk, kOut>(p, ring);
+    } else if (threadIdx.x == 128 * S::kGroups) {
+        produce<S, Walk, kOut>(p, ring);
     }
 }
 

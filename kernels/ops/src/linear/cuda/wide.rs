@@ -23,6 +23,8 @@ const MEMORY: usize = 227 * 1024;
 const RESERVED: usize = 1024;
 /// Most stages.
 const MOST_STAGES: usize = 24;
+/// Blocks that share a tile: the sum of more parts takes longer than their reading.
+const MOST_PARTS: usize = 8;
 /// Barriers of a stage, in bytes.
 const BARRIERS: usize = 16;
 
@@ -164,27 +166,22 @@ pub(crate) fn large() -> impl Iterator<Item = &'static str> {
 impl Tile {
     /// For products of more than a handful of rows. Small products take small tiles, of which more
     /// blocks have a part; large ones read larger boxes, and weights less often where rows are many.
-    pub(crate) const fn select(rows: usize, outputs: usize, inputs: usize) -> Self {
-        const SMALL: usize = 8 << 20;
-        const LARGE: usize = 32 << 20;
+    pub(crate) fn select(rows: usize, outputs: usize, inputs: usize) -> Self {
+        /// Elements of weights up to which small tiles were measured to be faster.
+        const FOR_64: usize = 32 << 20;
+        const FOR_128: usize = 12 << 20;
+        const FOR_256: usize = 8 << 20;
+        /// Up to which 256 rows are split.
+        const SPLIT: usize = 32 << 20;
         let weights = outputs.saturating_mul(inputs);
+        let by = |most: usize| if weights <= most { 64 } else { 128 };
         match rows {
-            0..=64 => {
-                let outputs = if weights <= LARGE { 64 } else { 128 };
-                tile(
-                    outputs,
-                    if rows <= 16 {
-                        16
-                    } else if rows <= 32 {
-                        32
-                    } else {
-                        64
-                    },
-                )
-            }
-            _ if weights <= SMALL && rows <= 512 => tile(64, 128),
-            65..=128 => tile(128, 128),
-            129..=512 if weights <= LARGE => tile(128, 128),
+            0..=16 => tile(by(FOR_64), 16),
+            17..=32 => tile(by(FOR_64), 32),
+            33..=64 => tile(by(FOR_64), 64),
+            65..=128 => tile(by(FOR_128), 128),
+            129..=256 if weights <= SPLIT => tile(by(FOR_256), 128),
+            257..=512 if weights <= SPLIT => tile(128, 128),
             _ => tile(128, 256),
         }
     }
@@ -257,7 +254,7 @@ pub(super) fn launch(
     };
     let tiles = [outputs.div_ceil(tile.outputs), rows.padded.div_ceil(tile.rows)];
     let steps = bytes(OP, &[tiles[0], tiles[1], inputs.div_ceil(LINE * shape_of.boxes)])?;
-    let blocks = steps.min(on.multiprocessors());
+    let blocks = steps.min(on.multiprocessors()).min(tiles[0] * tiles[1] * MOST_PARTS);
     // The kernel multiplies steps by blocks.
     dim(OP, bytes(OP, &[steps, blocks + 1])?)?;
     Launch::new(on.kernel(name)?, [dim(OP, blocks)?, 1, 1], shape_of.threads())

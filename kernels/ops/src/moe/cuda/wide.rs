@@ -8,15 +8,17 @@
 mod tests;
 
 use super::GroupParams;
-use crate::cuda::{Queue, bytes, dim};
+use crate::cuda::{Queue, bytes, dim, need};
 use crate::linear::cuda::wide::{Params, Shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
 const OP: &str = "experts";
-/// What `lay_pairs` takes, and its threads.
+/// Pairs of a chunk of `lay_pairs`, experts that it takes, its threads.
 const LAID_PAIRS: usize = 4096;
 const LAID_EXPERTS: usize = 256;
 const LAY: usize = 512;
+/// Blocks of it on a multiprocessor, where there are many chunks.
+const LAY_BLOCKS: usize = 4;
 /// Threads of `gather_pairs`.
 const GATHER: u32 = 256;
 /// Blocks of `gather_pairs` on a multiprocessor.
@@ -80,9 +82,9 @@ pub(super) struct Products<'a> {
     /// Rows there can be, and pairs.
     pub(super) max_rows: usize,
     pub(super) max_pairs: usize,
-    /// The grouping, where `lay` does it.
+    /// How pairs are sorted.
     pub(super) group: GroupParams,
-    /// Sorted place to pair, where `lay` does not.
+    /// `[max_pairs]`: sorted place to pair where there are many experts, else counts of chunks.
     pub(super) pairs: &'a DeviceSlice,
     pub(super) tiles: &'a DeviceSlice,
     /// Tiles and pairs there are.
@@ -115,6 +117,7 @@ struct LayParams {
     chosen: u64,
     count: u64,
     out: u64,
+    counts: u64,
     places: u64,
     tiles: u64,
     totals: u64,
@@ -124,14 +127,17 @@ struct LayParams {
     held: u32,
     tile_rows: u32,
     vectors: u32,
+    chunk_rows: u32,
+    chunks: u32,
 }
-// SAFETY: mirrors the kernel's struct; lengths are checked in `experts`.
+// SAFETY: mirrors the kernel's struct; lengths are checked in `experts` and `lay`.
 unsafe impl Parameters for LayParams {}
 
 /// Sorts the pairs by expert, and lays the rows of `x` so.
 fn lay(on: Queue<'_>, p: &Products<'_>) -> Result<(), CudaError> {
     let vectors = dim(OP, p.hidden / 8)?;
-    if p.max_pairs > LAID_PAIRS || p.held > LAID_EXPERTS {
+    let top_k = p.group.top_k as usize;
+    if p.held > LAID_EXPERTS || top_k > LAID_PAIRS {
         super::group(on, &p.group)?;
         let gather = GatherParams {
             x: p.x.address(),
@@ -146,14 +152,19 @@ fn lay(on: Queue<'_>, p: &Products<'_>) -> Result<(), CudaError> {
             .dependent()
             .on(on.stream, &gather);
     }
+    let chunk_rows = LAID_PAIRS / top_k;
+    let chunks = p.max_rows.div_ceil(chunk_rows).max(1);
+    if chunks > 1 {
+        need(OP, "counts of chunks", p.pairs, &[chunks, p.held], 4)?;
+    }
     let GroupParams { chosen, count, places, tiles, totals, .. } = p.group;
     let GroupParams { rows, top_k, first, held, tile_rows, .. } = p.group;
-    let (x, out) = (p.x.address(), p.y.address());
     let params = LayParams {
-        x,
+        x: p.x.address(),
         chosen,
         count,
-        out,
+        out: p.y.address(),
+        counts: p.pairs.address(),
         places,
         tiles,
         totals,
@@ -163,12 +174,20 @@ fn lay(on: Queue<'_>, p: &Products<'_>) -> Result<(), CudaError> {
         held,
         tile_rows,
         vectors,
+        chunk_rows: dim(OP, chunk_rows)?,
+        chunks: dim(OP, chunks)?,
     };
+    if chunks > 1 {
+        Launch::new(on.kernel("count_pairs")?, [params.chunks, 1, 1], LAY as u32)
+            .shared(4 * held)
+            .dependent()
+            .on(on.stream, &params)?;
+    }
     let work = bytes(OP, &[p.max_rows, p.hidden / 8])?.div_ceil(LAY);
-    let blocks = dim(OP, work.clamp(1, on.multiprocessors()))?;
-    let counters = (LAY / 32 * p.held * 4) as u32;
+    let most = on.multiprocessors() * if chunks > 1 { LAY_BLOCKS } else { 1 };
+    let blocks = dim(OP, (work.min(most) / chunks).max(1) * chunks)?;
     Launch::new(on.kernel("lay_pairs")?, [blocks, 1, 1], LAY as u32)
-        .shared(counters)
+        .shared(LAY as u32 / 32 * 4 * held)
         .dependent()
         .on(on.stream, &params)
 }
