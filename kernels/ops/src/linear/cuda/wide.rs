@@ -4,8 +4,9 @@
 //! The steps of all tiles are dealt out evenly to as many blocks as there are multiprocessors; sums of
 //! a tile that blocks share meet in [`Shared`]. Which blocks those are depends on the shape alone, so a
 //! row has the same bits whatever the others hold. Tensor maps are made on the host with every launch,
-//! which asks the device for nothing. Invariant: shapes here are those of the kernels in
-//! `linear_wide.cu` and `moe_wide.cu`.
+//! which asks the device for nothing. A launch begins before the one in front has ended, and reads
+//! weights and the number of real rows before waiting for it: no kernel right in front may write those.
+//! Invariant: shapes here are those of the kernels in `linear_wide.cu` and `moe_wide.cu`.
 
 #[cfg(test)]
 mod tests;
