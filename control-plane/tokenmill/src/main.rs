@@ -16,10 +16,12 @@ mod worker_process;
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Command};
 use std::process::ExitCode;
+use std::time::Instant;
 
 fn main() -> ExitCode {
+    let began = Instant::now();
     let cli = Cli::parse();
-    match log::install().and_then(|()| run(cli)) {
+    match log::install().and_then(|()| run(cli, began)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -28,14 +30,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli, began: Instant) -> anyhow::Result<()> {
     let command = match cli.command {
         Some(command) => command,
         // `tokenmill` alone serves the bundled model, as `tokenmill serve` does.
         None => Cli::try_parse_from(["tokenmill", "serve"])?.command.expect("serve is a command"),
     };
     match command {
-        Command::Serve(args) => serve::run(*args),
+        Command::Serve(args) => serve::run(*args, began),
         Command::Chat(args) => chat::run(args),
         Command::Bench(command) => bench::run(command),
         Command::Model(command) => model_cmd::run(command),

@@ -6,13 +6,13 @@ use crate::serve::worker_config::{
     DeviceConfig, EngineConfig, KvDtype, LoadFormat, ModelConfig, WorkerConfig,
 };
 use anyhow::{Context, Result};
-use engine::{Engine, MlaForm, Options};
+use engine::{Engine, MlaForm, Options, WeightSource};
 use ids::{Bytes, RequestId};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
-use step::{Configure, Hello, LoadProgress, Outcome, StepPlan, Upload};
+use step::{Configure, Hello, LoadProgress, Outcome, StartPhase, StepPlan, Upload};
 use weights::progress::{Progress, Stage};
-use weights::random::{Profile, RandomModel};
+use weights::random::{Profile, RandomModel, RandomWeights, TensorSpec};
 use weights::{Checkpoint, Dtype, LoadOptions, Weights};
 use worker::{Fake, FakeCost, Stepper, WorkerFault};
 
@@ -49,34 +49,43 @@ pub(crate) fn run(args: WorkerArgs) -> Result<()> {
     Ok(())
 }
 
-/// An engine on weights that live as long as the process.
-struct Model(Engine<'static>);
+/// An engine, on weights that live as long as the process or on a device that has its own.
+struct Model {
+    engine: Engine<'static>,
+    /// Parts of the start that are not the engine's, or were taken from it.
+    phases: Vec<(StartPhase, Duration)>,
+}
 
 impl Stepper for Model {
     fn hello(&self) -> Hello {
-        self.0.hello()
+        self.engine.hello()
     }
 
     fn configure(&mut self, configure: &Configure) -> Result<(), WorkerFault> {
         let began = Instant::now();
-        self.0.configure(configure).map_err(|error| WorkerFault::from_error(&error))?;
-        tracing::info!(
-            seconds = began.elapsed().as_secs_f64(),
-            "memory of steps and cache is there"
-        );
+        self.engine.configure(configure).map_err(|error| WorkerFault::from_error(&error))?;
+        let took = began.elapsed();
+        self.phases.extend(self.engine.take_phases());
+        if self.phases.is_empty() {
+            self.phases.push((StartPhase::Memory, took));
+        }
         Ok(())
     }
 
+    fn take_phases(&mut self) -> Vec<(StartPhase, Duration)> {
+        std::mem::take(&mut self.phases)
+    }
+
     fn upload(&mut self, upload: &Upload) -> Result<(), WorkerFault> {
-        self.0.upload(upload).map_err(|error| WorkerFault::from_error(&error))
+        self.engine.upload(upload).map_err(|error| WorkerFault::from_error(&error))
     }
 
     fn forget(&mut self, request: RequestId) {
-        self.0.forget(request);
+        self.engine.forget(request);
     }
 
     fn step(&mut self, plan: &StepPlan) -> Result<Outcome, WorkerFault> {
-        self.0.step(plan).map_err(|error| WorkerFault::from_error(&error))
+        self.engine.step(plan).map_err(|error| WorkerFault::from_error(&error))
     }
 }
 
@@ -87,50 +96,89 @@ fn load(
 ) -> Result<Model, WorkerFault> {
     let fault = |error: anyhow::Error| WorkerFault(format!("{error:#}"));
     let dir = ModelDir::read(&config.path).map_err(fault)?;
-    let began = Instant::now();
     let reporter = Reporter { state: Mutex::new((Instant::now(), report)) };
-    let weights = match config.load_format {
-        LoadFormat::Random => random(&dir, config, threads, &reporter),
-        LoadFormat::Auto => stored(&dir, config, threads, &reporter),
-    };
-    let weights = weights.map_err(fault)?;
-    let kv_dtype = match config.kv_cache_dtype {
-        KvDtype::Float32 => engine::KvDtype::F32,
-        KvDtype::Auto | KvDtype::Bfloat16 => engine::KvDtype::Bf16,
-    };
-    let device = match config.device {
-        DeviceConfig::Cpu => engine::Device::Cpu,
-        DeviceConfig::Cuda { ordinal } => engine::Device::Cuda { ordinal },
-    };
     let options = Options {
-        device,
+        device: match config.device {
+            DeviceConfig::Cpu => engine::Device::Cpu,
+            DeviceConfig::Cuda { ordinal } => engine::Device::Cuda { ordinal },
+        },
         threads,
-        kv_dtype,
+        kv_dtype: match config.kv_cache_dtype {
+            KvDtype::Float32 => engine::KvDtype::F32,
+            KvDtype::Auto | KvDtype::Bfloat16 => engine::KvDtype::Bf16,
+        },
         cache_bytes: Bytes(config.kv_cache_bytes),
         graphs: true,
         mla_form: MlaForm::Auto,
     };
-    tracing::info!(seconds = began.elapsed().as_secs_f64(), "weights are loaded");
+    match config.device {
+        DeviceConfig::Cpu => on_processor(dir, config, options, &reporter),
+        DeviceConfig::Cuda { ordinal } => on_device(dir, config, ordinal, options, &reporter),
+    }
+    .map_err(fault)
+}
+
+/// Weights stay in memory for as long as the process lives.
+fn on_processor(
+    dir: ModelDir,
+    config: &ModelConfig,
+    options: Options,
+    progress: &Reporter<'_>,
+) -> Result<Model> {
     let began = Instant::now();
+    let weights = match config.load_format {
+        LoadFormat::Random => {
+            let (model, specs) = random(&dir, config);
+            Weights::random(&model, &specs, options.threads, progress)?
+        }
+        LoadFormat::Auto => stored(&dir, config, options.threads, true, progress)?,
+    };
     // One engine lives in this process, until it ends.
     let weights: &'static Weights = Box::leak(Box::new(weights));
-    let engine = Engine::new(&dir.program, dir.lowered, weights, options)
-        .map_err(|error| WorkerFault::from_error(&error))?;
-    tracing::info!(seconds = began.elapsed().as_secs_f64(), "the engine holds its weights");
-    Ok(Model(engine))
+    let engine = Engine::new(&dir.program, dir.lowered, weights, options)?;
+    Ok(Model { engine, phases: vec![(StartPhase::Weights, began.elapsed())] })
+}
+
+/// Weights go to the device, or are made there; nothing of them stays here.
+fn on_device(
+    dir: ModelDir,
+    config: &ModelConfig,
+    ordinal: usize,
+    options: Options,
+    progress: &Reporter<'_>,
+) -> Result<Model> {
+    let began = Instant::now();
+    let threads = options.threads;
+    let source: Box<dyn WeightSource> = match config.load_format {
+        LoadFormat::Random => {
+            let (model, specs) = random(&dir, config);
+            Box::new(RandomWeights::new(&model, &specs, threads)?)
+        }
+        LoadFormat::Auto => Box::new(stored(&dir, config, threads, false, progress)?),
+    };
+    let prepared = began.elapsed();
+    let report = |done, total| progress.report(Stage::Read, done, total);
+    let (program, lowered) = (&dir.program, dir.lowered);
+    let mut engine = Engine::on_device(program, lowered, &*source, ordinal, options, &report)?;
+    let mut phases = engine.take_phases();
+    for (_, took) in phases.iter_mut().filter(|(phase, _)| *phase == StartPhase::Weights) {
+        *took += prepared;
+    }
+    Ok(Model { engine, phases })
 }
 
 fn stored(
     dir: &ModelDir,
     config: &ModelConfig,
     threads: usize,
+    read_ahead: bool,
     progress: &Reporter<'_>,
 ) -> Result<Weights> {
     let checkpoint = Checkpoint::open(&config.path)?;
     let options = LoadOptions {
         matrices: None,
         fp8_block: dir.config.decoder().quantization.as_ref().map(|q| q.block),
-        read_ahead: true,
+        read_ahead,
         threads,
     };
     let wanted: Vec<(&str, Vec<usize>)> = dir.lowered.tensors().collect();
@@ -143,19 +191,15 @@ fn stored(
     Ok(weights)
 }
 
-fn random(
-    dir: &ModelDir,
-    config: &ModelConfig,
-    threads: usize,
-    progress: &Reporter<'_>,
-) -> Result<Weights> {
+/// What random weights are made of.
+fn random(dir: &ModelDir, config: &ModelConfig) -> (RandomModel, Vec<TensorSpec>) {
     let model = RandomModel {
         seed: config.seed,
         profile: Profile::Realistic,
         tied_embeddings: dir.config.decoder().tied,
     };
     let dtype = if config.random_float32 { Dtype::F32 } else { dir.matrix_dtype(None) };
-    Ok(Weights::random(&model, &dir.random_specs(dtype), threads, progress)?)
+    (model, dir.random_specs(dtype))
 }
 
 /// Passes progress on to the scheduler, not too often.

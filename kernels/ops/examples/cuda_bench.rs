@@ -13,9 +13,11 @@
 use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Event, Stream};
 use half::bf16;
 use ops::cuda::{Dtype, Gpu, Queue, Rows, Tensor};
+use ops::flash::cuda::Query;
 use ops::flash::cuda::{Partials, Segment, max_tiles, splits, tiles};
 use ops::linear::cuda::Linear;
 use ops::mla::Mla;
+use ops::mla::cuda::{Core, decode as pieces};
 use ops::moe::{Router, Scoring};
 use ops::norm::Heads;
 use ops::paged::KvLayer;
@@ -300,6 +302,20 @@ struct Decode {
     tables: DeviceSlice,
 }
 
+/// Rows of one token each and their tables, blocks in random order.
+fn step(rows: usize, context: usize, block: usize) -> (Vec<Segment>, Vec<u64>) {
+    let blocks = context.div_ceil(64);
+    let mut free: Vec<u64> = (0..(rows * blocks) as u64).collect();
+    let mut random = Random(3);
+    let tables = (0..rows * blocks)
+        .map(|_| free.swap_remove(random.next() as usize % free.len()) * block as u64)
+        .collect();
+    let segments = (0..rows as u32)
+        .map(|i| Segment { start: i, len: 1, context: context as u32, table: i * blocks as u32 })
+        .collect();
+    (segments, tables)
+}
+
 fn decode(
     bench: &Bench,
     rows: usize,
@@ -307,15 +323,7 @@ fn decode(
     block: usize,
     (group, lines): (usize, usize),
 ) -> Result<Decode, CudaError> {
-    let blocks = context.div_ceil(64);
-    let mut free: Vec<u64> = (0..(rows * blocks) as u64).collect();
-    let mut random = Random(3);
-    let tables: Vec<u64> = (0..rows * blocks)
-        .map(|_| free.swap_remove(random.next() as usize % free.len()) * block as u64)
-        .collect();
-    let segments: Vec<Segment> = (0..rows as u32)
-        .map(|i| Segment { start: i, len: 1, context: context as u32, table: i * blocks as u32 })
-        .collect();
+    let (segments, tables) = step(rows, context, block);
     let mut list = Vec::new();
     tiles(&segments, group, lines, &mut list);
     let flat: Vec<u32> =
@@ -333,35 +341,56 @@ fn decode(
     })
 }
 
+/// Latent attention of decoding rows in pieces: alone, and with the products around it.
 fn latent(bench: &Bench, rows: usize, context: usize) -> Outcome {
     let width = MLA.latent + MLA.rope;
     let layer = KvLayer { offset: 0, row: width };
-    let (variant, lines) = mla::cuda::select(&MLA, layer, BF16, false);
-    let step = decode(bench, rows, context, 64 * width, (MLA.heads, lines))?;
-    let splits = splits(bench.gpu.facts().multiprocessors as usize, rows, 1, context);
+    let cache = rows * context.next_multiple_of(64) * width * 2;
+    if cache > bench.numbers.bytes() {
+        return Ok(());
+    }
+    let (segments, tables) = step(rows, context, 64 * width);
+    let blocks = bench.gpu.facts().multiprocessors as usize;
+    let mut cut = pieces::Cut::default();
+    cut.make(&segments, &tables, rows, MLA.heads, blocks);
+    let (most, slots) = pieces::Cut::most(rows, MLA.heads, blocks);
+    let mut words: Vec<u32> = cut.pieces.iter().flat_map(pieces::Piece::words).collect();
+    words.resize(most * pieces::Piece::WORDS, 0);
+    let words = bench.send_u32(&words)?;
+    let slot_words = bench.send_u32(cut.slots.as_flattened())?;
+    let tables = bench.send(&tables, u64::to_le_bytes)?;
     let mut arena = Arena::new(bench.work(10, bench.work.bytes() / 2));
-    let scratch =
-        mla::cuda::Scratch::take(&mut arena, &MLA, BF16, rows, rows * MLA.heads * splits)?;
+    let scratch = mla::cuda::Scratch::take(&mut arena, &MLA, BF16, rows)?;
+    let partials = pieces::Partials::take(&mut arena, slots)?;
     let (q, out) = (bench.work(0, rows * 16 * 192 * 2), bench.work(5, rows * 2048 * 2));
+    let latents = bench.work(80, rows * 16 * width * 2);
+    let sums = bench.work(85, rows * 16 * 512 * 2);
     let (absorbed, kv_b) = (bench.work(70, 16 * 512 * 128 * 2), bench.work(75, 16 * 512 * 256 * 2));
     let weights = mla::cuda::Weights { absorbed: &absorbed, kv_b: &kv_b };
-    let plan = ops::flash::cuda::Plan {
-        segments: &step.segments,
-        tiles: &step.tiles,
-        tile_count: &step.tile_count,
-        max_tiles: step.max_tiles,
-        tables: &step.tables,
-        splits,
-        variant,
+    let all = Rows::exactly(rows);
+    let query = |from: usize| Query {
+        address: latents.address() + 2 * from as u64,
+        row: 16 * width,
+        head: width,
     };
-    let cache = rows * context.next_multiple_of(64) * width * 2;
-    let bytes = rows * context * width * 2 + 2 * 16 * 512 * 128 * 2;
-    bench.time(&format!("mla, context {context}, {splits} splits"), bytes, |on, i| {
+    let run = |on: Queue<'_>, i, alone| {
         let kv = bench.distinct(i, cache);
+        let map = pieces::cache_map(&kv)?;
+        let (slots, tables, map) = (&slot_words, &tables, &map);
+        let plan = pieces::Plan { map, pieces: &words, slots, tables, blocks, decodes: rows };
         let kv = Tensor::new(&kv, BF16);
-        let all = Rows::exactly(rows);
-        mla::cuda::attention(on, all, &q, &weights, &MLA, layer, kv, &plan, &scratch, &out)
-    })
+        if alone {
+            let queries = [query(0), query(512)];
+            pieces::attention(on, all, &MLA, queries, layer, kv, &plan, &partials, &sums)
+        } else {
+            let core = Core::Pieces(&plan, &partials);
+            mla::cuda::attention(on, all, &q, &weights, &MLA, layer, kv, core, &scratch, &out)
+        }
+    };
+    let bytes = rows * context * width * 2;
+    bench.time(&format!("mla decode, context {context}"), bytes, |on, i| run(on, i, true))?;
+    let bytes = bytes + 2 * 16 * 512 * 128 * 2;
+    bench.time(&format!("mla with kv_b, context {context}"), bytes, |on, i| run(on, i, false))
 }
 
 /// The shape of Qwen3-8B: 32 heads over 8 KV heads of 128.

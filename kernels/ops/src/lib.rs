@@ -9,6 +9,7 @@ pub mod act;
 pub mod cuda;
 pub mod embed;
 mod exp;
+pub mod fill;
 pub mod flash;
 pub mod gqa;
 pub mod linear;

@@ -17,5 +17,6 @@ pub use plan::{
 };
 pub use sampling::{MAX_LOGPROBS, Sampling, SamplingError};
 pub use session::{
-    Carving, Configure, GroupKind, GroupSpec, Hello, LoadProgress, ToScheduler, ToWorker, Upload,
+    Carving, Configure, GroupKind, GroupSpec, Hello, LoadProgress, StartPhase, ToScheduler,
+    ToWorker, Upload,
 };

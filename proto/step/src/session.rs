@@ -1,11 +1,13 @@
 //! The life of a worker's stream: it loads, says hello, is configured, then steps.
 //!
 //! worker: `Loading`* `Hello` | scheduler: `Configure` | worker: `Ready` | then uploads and steps
-//! one way, outcomes the other, until either side goes away.
+//! one way, outcomes the other, until either side goes away. What a part of the start took is told by
+//! `Started` at any time before `Ready`.
 
 use crate::{Outcome, StepPlan};
 use ids::{Bytes, GroupId, Incarnation, RequestId, TokenId, Tokens};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// From the scheduler to one worker, in order.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,6 +27,8 @@ pub enum ToWorker {
 pub enum ToScheduler {
     /// Start-up progress.
     Loading(LoadProgress),
+    /// A part of the start is over, and how long it took.
+    Started(StartPhase, Duration),
     /// Once, when the weights are in place.
     Hello(Hello),
     /// Once, when memory is carved as configured.
@@ -44,6 +48,21 @@ pub struct LoadProgress {
     pub done: Bytes,
     /// Bytes of this stage; zero when unknown.
     pub total: Bytes,
+}
+
+/// A part of a worker's start, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum StartPhase {
+    /// A device is opened.
+    Device,
+    /// Its kernels are loaded.
+    Kernels,
+    /// Weights are read, or made.
+    Weights,
+    /// Memory of steps and cache is allocated.
+    Memory,
+    /// Steps are captured into graphs.
+    Graphs,
 }
 
 /// What a worker has to offer.

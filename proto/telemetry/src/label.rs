@@ -116,6 +116,32 @@ impl StepsAhead {
 }
 
 label! {
+    /// A part of the start, in order; the last two are sums.
+    StartupPhase {
+        /// From the command to a memory plan that fits
+        Plan = "plan",
+        /// Tokenizer and template are read
+        Text = "text",
+        /// The worker's process is started and its session opened
+        Worker = "worker",
+        /// The device is opened
+        Device = "device",
+        /// Its kernels are loaded
+        Kernels = "kernels",
+        /// Weights are read, or made
+        Weights = "weights",
+        /// Memory of steps and cache is allocated
+        Memory = "memory",
+        /// Steps are captured into graphs
+        Graphs = "graphs",
+        /// From the command until requests are served
+        Ready = "ready",
+        /// From the command to the first token of all
+        FirstToken = "first_token",
+    }
+}
+
+label! {
     /// What holds a KV block.
     BlockState {
         /// A live request

@@ -4,12 +4,14 @@
 //! yet is zero and not absent. Under [`Metrics::render`] the ones that dashboards for vLLM query
 //! can appear a second time under the names they have there.
 
-use crate::label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass, StepsAhead};
+use crate::label::{
+    BlockState, Door, FinishedBy, RefusedBy, StartupPhase, StatusClass, StepsAhead,
+};
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry, TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 /// Seconds, for waits that a person feels: a millisecond to ten minutes.
@@ -85,6 +87,7 @@ pub struct Metrics {
     pub stalled_clients: IntCounter,
     /// 1 for the state that holds, 0 else: whether requests are served.
     pub ready: IntGauge,
+    startup: GaugeVec,
     kv_blocks: IntGaugeVec,
     steps_planned: IntCounterVec,
     replies: IntCounterVec,
@@ -153,6 +156,11 @@ impl Metrics {
                 "Streams given up because the client did not read.",
             ),
             ready: make.gauge("ready", "Whether requests are served."),
+            startup: make.seconds(
+                "startup_seconds",
+                "What parts of the start took, 0 before they are over; of the newest worker.",
+                &["phase"],
+            ),
             kv_blocks: make.gauges("kv_blocks", "KV blocks by what holds them.", &["state"]),
             steps_planned: make.counters(
                 "steps_planned_total",
@@ -184,9 +192,16 @@ impl Metrics {
         }
         FinishedBy::ALL.iter().for_each(|by| drop(metrics.finished(*by)));
         RefusedBy::ALL.iter().for_each(|by| drop(metrics.refused(*by)));
+        StartupPhase::ALL.iter().for_each(|phase| drop(metrics.startup(*phase)));
         BlockState::ALL.iter().for_each(|state| drop(metrics.kv_blocks(*state)));
         StepsAhead::ALL.iter().for_each(|steps| drop(metrics.steps_planned(*steps)));
         metrics
+    }
+
+    /// Seconds that a part of the start took.
+    #[must_use]
+    pub fn startup(&self, phase: StartupPhase) -> Gauge {
+        self.startup.with_label_values(&[phase.as_str()])
     }
 
     /// KV blocks in this state.
@@ -287,6 +302,10 @@ impl Maker<'_> {
 
     fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
         self.add(IntGaugeVec::new(self.opts(name, help), labels))
+    }
+
+    fn seconds(&self, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
+        self.add(GaugeVec::new(self.opts(name, help), labels))
     }
 
     fn counter(&self, name: &str, help: &str) -> IntCounter {

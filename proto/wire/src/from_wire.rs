@@ -7,10 +7,12 @@ use ids::{
     Tokens,
 };
 use std::sync::Arc;
+use std::time::Duration;
 use step::{
     Admit, Carving, Configure, DecodeDelta, GroupKind, GroupSpec, GroupTable, Hello, LoadProgress,
     Logprobs, Outcome, PrefillRun, PromptLogprobs, SampleFault, Sampled, Sampling, Section, SlotOp,
-    SlotRef, StepPlan, StepTiming, ToScheduler, ToWorker, TokenLogprob, Upload, WriteSlot,
+    SlotRef, StartPhase, StepPlan, StepTiming, ToScheduler, ToWorker, TokenLogprob, Upload,
+    WriteSlot,
 };
 
 /// Why a message is refused. The peer speaks another protocol or is broken; the stream ends.
@@ -57,11 +59,26 @@ impl TryFrom<pb::ToScheduler> for ToScheduler {
                 done: Bytes(p.done),
                 total: Bytes(p.total),
             }),
+            Message::Started(s) => {
+                Self::Started(start_phase(s.phase())?, Duration::from_nanos(s.nanos))
+            }
             Message::Hello(h) => Self::Hello(hello(h)?),
             Message::Ready(r) => Self::Ready(Incarnation(r.incarnation)),
             Message::Outcome(o) => Self::Outcome(outcome(o)?),
             Message::Fault(f) => Self::Fault(f.message),
         })
+    }
+}
+
+fn start_phase(phase: pb::started::Phase) -> Result<StartPhase, Malformed> {
+    use pb::started::Phase;
+    match phase {
+        Phase::Unspecified => Err(Malformed::Missing("start phase")),
+        Phase::Device => Ok(StartPhase::Device),
+        Phase::Kernels => Ok(StartPhase::Kernels),
+        Phase::Weights => Ok(StartPhase::Weights),
+        Phase::Memory => Ok(StartPhase::Memory),
+        Phase::Graphs => Ok(StartPhase::Graphs),
     }
 }
 

@@ -4,7 +4,7 @@ use crate::pb;
 use ids::TokenId;
 use step::{
     Admit, Configure, GroupKind, Hello, Logprobs, Outcome, PromptLogprobs, SampleFault, Sampling,
-    Section, SlotOp, StepPlan, ToScheduler, ToWorker, TokenLogprob, Upload,
+    Section, SlotOp, StartPhase, StepPlan, ToScheduler, ToWorker, TokenLogprob, Upload,
 };
 
 impl From<ToWorker> for pb::ToWorker {
@@ -30,6 +30,10 @@ impl From<ToScheduler> for pb::ToScheduler {
                 stage: p.stage,
                 done: p.done.0,
                 total: p.total.0,
+            }),
+            ToScheduler::Started(phase, took) => Message::Started(pb::Started {
+                phase: start_phase(phase).into(),
+                nanos: u64::try_from(took.as_nanos()).unwrap_or(u64::MAX),
             }),
             ToScheduler::Hello(h) => Message::Hello(hello(h)),
             ToScheduler::Ready(incarnation) => {
@@ -153,6 +157,17 @@ fn sampling(s: &Sampling) -> pb::Sampling {
         min_tokens: s.min_tokens.0,
         banned_before_min: raw(&s.banned_before_min),
         logprobs: s.logprobs.map(u32::from),
+    }
+}
+
+fn start_phase(phase: StartPhase) -> pb::started::Phase {
+    use pb::started::Phase;
+    match phase {
+        StartPhase::Device => Phase::Device,
+        StartPhase::Kernels => Phase::Kernels,
+        StartPhase::Weights => Phase::Weights,
+        StartPhase::Memory => Phase::Memory,
+        StartPhase::Graphs => Phase::Graphs,
     }
 }
 

@@ -186,6 +186,11 @@ fn reply() -> impl Strategy<Value = ToScheduler> {
                 backend: name,
             })
         }),
+        1 => (0_usize..5, any::<u64>()).prop_map(|(phase, nanos)| {
+            use StartPhase::{Device, Graphs, Kernels, Memory, Weights};
+            let phase = [Device, Kernels, Weights, Memory, Graphs][phase];
+            ToScheduler::Started(phase, Duration::from_nanos(nanos))
+        }),
         1 => any::<u64>().prop_map(|i| ToScheduler::Ready(Incarnation(i))),
         1 => any::<String>().prop_map(ToScheduler::Fault),
     ]

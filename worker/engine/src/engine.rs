@@ -20,12 +20,12 @@ use model::memory;
 use model::program::{CacheKind, Program};
 use std::time::{Duration, Instant};
 use step::{
-    Configure, GroupKind, GroupSpec, Hello, Logprobs, Outcome, PromptLogprobs, Sampled, StepPlan,
-    StepTiming, Upload,
+    Configure, GroupKind, GroupSpec, Hello, Logprobs, Outcome, PromptLogprobs, Sampled, StartPhase,
+    StepPlan, StepTiming, Upload,
 };
 
-/// Alignment of super-blocks: a cache line and the widest vector.
-const ALIGNMENT: u64 = 64;
+/// Alignment of super-blocks: two cache lines, which a device's copy engine takes as one.
+const ALIGNMENT: u64 = 128;
 /// The most rows of the slot table.
 const MAX_SLOTS: u32 = 1 << 16;
 /// The most tokens of one step.
@@ -66,6 +66,41 @@ impl<'w> Engine<'w> {
         weights: &'w dyn WeightSource,
         options: Options,
     ) -> Result<Self, EngineError> {
+        match options.device {
+            Device::Cpu => Self::over(program, lowered, options, |lowered, options| {
+                Ok(Backend::Cpu(Box::new(Cpu::new(lowered, weights, options)?)))
+            }),
+            Device::Cuda { ordinal } => {
+                Self::on_device(program, lowered, weights, ordinal, options, &|_, _| {})
+            }
+        }
+    }
+
+    /// As [`Engine::new`] on a CUDA device, whatever the options say, which gets a copy of all
+    /// weights: they are not used any more afterwards. `report` hears bytes sent and bytes to send.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub fn on_device(
+        program: &Program,
+        lowered: Lowered,
+        weights: &dyn WeightSource,
+        ordinal: usize,
+        options: Options,
+        report: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Self, EngineError> {
+        Self::over(program, lowered, options, |lowered, options| {
+            let cuda = Cuda::new(ordinal, &lowered, weights, options, report)?;
+            Ok(Backend::Cuda(Box::new(cuda)))
+        })
+    }
+
+    fn over(
+        program: &Program,
+        lowered: Lowered,
+        options: Options,
+        backend: impl FnOnce(Lowered, &Options) -> Result<Backend<'w>, EngineError>,
+    ) -> Result<Self, EngineError> {
         let ranks = lowered.mesh.world();
         if ranks != 1 {
             return Err(EngineError::Ranks { ranks });
@@ -86,15 +121,15 @@ impl<'w> Engine<'w> {
             vocab: program.vocab as u32,
             max_context: Tokens((program.max_context as u64).min(MAX_CONTEXT.into()) as u32),
             groups: groups.collect(),
-            backend: match options.device {
-                Device::Cpu => Backend::Cpu(Box::new(Cpu::new(lowered, weights, &options)?)),
-                Device::Cuda { ordinal } => {
-                    Backend::Cuda(Box::new(Cuda::new(ordinal, &lowered, weights, &options)?))
-                }
-            },
+            backend: backend(lowered, &options)?,
             options,
             configured: None,
         })
+    }
+
+    /// Parts of the start that ended since the last call, with what each took.
+    pub fn take_phases(&mut self) -> Vec<(StartPhase, Duration)> {
+        self.backend.take_phases()
     }
 
     /// What this engine offers.

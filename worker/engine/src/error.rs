@@ -24,6 +24,22 @@ pub enum WeightError {
         /// What the program needs.
         wanted: Vec<usize>,
     },
+    /// A random matrix that only a device can make.
+    #[error("weight {name} is random and was not made in memory; the processor needs it there")]
+    NotMade {
+        /// Name in the checkpoint.
+        name: String,
+    },
+    /// Its file cannot be read.
+    #[error("weight {name} cannot be read from {}", path.display())]
+    Read {
+        /// Name in the checkpoint.
+        name: String,
+        /// The file.
+        path: std::path::PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
     /// A vector where the program has a matrix, or the other way round; a mistake in a model file.
     #[error("weight {name} is not used as it was declared")]
     Kind {

@@ -8,6 +8,8 @@ use crate::slots::Slots;
 use core::ops::Range;
 use device::cuda::CudaError;
 use ops::sample::cuda::SampleRow;
+use std::time::Duration;
+use step::StartPhase;
 
 /// Where the block tables of a batch's slots are found.
 pub struct TableView<'a> {
@@ -73,6 +75,14 @@ impl Backend<'_> {
         match self {
             Self::Cpu(_) => "cpu",
             Self::Cuda(_) => "cuda",
+        }
+    }
+
+    /// Parts of the start that ended since the last call; none where loading is not the executor's.
+    pub(crate) fn take_phases(&mut self) -> Vec<(StartPhase, Duration)> {
+        match self {
+            Self::Cpu(_) => Vec::new(),
+            Self::Cuda(cuda) => cuda.take_phases(),
         }
     }
 

@@ -15,6 +15,7 @@ mod executor;
 mod kernels;
 mod memory;
 mod options;
+mod phases;
 mod sampler;
 mod slots;
 mod source;
@@ -29,7 +30,7 @@ pub use executor::{Executor, TableView};
 pub use kernels::kernel;
 pub use memory::{HEAD_ROWS, penalty_bytes, step_bytes};
 pub use options::{Device, KvDtype, MlaForm, Options};
-pub use source::WeightSource;
+pub use source::{Origin, WeightSource};
 
 /// The instruction set that ops use on this processor: `avx512`, `avx2` or `scalar`.
 #[must_use]

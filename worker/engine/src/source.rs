@@ -6,14 +6,26 @@
 use crate::WeightError;
 use ops::{Matrix, WeightSlice};
 use std::borrow::Cow;
-use weights::{Slice, Weights};
+use weights::random::{DrawnMatrix, Draws, RandomWeights};
+use weights::{Slice, Stored, Weights};
+
+/// Where a device gets the elements of a matrix.
+#[derive(Clone, Debug)]
+pub enum Origin<'a> {
+    /// Out of memory.
+    Held(WeightSlice<'a>),
+    /// Out of a file.
+    Stored(Stored),
+    /// It makes them.
+    Drawn(Draws),
+}
 
 /// Named weights with the lifetime of their storage.
 pub trait WeightSource {
     /// A matrix `[rows, cols]`, in the type it is stored in.
     ///
     /// # Errors
-    /// When it is absent or of another shape.
+    /// When it is absent, of another shape, or not in memory.
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix<'_>, WeightError>;
 
     /// A vector `[len]` in 32-bit floats.
@@ -21,6 +33,14 @@ pub trait WeightSource {
     /// # Errors
     /// As for matrices.
     fn vector(&self, name: &str, len: usize) -> Result<Cow<'_, [f32]>, WeightError>;
+
+    /// As [`WeightSource::matrix`], for devices with memory of their own.
+    ///
+    /// # Errors
+    /// When it is absent or of another shape.
+    fn origin(&self, name: &str, rows: usize, cols: usize) -> Result<Origin<'_>, WeightError> {
+        Ok(Origin::Held(self.matrix(name, rows, cols)?.data))
+    }
 }
 
 impl WeightSource for Weights {
@@ -39,6 +59,34 @@ impl WeightSource for Weights {
             other => Cow::Owned(other.to_f32()),
         })
     }
+
+    fn origin(&self, name: &str, rows: usize, cols: usize) -> Result<Origin<'_>, WeightError> {
+        let held = self.matrix(name, rows, cols)?.data;
+        Ok(self.stored(name).map_or(Origin::Held(held), Origin::Stored))
+    }
+}
+
+impl WeightSource for RandomWeights {
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix<'_>, WeightError> {
+        match self.drawn(name) {
+            Some(_) => Err(WeightError::NotMade { name: name.to_owned() }),
+            None => self.made().matrix(name, rows, cols),
+        }
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Cow<'_, [f32]>, WeightError> {
+        self.made().vector(name, len)
+    }
+
+    fn origin(&self, name: &str, rows: usize, cols: usize) -> Result<Origin<'_>, WeightError> {
+        match self.drawn(name) {
+            Some(DrawnMatrix { shape, draws }) => {
+                same_shape(name, shape, &[rows, cols])?;
+                Ok(Origin::Drawn(*draws))
+            }
+            None => self.made().origin(name, rows, cols),
+        }
+    }
 }
 
 fn shaped<'a>(
@@ -46,11 +94,15 @@ fn shaped<'a>(
     name: &str,
     wanted: &[usize],
 ) -> Result<Slice<'a>, WeightError> {
-    let name = || name.to_owned();
-    let weight = weights.get(&name()).ok_or_else(|| WeightError::Absent { name: name() })?;
-    if weight.shape == wanted {
-        return Ok(weight.data);
+    let weight = weights.get(name).ok_or_else(|| WeightError::Absent { name: name.to_owned() })?;
+    same_shape(name, weight.shape, wanted)?;
+    Ok(weight.data)
+}
+
+fn same_shape(name: &str, got: &[usize], wanted: &[usize]) -> Result<(), WeightError> {
+    if got == wanted {
+        return Ok(());
     }
-    let (got, wanted) = (weight.shape.to_vec(), wanted.to_vec());
-    Err(WeightError::Shape { name: name(), got, wanted })
+    let (got, wanted) = (got.to_vec(), wanted.to_vec());
+    Err(WeightError::Shape { name: name.to_owned(), got, wanted })
 }

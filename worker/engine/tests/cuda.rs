@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Model, Setup, agreement, equalities, families, goldens, greedy, naive, native, poison,
+    Model, Setup, agreement, equalities, families, goldens, greedy, naive, native, origins, poison,
 };
 use engine::{CudaError, Device, EngineError, KvDtype};
 use std::io::Write;
@@ -116,7 +116,6 @@ fn bf16_differs_by_no_more_than_its_roundings() {
     for (name, config) in families().into_iter().chain(native()) {
         let model = Model::new(&config, 11);
         let tokens = common::prompt(150, 4);
-        let got = model.session(setup).complete(&tokens, 1024, 1, greedy()).prompt;
         let expected = naive::logprobs(&model.config, model.weights, &tokens);
         let row = &expected[20];
         let mean = row.iter().sum::<f64>() / row.len() as f64;
@@ -126,20 +125,22 @@ fn bf16_differs_by_no_more_than_its_roundings() {
         let roundings = (ROUNDINGS.0 * layers + ROUNDINGS.1) as f64;
         // Matrices are rounded too, which counts as much again.
         let typical = UNIT * (2.0 * roundings).sqrt() * spread;
-        let off = |(at, got): (usize, &f32)| {
-            (expected[at][tokens[at + 1] as usize] - f64::from(*got)).abs()
-        };
-        let mut off: Vec<f64> = got.iter().enumerate().map(off).collect();
-        off.sort_by(f64::total_cmp);
-        let (median, worst) = (off[off.len() / 2], off[off.len() - 1]);
         let routed = name.contains("moe") || name.contains("deepseek");
-        let _ = writeln!(
-            std::io::stderr(),
-            "bf16 {name}: median {median:.4}, worst {worst:.4}, typical {typical:.4}"
-        );
-        assert!(median > 0.0 && median <= typical, "{name}: median {median}, expected {typical}");
-        // Four standard deviations over 149 draws.
-        assert!(routed || worst <= 4.0 * typical, "{name}: worst {worst}, expected {typical}");
+        // Whole, and a token at a time as decodes are.
+        for chunk in [1024, 1] {
+            let got = model.session(setup).complete(&tokens, chunk, 1, greedy()).prompt;
+            let off = |(at, got): (usize, &f32)| {
+                (expected[at][tokens[at + 1] as usize] - f64::from(*got)).abs()
+            };
+            let mut off: Vec<f64> = got.iter().enumerate().map(off).collect();
+            off.sort_by(f64::total_cmp);
+            let (median, worst) = (off[off.len() / 2], off[off.len() - 1]);
+            let figures = format!("median {median:.4}, worst {worst:.4}, typical {typical:.4}");
+            let _ = writeln!(std::io::stderr(), "bf16 {name} by {chunk}: {figures}");
+            assert!(median > 0.0 && median <= typical, "{name} by {chunk}: {figures}");
+            // Four standard deviations over 149 draws.
+            assert!(routed || worst <= 4.0 * typical, "{name} by {chunk}: {figures}");
+        }
     }
 }
 
@@ -159,6 +160,12 @@ fn captured_steps_equal_launched_ones() {
         }
     }
     equalities::a_batch_of_32_equals_one_by_one_of(captured, TOLERANCE, 2);
+}
+
+#[test]
+fn weights_are_the_same_from_everywhere() {
+    let Some((setup, _turn)) = cuda() else { return };
+    origins::weights_are_the_same_from_everywhere(setup);
 }
 
 #[test]

@@ -3,9 +3,10 @@
 mod common;
 
 use common::{LIFE, Model, Session, Setup, families, greedy, prompt};
-use engine::{PlanError, StepError};
+use engine::{EngineError, PlanError, StepError, WeightError};
 use ids::{BlockId, Bytes, GroupId, Incarnation, RequestId, SlotId, StepSeq, TokenId, Tokens};
 use step::{Carving, Configure, PrefillRun, SlotOp, StepPlan, Upload, WriteSlot};
+use weights::random::RandomWeights;
 
 fn session() -> Session {
     let (_, config) = families().remove(3);
@@ -85,7 +86,7 @@ fn a_configuration_that_does_not_fit_names_its_field() {
         max_step_tokens: Tokens(64),
         max_context: Tokens(512),
         carving: Carving {
-            super_bytes: Bytes(block.next_multiple_of(64)),
+            super_bytes: Bytes(block.next_multiple_of(128)),
             supers: 2,
             per_super: vec![1, 1],
         },
@@ -191,4 +192,13 @@ fn blocks_behind_a_sliding_window_can_be_given_up() {
         tokens
     };
     assert_eq!(run(true), run(false));
+}
+
+#[test]
+fn the_processor_is_not_given_weights_that_nobody_made() {
+    let (_, config) = families().remove(0);
+    let model = Model::new(&config, 1);
+    let drawn = RandomWeights::new(&model.random, &model.specs, 1).expect("weights");
+    let Err(error) = model.engine_over(&drawn) else { panic!("accepted") };
+    assert!(matches!(error, EngineError::Weight(WeightError::NotMade { .. })), "{error}");
 }

@@ -4,7 +4,10 @@ use ids::{Incarnation, RequestId};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use step::{Configure, Hello, LoadProgress, Outcome, StepPlan, ToScheduler, ToWorker, Upload};
+use std::time::Duration;
+use step::{
+    Configure, Hello, LoadProgress, Outcome, StartPhase, StepPlan, ToScheduler, ToWorker, Upload,
+};
 use tokio::sync::mpsc::UnboundedSender;
 use wire::{Incoming, ServeError};
 
@@ -17,6 +20,10 @@ pub trait Stepper: 'static {
     /// # Errors
     /// When the configuration does not fit what `hello` offered.
     fn configure(&mut self, configure: &Configure) -> Result<(), WorkerFault>;
+    /// Parts of the start that ended since the last call; asked for after loading and configuring.
+    fn take_phases(&mut self) -> Vec<(StartPhase, Duration)> {
+        Vec::new()
+    }
     /// Takes tokens ahead of an admission.
     ///
     /// # Errors
@@ -101,6 +108,12 @@ fn run<S: Stepper>(
 ) -> Result<(), WorkerFault> {
     let replies = incoming.replies.clone();
     let mut engine = load(&mut |progress| say(&replies, ToScheduler::Loading(progress)))?;
+    let tell = |engine: &mut S| {
+        for (phase, took) in engine.take_phases() {
+            say(&replies, ToScheduler::Started(phase, took));
+        }
+    };
+    tell(&mut engine);
     say(&replies, ToScheduler::Hello(engine.hello()));
     let mut life: Option<Incarnation> = None;
     while let Some(command) = incoming.commands.blocking_recv() {
@@ -111,6 +124,7 @@ fn run<S: Stepper>(
                     return Err(WorkerFault("configured twice".into()));
                 }
                 engine.configure(&configure)?;
+                tell(&mut engine);
                 life = Some(configure.incarnation);
                 say(&replies, ToScheduler::Ready(configure.incarnation));
             }

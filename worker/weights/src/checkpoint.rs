@@ -26,7 +26,7 @@ pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Longest index that is read, in bytes. The largest published (some 100,000 tensors) take 10 MB.
 const MAX_INDEX: u64 = 256 << 20;
 
-/// An opened checkpoint. Cheap to share behind an `Arc`; holds no file descriptor.
+/// An opened checkpoint. Cheap to share behind an `Arc`; holds a file descriptor per file.
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,

@@ -31,7 +31,7 @@ pub use map_file::MappedFile;
 pub use parallel::available_threads;
 pub use progress::Progress;
 pub use safetensors::Dtype;
-pub use set::{Float, Weight, Weights};
+pub use set::{Float, Stored, Weight, Weights};
 pub use slice::{Buffer, Slice};
 pub use write::{DEFAULT_SHARD_BYTES, WriteError, WriteOptions, Written, write_random};
 

@@ -203,7 +203,7 @@ impl<'a> Plan<'a> {
         }
         let cols = view.shape.last().copied().unwrap_or(1);
         let codes = Quantised { codes: view.bytes, cols, scales: &scale_values, block: *block };
-        let mut out = vec![T::default(); view.bytes.len()];
+        let mut out = slice::zeros(view.bytes.len());
         if !out.is_empty() {
             let rows_each = (CONVERT_CHUNK / cols).max(1);
             let jobs = out.chunks_mut(rows_each * cols).enumerate();
@@ -220,7 +220,7 @@ impl<'a> Plan<'a> {
 /// Elements of a stored tensor in another type, rounded to nearest, ties to even.
 fn convert<T: Element>(view: &TensorView<'_>, threads: usize) -> Vec<T> {
     fn widen<S: Element, T: Element>(bytes: &[u8], threads: usize) -> Vec<T> {
-        let mut out = vec![T::default(); bytes.len() / size_of::<S>()];
+        let mut out = slice::zeros(bytes.len() / size_of::<S>());
         let jobs = bytes.chunks(CONVERT_CHUNK * size_of::<S>()).zip(out.chunks_mut(CONVERT_CHUNK));
         let Ok(()) = parallel::for_each(threads, jobs, |(bytes, out): (&[u8], &mut [T])| {
             for (x, value) in out.iter_mut().zip(slice::numbers::<S>(bytes)) {

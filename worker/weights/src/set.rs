@@ -9,7 +9,9 @@ use crate::map_file::MappedFile;
 use crate::slice::{self, Buffer, Slice};
 use safetensors::Dtype;
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 /// A type that weights are computed in.
@@ -32,6 +34,15 @@ impl Float {
             Dtype::BF16 => Some(Self::Bf16),
             Dtype::F16 => Some(Self::F16),
             _ => None,
+        }
+    }
+
+    /// Bytes of an element.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
         }
     }
 }
@@ -66,7 +77,51 @@ pub struct Weight<'a> {
     pub data: Slice<'a>,
 }
 
+/// A weight that lies in a file as it is used.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    file: Arc<MappedFile>,
+    bytes: Range<usize>,
+    /// Type of its elements.
+    pub float: Float,
+}
+
+impl Stored {
+    /// Number of elements.
+    #[must_use]
+    pub fn elements(&self) -> usize {
+        self.bytes.len() / self.float.bytes()
+    }
+
+    /// Reads bytes from `offset` of the weight on.
+    ///
+    /// # Errors
+    /// The system's; `UnexpectedEof` past the weight's end, and where the file has become shorter.
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> io::Result<()> {
+        let end = offset.checked_add(to.len()).filter(|end| *end <= self.bytes.len());
+        end.ok_or(io::ErrorKind::UnexpectedEof)?;
+        self.file.read((self.bytes.start + offset) as u64, to)
+    }
+
+    /// The file it lies in.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+}
+
 impl Weights {
+    /// Where a weight lies in a file; none where it is in memory of its own, or was not asked for.
+    #[must_use]
+    pub fn stored(&self, name: &str) -> Option<Stored> {
+        match &self.entries.get(name)?.data {
+            Data::Mapped { file, bytes, float } => {
+                Some(Stored { file: Arc::clone(file), bytes: bytes.clone(), float: *float })
+            }
+            Data::Made(_) => None,
+        }
+    }
+
     /// A weight by name; none where it was not asked for at loading.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<Weight<'_>> {

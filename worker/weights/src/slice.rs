@@ -132,6 +132,15 @@ impl Buffer {
     }
 }
 
+/// `len` zeros in pages that come when first touched, by the thread that fills them; a vector of a
+/// type that is not the language's own would be written through here, by one.
+///
+/// # Panics
+/// When memory is exhausted.
+pub(crate) fn zeros<T: Element>(len: usize) -> Vec<T> {
+    T::new_vec_zeroed(len).unwrap_or_else(|_| panic!("no memory for {len} elements"))
+}
+
 /// Little-endian bytes as numbers, without a copy; none where they are not aligned.
 pub(crate) fn borrow<T: Element>(bytes: &[u8]) -> Option<&[T]> {
     // Nothing is aligned wherever it lies.

@@ -203,3 +203,34 @@ fn random_weights_in_memory_depend_on_seed_and_name_only() {
     let huge = spec("a.weight", &[1 << 40, 1 << 40], Dtype::F32);
     assert!(Weights::random(&model(1), &[huge], 1, &Silent).is_err());
 }
+
+#[test]
+fn stored_bytes_are_read_past_the_map() {
+    let values = [1.0, 2.0, 3.0, -4.0, 5.0, 6.0];
+    let (dir, checkpoint) = checkpoint(&[
+        ("first.weight", "F32", &[1, 1], &f32s(&[9.0])),
+        ("m.weight", "BF16", &[3, 2], &bf16s(&values)),
+    ]);
+    let wanted: [(&str, &[usize]); 1] = [("m.weight", &[3, 2])];
+    let options = LoadOptions { read_ahead: false, ..LoadOptions::default() };
+    let weights = Weights::load(&checkpoint, wanted, &options, &Silent).unwrap();
+    let stored = weights.stored("m.weight").unwrap();
+    assert_eq!((stored.float, stored.elements()), (Float::Bf16, 6));
+    let mut bytes = [0; 6];
+    stored.read(4, &mut bytes).unwrap();
+    assert_eq!(bytes.to_vec(), bf16s(&values[2..5]));
+    let past = stored.read(8, &mut bytes).expect_err("past the weight's end");
+    assert_eq!(past.kind(), std::io::ErrorKind::UnexpectedEof);
+    // A file that was cut short is an error here and no signal.
+    let file = fs::File::options().write(true).open(dir.path().join("model.safetensors")).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+    assert_eq!(
+        stored.read(6, &mut bytes).expect_err("cut").kind(),
+        std::io::ErrorKind::UnexpectedEof
+    );
+    assert!(weights.stored("first.weight").is_none());
+    // What was made lies nowhere.
+    let options = LoadOptions { matrices: Some(Float::F32), ..options };
+    let made = Weights::load(&checkpoint, wanted, &options, &Silent);
+    assert!(made.unwrap().stored("m.weight").is_none());
+}

@@ -6,6 +6,7 @@
 //! dropped right after its last event.
 
 use super::life::{Life, Progress};
+use super::startup::Startup;
 use super::streams::Streams;
 use gateway::engine::GenerationEvent;
 use ids::{GroupId, RequestId, Timestamp, Tokens};
@@ -62,6 +63,7 @@ pub(crate) struct Driver {
     pub(crate) life: Life,
     pub(crate) progress: Arc<Progress>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) startup: Arc<Startup>,
     pub(crate) origin: Instant,
 }
 
@@ -138,6 +140,9 @@ impl Driver {
         if let Event::Outcome(outcome) = &event {
             self.metrics.step_duration.observe(outcome.timing.total_ns as f64 / 1e9);
             self.progress.step_ended();
+            if !outcome.sampled.is_empty() {
+                self.startup.token();
+            }
         }
         self.scheduler.handle(now, event);
     }

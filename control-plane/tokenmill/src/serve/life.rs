@@ -4,6 +4,7 @@
 //! a plan only goes to the session of the life it names; readiness means that steps end while there
 //! is work.
 
+use super::startup::Startup;
 use ids::{Bytes, Incarnation, Tokens};
 use scheduler::{Event, WorkerReady};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -24,6 +25,7 @@ pub(crate) struct WorkerLimits {
 pub(crate) struct Life {
     limits: WorkerLimits,
     progress: Arc<Progress>,
+    startup: Arc<Startup>,
     /// Asks the supervisor to kill the process.
     kill: Sender<()>,
     incarnation: Incarnation,
@@ -34,10 +36,16 @@ pub(crate) struct Life {
 }
 
 impl Life {
-    pub(crate) fn new(limits: WorkerLimits, progress: Arc<Progress>, kill: Sender<()>) -> Self {
+    pub(crate) fn new(
+        limits: WorkerLimits,
+        progress: Arc<Progress>,
+        startup: Arc<Startup>,
+        kill: Sender<()>,
+    ) -> Self {
         Self {
             limits,
             progress,
+            startup,
             kill,
             incarnation: Incarnation(0),
             session: None,
@@ -80,6 +88,10 @@ impl Life {
                 self.progress.loading(progress.done, progress.total);
                 None
             }
+            ToScheduler::Started(phase, took) => {
+                self.startup.worker_took(phase, took);
+                None
+            }
             ToScheduler::Hello(hello) => {
                 self.configure(hello);
                 None
@@ -88,6 +100,7 @@ impl Life {
                 let (hello, carving) = self.offer.take()?;
                 self.ready = true;
                 self.progress.ready();
+                self.startup.ready();
                 tracing::info!(%incarnation, backend = hello.backend, "the worker is ready");
                 let groups = hello.groups;
                 Some(Event::WorkerReady(Box::new(WorkerReady { incarnation, groups, carving })))

@@ -13,6 +13,7 @@ pub(crate) mod memory;
 pub(crate) mod memory_plan;
 mod settings;
 pub(crate) mod source;
+mod startup;
 mod streams;
 mod supervise;
 pub(crate) mod worker_config;
@@ -28,6 +29,7 @@ use ids::{HashKey, Tokens};
 use life::{Life, Progress, WorkerLimits};
 use scheduler::Scheduler;
 use settings::Settings;
+use startup::Startup;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -35,24 +37,25 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use supervise::Supervisor;
-use telemetry::Metrics;
+use telemetry::{Metrics, StartupPhase};
 use text::TextFolder;
 use tokio::sync::{mpsc, watch};
 
 /// Work without an ended step for this share (1/4) of the step time-out is a stall.
 const PATIENCE_DIVISOR: u64 = 4;
 
-/// Serves until a signal ends it.
-pub(crate) fn run(args: ServeArgs) -> Result<()> {
+/// Serves until a signal ends it. `command` is when the command began.
+pub(crate) fn run(args: ServeArgs, command: Instant) -> Result<()> {
     let settings = Settings::decide(args)?;
     let runtime = tokio::runtime::Runtime::new().context("start the runtime")?;
-    let served = runtime.block_on(serve(settings));
+    let served = runtime.block_on(serve(settings, command));
     // Connections that did not end in time are cut here.
     runtime.shutdown_timeout(Duration::from_millis(200));
     served
 }
 
-async fn serve(settings: Settings) -> Result<()> {
+async fn serve(settings: Settings, command: Instant) -> Result<()> {
+    let planned = command.elapsed();
     let address = SocketAddr::new(settings.args.host, settings.args.port);
     let listener = tokio::net::TcpListener::bind(address)
         .await
@@ -62,10 +65,14 @@ async fn serve(settings: Settings) -> Result<()> {
         tracing::warn!(%address, "listening beyond this machine without authentication");
     }
     // A broken tokenizer or template ends the command before a worker loads weights for nothing.
+    let reading = Instant::now();
     let text = text_folder(&settings)?;
+    let read = reading.elapsed();
     announce_plan(&settings)?;
     let (stop, stopped) = watch::channel(false);
-    let engine = start_engine(&settings, stopped.clone())?;
+    let engine = start_engine(&settings, stopped.clone(), command)?;
+    engine.startup.took(StartupPhase::Plan, planned);
+    engine.startup.took(StartupPhase::Text, read);
     let supervised = tokio::spawn(engine.supervisor.run());
     let app = app(&settings, text, engine.handle, engine.metrics)?;
     announce(&settings, address)?;
@@ -96,10 +103,15 @@ struct Started {
     handle: Handle,
     inbox: driver::Inbox,
     metrics: Arc<Metrics>,
+    startup: Arc<Startup>,
 }
 
 /// The driver's thread, and what the gateway and the supervisor need of it.
-fn start_engine(settings: &Settings, stop: watch::Receiver<bool>) -> Result<Started> {
+fn start_engine(
+    settings: &Settings,
+    stop: watch::Receiver<bool>,
+    command: Instant,
+) -> Result<Started> {
     let secret: [u8; 32] = rand_bytes()?;
     let hash_key = HashKey::derive(&settings.identity, &secret);
     let config = settings.scheduler(hash_key.clone());
@@ -109,6 +121,7 @@ fn start_engine(settings: &Settings, stop: watch::Receiver<bool>) -> Result<Star
         tracing::info!(device = device.name(), "serving on {device}");
         metrics.serves_on(device.name(), &device.to_string());
     }
+    let startup = Arc::new(Startup::new(command, Arc::clone(&metrics)));
     let origin = Instant::now();
     let patience = Duration::from_secs((settings.args.step_timeout / PATIENCE_DIVISOR).max(5));
     let progress = Arc::new(Progress::new(patience));
@@ -122,9 +135,10 @@ fn start_engine(settings: &Settings, stop: watch::Receiver<bool>) -> Result<Star
     let driver = Driver {
         scheduler,
         inbox: messages,
-        life: Life::new(limits, Arc::clone(&progress), kill_in),
+        life: Life::new(limits, Arc::clone(&progress), Arc::clone(&startup), kill_in),
         progress: Arc::clone(&progress),
         metrics: Arc::clone(&metrics),
+        startup: Arc::clone(&startup),
         origin,
     };
     std::thread::Builder::new()
@@ -144,10 +158,11 @@ fn start_engine(settings: &Settings, stop: watch::Receiver<bool>) -> Result<Star
         config: settings.worker(),
         program: std::env::current_exe().context("find this program")?,
         inbox: inbox.clone(),
+        startup: Arc::clone(&startup),
         kill,
         stop,
     };
-    Ok(Started { supervisor, handle, inbox, metrics })
+    Ok(Started { supervisor, handle, inbox, metrics, startup })
 }
 
 /// Bytes nobody can guess, from the operating system.

@@ -6,12 +6,15 @@
 //! dies with this process (it watches its standard input).
 
 use super::driver::{Inbox, Message};
+use super::startup::Startup;
 use super::worker_config::WorkerConfig;
 use anyhow::{Context, Result, anyhow};
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use step::ToScheduler;
+use telemetry::StartupPhase;
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 
@@ -34,6 +37,8 @@ pub(crate) struct Supervisor {
     pub(crate) program: PathBuf,
     /// Where the scheduler's thread listens.
     pub(crate) inbox: Inbox,
+    /// Hears how long a worker took to listen.
+    pub(crate) startup: Arc<Startup>,
     /// Requests to kill the current process (a step past its deadline).
     pub(crate) kill: mpsc::Receiver<()>,
     /// Turns true when the server ends.
@@ -88,6 +93,7 @@ impl Supervisor {
     }
 
     async fn live(&mut self, socket: PathBuf) -> Result<End> {
+        let started = Instant::now();
         let mut child = self.start(&socket)?;
         let session = match self.open(&socket, &mut child).await {
             Ok(session) => session,
@@ -96,6 +102,7 @@ impl Supervisor {
                 return Ok(End::Died { was_ready: false, reason });
             }
         };
+        self.startup.took(StartupPhase::Worker, started.elapsed());
         // Kill requests meant for an earlier life are void.
         while self.kill.try_recv().is_ok() {}
         self.inbox.send(Message::WorkerUp(session.commands));

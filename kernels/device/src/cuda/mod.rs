@@ -14,6 +14,7 @@ mod launch;
 mod memory;
 mod staging;
 mod stream;
+mod tensor_map;
 
 pub use context::{Context, DeviceFacts};
 pub use error::CudaError;
@@ -23,3 +24,4 @@ pub use launch::{Launch, LaunchShape, Parameters};
 pub use memory::{Arena, DeviceMemory, DeviceSlice, PinnedBuffer};
 pub use staging::{Download, Upload};
 pub use stream::{Event, Stream};
+pub use tensor_map::{Swizzle, TensorMap};

@@ -11,6 +11,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
+use crate::linear;
 use device::cuda::{Context, CudaError, DeviceFacts, DeviceSlice, Kernel, Kernels, Stream};
 
 pub(crate) use operand::{bytes, dim, need, shape};
@@ -124,11 +125,12 @@ pub fn check(facts: &DeviceFacts) -> Result<(), CudaError> {
     Ok(())
 }
 
-/// The kernels on one device.
+/// The kernels on one device, and what memory they share: its launches go to one stream.
 #[derive(Debug)]
 pub struct Gpu {
     kernels: Kernels,
     facts: DeviceFacts,
+    shared: linear::cuda::wide::Shared,
 }
 
 impl Gpu {
@@ -144,10 +146,14 @@ impl Gpu {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }
         // Attributes are set once, so that launches only launch.
-        for name in crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL) {
+        let pieces = [crate::mla::cuda::decode::DECODE];
+        let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
+        let large = large.chain(crate::moe::cuda::wide::LARGE).copied();
+        for name in large.chain(linear::cuda::wide::large()) {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }
-        Ok(Self { kernels, facts })
+        let shared = linear::cuda::wide::Shared::new(context)?;
+        Ok(Self { kernels, facts, shared })
     }
 
     /// What the device is.
@@ -175,6 +181,11 @@ pub struct Queue<'a> {
 impl<'a> Queue<'a> {
     pub(crate) fn kernel(&self, name: &str) -> Result<&'a Kernel, CudaError> {
         self.gpu.kernels.get(name)
+    }
+
+    /// Where sums of split products meet.
+    pub(crate) const fn shared(&self) -> &'a linear::cuda::wide::Shared {
+        &self.gpu.shared
     }
 
     /// Multiprocessors of the device.

@@ -264,11 +264,14 @@ struct MergeParams {
 unsafe impl Parameters for MergeParams {}
 
 /// Part of every query, with strides in elements.
-#[derive(Clone, Copy)]
-pub(crate) struct Query {
-    pub(crate) address: u64,
-    pub(crate) row: usize,
-    pub(crate) head: usize,
+#[derive(Clone, Copy, Debug)]
+pub struct Query {
+    /// Of the first row's first head.
+    pub address: u64,
+    /// From row to row.
+    pub row: usize,
+    /// From head to head.
+    pub head: usize,
 }
 
 /// `out` is `[rows, heads * v_width]`; the caller checked the queries.

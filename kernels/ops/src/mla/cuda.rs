@@ -4,6 +4,7 @@
 //! the latents as they lie in the cache; the sums come back through the value half. The expanded form
 //! is not here yet: prompts run absorbed, right and slower than they could be.
 
+pub mod decode;
 #[cfg(test)]
 mod tests;
 
@@ -16,7 +17,7 @@ use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters};
 
 const OP: &str = "mla";
 
-fn core(mla: &Mla, dtype: Dtype) -> Shape {
+fn shape_of(mla: &Mla, dtype: Dtype) -> Shape {
     let Mla { heads, rope, latent, scale, .. } = *mla;
     Shape {
         dtype,
@@ -36,9 +37,9 @@ fn core(mla: &Mla, dtype: Dtype) -> Shape {
 /// The variant for steps with or without prompt chunks, and the lines of its tiles.
 #[must_use]
 pub fn select(mla: &Mla, layer: KvLayer, dtype: Dtype, prompts: bool) -> (Variant, usize) {
-    let core = core(mla, dtype);
-    let variant = core.select(layer, prompts);
-    (variant, core.tile_lines(variant))
+    let shape = shape_of(mla, dtype);
+    let variant = shape.select(layer, prompts);
+    (variant, shape.tile_lines(variant))
 }
 
 /// Mirrors `AbsorbParams`.
@@ -101,16 +102,13 @@ pub struct Weights<'a> {
 pub struct Scratch {
     queries: DeviceSlice,
     results: DeviceSlice,
-    partials: Partials,
 }
 
 impl Scratch {
-    /// Bytes of device memory for steps of up to `rows` rows, whose lines (rows times heads) times
-    /// splits are up to `partials`.
+    /// Bytes of device memory for steps of up to `rows` rows.
     #[must_use]
-    pub const fn bytes(mla: &Mla, dtype: Dtype, rows: usize, partials: usize) -> usize {
+    pub const fn bytes(mla: &Mla, dtype: Dtype, rows: usize) -> usize {
         2 * Arena::padded(rows * mla.heads * mla.latent * dtype.size())
-            + Partials::bytes(partials, mla.latent)
     }
 
     /// Cuts it from an arena.
@@ -122,14 +120,41 @@ impl Scratch {
         mla: &Mla,
         dtype: Dtype,
         rows: usize,
-        partials: usize,
     ) -> Result<Self, CudaError> {
         let latents = bytes(OP, &[rows, mla.heads, mla.latent, dtype.size()])?;
         Ok(Self {
             queries: arena.take("latent queries", latents)?,
             results: arena.take("latent results", latents)?,
-            partials: Partials::take(arena, partials, mla.latent)?,
         })
+    }
+}
+
+/// Who computes the attention between the two products.
+#[derive(Clone, Copy, Debug)]
+pub enum Core<'a> {
+    /// Tiles over splits of the keys: any rows, any widths.
+    Tiles(&'a Plan<'a>, &'a Partials),
+    /// Pieces of equal work: decoding rows of the widths that [`decode::serves`] says.
+    Pieces(&'a decode::Plan<'a>, &'a decode::Partials),
+    /// Tiles for the rows of chunks, pieces for the others.
+    Both((&'a Plan<'a>, &'a Partials), (&'a decode::Plan<'a>, &'a decode::Partials)),
+}
+
+impl<'a> Core<'a> {
+    const fn tiles(self) -> Option<(&'a Plan<'a>, &'a Partials)> {
+        match self {
+            Self::Tiles(plan, partials) | Self::Both((plan, partials), _) => Some((plan, partials)),
+            Self::Pieces(..) => None,
+        }
+    }
+
+    const fn pieces(self) -> Option<(&'a decode::Plan<'a>, &'a decode::Partials)> {
+        match self {
+            Self::Pieces(plan, partials) | Self::Both(_, (plan, partials)) => {
+                Some((plan, partials))
+            }
+            Self::Tiles(..) => None,
+        }
     }
 }
 
@@ -147,7 +172,7 @@ pub fn attention(
     mla: &Mla,
     layer: KvLayer,
     arena: Tensor<'_>,
-    plan: &Plan<'_>,
+    core: Core<'_>,
     scratch: &Scratch,
     out: &DeviceSlice,
 ) -> Result<(), CudaError> {
@@ -180,14 +205,20 @@ pub fn attention(
     };
     linear(on, rows, &to_latent)?;
 
-    let core = core(mla, dtype);
     let rotated = q.address() + (nope * size) as u64;
     let queries = [
         Query { address: scratch.queries.address(), row: heads * latent, head: latent },
         Query { address: rotated, row: heads * width, head: width },
     ];
     let results = &scratch.results;
-    flash::attention(on, rows, &core, queries, layer, arena, plan, &scratch.partials, results)?;
+    // Merging splits writes something into every row; pieces come after, with what holds for theirs.
+    if let Some((plan, partials)) = core.tiles() {
+        let shape = shape_of(mla, dtype);
+        flash::attention(on, rows, &shape, queries, layer, arena, plan, partials, results)?;
+    }
+    if let Some((plan, partials)) = core.pieces() {
+        decode::attention(on, rows, mla, queries, layer, arena, plan, partials, results)?;
+    }
 
     // The value half of head h begins `nope` rows into its part of `kv_b`.
     let all = heads * (nope + v) * latent * size;

@@ -3,16 +3,19 @@
 //!
 //! The experts of a layer lie side by side: `gate_up` is `[held, 2 * intermediate, hidden]` (gate, then
 //! up), `down` is `[held, hidden, intermediate]`. Five launches: sort, two products, the activation
-//! between them, the sum. A token's result does not depend on the others.
+//! between them, the sum; or, in `wide`, a copy by expert before and the activation in the first
+//! product. A token's result does not depend on the others.
 
 #[cfg(test)]
 mod tests;
+pub(crate) mod wide;
 
 use super::{GroupLimit, GroupScore, MAX_EXPERTS, Router, Scoring};
 use crate::act;
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use crate::linear::cuda::{self as linear, Grouped, Variant};
 use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters};
+use wide::{Products, Wide};
 
 /// Mirrors `RouteParams`.
 #[repr(C)]
@@ -232,7 +235,16 @@ struct CombineParams {
 // SAFETY: mirrors the kernel's struct; lengths are checked in `experts`.
 unsafe impl Parameters for CombineParams {}
 
-/// The variant of both products for steps of `rows` rows.
+/// Sorts the pairs by expert.
+fn group(on: Queue<'_>, params: &GroupParams) -> Result<(), CudaError> {
+    let kernel = on.kernel("group_pairs")?;
+    Launch::new(kernel, [1, 1, 1], 1024).shared(8 * params.held).on(on.stream, params)
+}
+
+/// Rows up to which both products stream through registers, where they are aligned.
+const FEW_ROWS: usize = 8;
+
+/// The kernels of both products where those of `linear` are taken, for steps of `rows` rows.
 #[must_use]
 pub const fn select(aligned: bool, rows: usize, top_k: usize, held: usize) -> Variant {
     if !aligned {
@@ -241,11 +253,33 @@ pub const fn select(aligned: bool, rows: usize, top_k: usize, held: usize) -> Va
     // Pairs of an expert if all were equally busy; the tensor cores take 8 or 16 rows for one.
     let each = (rows * top_k).div_ceil(if held == 0 { 1 } else { held });
     match each {
-        _ if rows <= 8 => Variant::Few { rows: 8, outputs: 16 },
+        _ if rows <= FEW_ROWS => Variant::Few { rows: 8, outputs: 16 },
         0..=24 => Variant::Few { rows: 16, outputs: 16 },
         25..=96 => Variant::Many { rows: 64 },
         _ => Variant::Many { rows: 128 },
     }
+}
+
+/// `y = down (silu(gate x) * up x)` by sorted place, with the products of `linear`.
+fn products(
+    variant: Variant,
+    on: Queue<'_>,
+    mut sorted: Grouped<'_>,
+    x: Tensor<'_>,
+    weights: &ExpertWeights<'_>,
+    scratch: &Scratch,
+    max_pairs: usize,
+) -> Result<(), CudaError> {
+    let ExpertWeights { gate_up, down, hidden, intermediate, .. } = *weights;
+    let tensor = |slice| Tensor::new(slice, x.dtype);
+    let [wide, inner, y] = [&scratch.gate_up, &scratch.inner, &scratch.y].map(tensor);
+    let outputs = 2 * intermediate;
+    linear::grouped(variant, on, &sorted, x, gate_up.slice, wide, hidden, outputs)?;
+    let real = scratch.totals.slice(4..8);
+    let rows = Rows { padded: max_pairs, count: Some(&real) };
+    act::cuda::silu_mul(on, rows, intermediate, wide, inner.slice)?;
+    sorted.gather = None;
+    linear::grouped(variant, on, &sorted, inner, down, y, intermediate, hidden)
 }
 
 /// `out = sum_j weight_j * down_j(silu(gate_j x) * up_j x)`; `x` and `out` are `[rows, hidden]` of the
@@ -287,12 +321,14 @@ pub fn experts(
         && intermediate.is_multiple_of(8)
         && addresses.iter().all(|at| at.is_multiple_of(16));
     let variant = select(aligned, rows.padded, top_k, held);
-    let tile_rows = variant.tile_rows();
+    let wide = (aligned && rows.padded > FEW_ROWS && held > 0)
+        .then(|| Wide::select(pairs.div_ceil(held.max(1))));
+    let tile_rows = wide.map_or(variant.tile_rows(), Wide::tile_rows);
     // Every expert's last tile may be part full, and no tile is empty.
     let max_tiles = (held + pairs / tile_rows).min(pairs);
     need(OP, "tiles", &scratch.tiles, &[max_tiles], TILE)?;
 
-    let group = GroupParams {
+    let sorting = GroupParams {
         chosen: routing.chosen.address(),
         count: rows.count_address(),
         pairs: scratch.pairs.address(),
@@ -305,38 +341,46 @@ pub fn experts(
         held: dim(OP, held)?,
         tile_rows: dim(OP, tile_rows)?,
     };
-    let kernel = on.kernel("group_pairs")?;
-    Launch::new(kernel, [1, 1, 1], 1024).shared(8 * group.held).on(on.stream, &group)?;
-
-    let mut sorted = Grouped {
-        tiles: &scratch.tiles,
-        max_tiles,
-        tile_count: &scratch.totals,
-        gather: Some((&scratch.pairs, top_k)),
-    };
-    let x = Tensor::new(x, dtype);
-    let wide = Tensor::new(&scratch.gate_up, dtype);
-    let outputs = 2 * intermediate;
-    linear::grouped(variant, on, &sorted, x, gate_up.slice, wide, hidden, outputs)?;
-    let real = scratch.totals.slice(4..8);
-    let inner_rows = Rows { padded: pairs, count: Some(&real) };
-    act::cuda::silu_mul(on, inner_rows, intermediate, wide, &scratch.inner)?;
-    sorted.gather = None;
-    let inner = Tensor::new(&scratch.inner, dtype);
-    let y = Tensor::new(&scratch.y, dtype);
-    linear::grouped(variant, on, &sorted, inner, weights.down, y, intermediate, hidden)?;
+    if let Some(wide) = wide {
+        let products = Products {
+            x,
+            gate_up: gate_up.slice,
+            down: weights.down,
+            held,
+            hidden,
+            intermediate,
+            max_rows: rows.padded,
+            max_pairs: pairs,
+            group: sorting,
+            pairs: &scratch.pairs,
+            tiles: &scratch.tiles,
+            totals: &scratch.totals,
+            inner: &scratch.inner,
+            y: &scratch.y,
+        };
+        wide::products(wide, on, &products)?;
+    } else {
+        group(on, &sorting)?;
+        let sorted = Grouped {
+            tiles: &scratch.tiles,
+            max_tiles,
+            tile_count: &scratch.totals,
+            gather: Some((&scratch.pairs, top_k)),
+        };
+        products(variant, on, sorted, Tensor::new(x, dtype), weights, scratch, pairs)?;
+    }
 
     let combine = CombineParams {
-        y: y.address(),
+        y: scratch.y.address(),
         places: scratch.places.address(),
         weights: routing.weights.address(),
         out: out.address(),
         count: rows.count_address(),
-        rows: group.rows,
-        top_k: group.top_k,
+        rows: sorting.rows,
+        top_k: sorting.top_k,
         width: dim(OP, hidden)?,
     };
     let kernel = on.kernel(dtype.pick("combine_f32", "combine_bf16"))?;
     let parts = combine.width.div_ceil(256 * 8);
-    Launch::new(kernel, [combine.rows, parts, 1], 256).on(on.stream, &combine)
+    Launch::new(kernel, [combine.rows, parts, 1], 256).dependent().on(on.stream, &combine)
 }

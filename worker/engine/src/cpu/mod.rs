@@ -18,6 +18,7 @@ use core::ops::Range;
 use device::ThreadPool;
 use device::cuda::CudaError;
 use half::bf16;
+use half::vec::HalfBitsVecExt;
 use ids::Bytes;
 use launch::{Experts, Launch, Layer, Place, Resolver, Rotation};
 use model::lower::Lowered;
@@ -147,9 +148,10 @@ impl<'w> Cpu<'w> {
         memory.arena.allocate(body);
         memory.head_arena.allocate(self.head_width * self.tile);
         memory.kv = match memory.kv {
-            // Zeroed pages come from the system when first touched, so this is quick and lazy.
+            // Zeroed pages come from the system when first touched, so this is quick and lazy: for
+            // numbers of the language, while a vector of any other type is written through.
             KvMemory::F32(_) => KvMemory::F32(vec![0.0; cache / 4]),
-            KvMemory::Bf16(_) => KvMemory::Bf16(vec![bf16::ZERO; cache / 2]),
+            KvMemory::Bf16(_) => KvMemory::Bf16(vec![0_u16; cache / 2].reinterpret_into()),
         };
         memory.scratch = vec![0.0; scratch];
         memory.moe = moe;

@@ -12,6 +12,7 @@ use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceSlice, Stream, Upload};
 use ids::BLOCK_TOKENS;
 use ops::flash::cuda::{Segment, Tile, max_tiles, tiles};
+use ops::mla::cuda::decode::{Cut, Piece};
 use zerocopy::FromBytes;
 
 const OP: &str = "step inputs";
@@ -31,6 +32,8 @@ pub(super) struct Layout {
     segments: Vec<Range<usize>>,
     /// Per attention: where the number of tiles is, and the tiles.
     tiles: Vec<(usize, Range<usize>)>,
+    /// Per attention: pieces of decoding rows, and their slots; empty where there are none.
+    pieces: Vec<[Range<usize>; 2]>,
     /// First word of the tables.
     tables: usize,
     /// Entries of the tables, at most.
@@ -60,6 +63,16 @@ impl Layout {
             (counts + index, part(most * size_of::<Tile>() / 4))
         });
         let tiles = tiles.collect();
+        let pieces = sizes.specs.iter().map(|spec| {
+            if spec.pieces.is_none() {
+                return [part(0), part(0)];
+            }
+            let decodes = spec.decodes(limits, bucket);
+            let (most, _) = Cut::most(decodes, spec.heads, limits.multiprocessors);
+            let slots = 2 * Cut::slot_entries(bucket, spec.heads);
+            [part(most * Piece::WORDS), part(slots)]
+        });
+        let pieces = pieces.collect();
         let tables = part(0).start;
         // A table may be a block longer than the context.
         let blocks = limits.context.div_ceil(BLOCK_TOKENS as usize) + 1;
@@ -72,6 +85,7 @@ impl Layout {
             row_tables,
             segments: segments_of,
             tiles,
+            pieces,
             tables,
             entries: segments.saturating_mul(blocks).saturating_mul(sizes.groups),
         }
@@ -95,6 +109,8 @@ pub(super) struct Views {
     pub(super) segments: Vec<DeviceSlice>,
     /// How many, and which.
     pub(super) tiles: Vec<(DeviceSlice, DeviceSlice)>,
+    /// Pieces, and their slots.
+    pub(super) pieces: Vec<[DeviceSlice; 2]>,
     pub(super) tables: DeviceSlice,
 }
 
@@ -112,6 +128,7 @@ impl Views {
             row_tables: layout.row_tables.iter().map(words).collect(),
             segments: layout.segments.iter().map(words).collect(),
             tiles: layout.tiles.iter().map(|(at, list)| (word(*at), words(list))).collect(),
+            pieces: layout.pieces.iter().map(|parts| parts.each_ref().map(words)).collect(),
             tables: device.slice(tables..tables + layout.entries * 8),
             layout,
         }
@@ -126,6 +143,11 @@ pub(super) struct Inputs {
     specs: Vec<Spec>,
     segments: Vec<Segment>,
     tiles: Vec<Tile>,
+    /// Segments of one row.
+    decodes: Vec<Segment>,
+    /// The cut of each attention.
+    cuts: Vec<Cut>,
+    multiprocessors: usize,
 }
 
 impl Inputs {
@@ -138,6 +160,15 @@ impl Inputs {
         let largest = Layout::new(sizes, limits, limits.rows);
         let device = arena.take(OP, largest.bytes())?;
         let most_tiles = largest.tiles.iter().map(|(_, list)| list.len()).max().unwrap_or(0);
+        let cut = |spec: &Spec| {
+            let decodes = spec.decodes(limits, limits.rows);
+            match spec.pieces {
+                Some(_) => {
+                    Cut::with_capacity(limits.rows, decodes, spec.heads, limits.multiprocessors)
+                }
+                None => Cut::default(),
+            }
+        };
         let view = |bucket| Views::new(Layout::new(sizes, limits, bucket), bucket, &device);
         Ok(Self {
             upload: Upload::new(context, largest.bytes())?,
@@ -145,6 +176,9 @@ impl Inputs {
             specs: sizes.specs.clone(),
             segments: Vec::with_capacity(limits.slots.min(limits.rows)),
             tiles: Vec::with_capacity(most_tiles),
+            decodes: Vec::with_capacity(limits.slots.min(limits.rows)),
+            cuts: sizes.specs.iter().map(cut).collect(),
+            multiprocessors: limits.multiprocessors,
             device,
         })
     }
@@ -163,7 +197,9 @@ impl Inputs {
         bucket: usize,
         tables: &TableView<'_>,
     ) -> Result<(), CudaError> {
-        let Self { upload, device, views, specs, segments, tiles: list } = self;
+        let Self { upload, device, views, specs, segments, tiles: list, .. } = self;
+        let (decodes, cuts, multiprocessors) =
+            (&mut self.decodes, &mut self.cuts, self.multiprocessors);
         let views = views.iter().find(|views| views.bucket == bucket);
         let layout = &views.ok_or_else(|| refused(format!("{bucket} rows")))?.layout;
         let (words, entries) = upload.edit()?.split_at_mut(layout.tables * 4);
@@ -201,11 +237,27 @@ impl Inputs {
             let flat = segments.iter().flat_map(|s| [s.start, s.len, s.context, s.table]);
             let to = part(words, &layout.segments[group], segments.len() * 4)?;
             to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+
+            decodes.clear();
+            decodes.extend(segments.iter().filter(|segment| segment.len == 1));
+            for ((spec, cut), [pieces, slots]) in specs.iter().zip(&mut *cuts).zip(&layout.pieces) {
+                if spec.pieces != Some(group) {
+                    continue;
+                }
+                cut.make(decodes, &entries[..used], bucket, spec.heads, multiprocessors);
+                let to = part(words, pieces, cut.pieces.len() * Piece::WORDS)?;
+                let flat = cut.pieces.iter().flat_map(Piece::words);
+                to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+                copy(words, slots, cut.slots.as_flattened())?;
+            }
         }
         let prompts = usize::from(has_prompts(batch));
         for (spec, (count, range)) in specs.iter().zip(&layout.tiles) {
             // Groups differ in tables alone, which tiles do not hold.
             tiles(segments, spec.group(), spec.kernels[prompts].1, list);
+            if spec.pieces.is_some() {
+                list.retain(|tile| segments[tile.segment as usize].len > 1);
+            }
             words[*count] = narrow(list.len())?;
             let flat = list.iter().flat_map(|tile| [tile.segment, tile.line]);
             let to = part(words, range, list.len() * 2)?;

@@ -80,10 +80,19 @@ impl Activations {
 }
 
 /// A layer of a cache group.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Layer {
     pub(super) group: usize,
     pub(super) kv: KvLayer,
+}
+
+impl Layer {
+    /// Where a program's slot lies.
+    pub(super) fn of(lowered: &Lowered, slot: CacheSlot) -> Self {
+        let row = lowered.groups[slot.group].layers[slot.row];
+        let kv = KvLayer { offset: row.offset, row: row.width };
+        Self { group: slot.group, kv }
+    }
 }
 
 /// A resolved op.
@@ -165,9 +174,7 @@ impl Resolver<'_> {
     }
 
     fn layer(&self, slot: CacheSlot) -> Layer {
-        let row = self.lowered.groups[slot.group].layers[slot.row];
-        let kv = KvLayer { offset: row.offset, row: row.width };
-        Layer { group: slot.group, kv }
+        Layer::of(self.lowered, slot)
     }
 
     /// The op resolved; `None` for what one rank need not do.
@@ -249,7 +256,7 @@ impl Resolver<'_> {
         layer: Layer,
         out: Place,
     ) -> Result<Launch, CudaError> {
-        let spec = Spec::new(attention, layer.kv, self.sizes.dtype);
+        let spec = Spec::new(attention, layer, self.sizes.dtype);
         let spec = self.sizes.specs.iter().position(|known| *known == spec).unwrap_or_default();
         Ok(match (attention_of(attention), attention, Packed::absorbed(attention)) {
             (Attention::Mla(shape), LocalAttention::Mla { kv_b, .. }, Some(absorbed)) => {

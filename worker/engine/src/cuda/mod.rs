@@ -22,6 +22,7 @@ pub use sizes::{CudaBytes, cuda_bytes};
 
 use crate::batch::Batch;
 use crate::executor::{Executor, TableView, Tile};
+use crate::phases::Phases;
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Download, Stream};
@@ -38,7 +39,10 @@ use ops::sample::cuda::SampleRow;
 use ops::{embed, mla, moe};
 use run::{Rotation, Scratch, Step};
 use sizes::{ExpertShape, Sizes};
+use std::time::Duration;
+use step::StartPhase;
 use weights::Loaded;
+pub(crate) use weights::Report;
 use zerocopy::FromBytes;
 
 /// The elements of activations, which are those of the cache.
@@ -59,6 +63,8 @@ pub(crate) struct Cuda {
     chosen: Place,
     logits: Place,
     capture: bool,
+    /// What took how long until now.
+    phases: Phases,
     memory: Option<Memory>,
     gpu: Gpu,
     stream: Stream,
@@ -87,17 +93,23 @@ impl Cuda {
         lowered: &Lowered,
         source: &dyn WeightSource,
         options: &Options,
+        report: Report<'_>,
     ) -> Result<Self, EngineError> {
         if options.mla_form == MlaForm::Expanded {
             let why = "the expanded form on a CUDA device".to_owned();
             return Err(CudaError::Shape { op: "mla", why }.into());
         }
+        let mut phases = Phases::begin();
         let context = Context::open(ordinal)?;
+        phases.end(StartPhase::Device);
         let (gpu, stream) = (Gpu::new(&context)?, Stream::new(&context)?);
+        phases.end(StartPhase::Kernels);
         let dtype = dtype_of(options.kv_dtype);
         let sizes = Sizes::new(lowered, dtype);
         let queue = Queue { gpu: &gpu, stream: &stream };
-        let loaded = Loaded::load(&context, queue, lowered, source, dtype)?;
+        let how = (options.threads, report);
+        let loaded = Loaded::load(&context, queue, lowered, source, dtype, how)?;
+        phases.end(StartPhase::Weights);
         let resolver = |region| Resolver { lowered, sizes: &sizes, loaded: &loaded, region };
         let (body, head) = (resolver(Region::Body), resolver(Region::Head));
         let rotations = lowered.ropes.iter().zip(&loaded.frequencies);
@@ -114,6 +126,7 @@ impl Cuda {
             body: body.launches(&lowered.body)?,
             head: head.launches(&lowered.head)?,
             capture: options.graphs,
+            phases,
             memory: None,
             sizes,
             gpu,
@@ -130,6 +143,7 @@ impl Cuda {
     ) -> Result<(), EngineError> {
         self.context.enter()?;
         self.memory = None;
+        self.phases.restart();
         let multiprocessors = self.gpu.facts().multiprocessors as usize;
         let limits = Limits { rows, slots, context, multiprocessors };
         let sizes = &self.sizes;
@@ -139,9 +153,14 @@ impl Cuda {
         let mut arena = Arena::new(DeviceMemory::allocate(&self.context, "steps", bytes)?);
         let arena = &mut arena;
         let (lines, v_width) = sizes.partials(&limits);
-        let mla = |mla| mla::cuda::Scratch::take(arena, mla, sizes.dtype, rows, lines);
+        let partials = Partials::take(arena, lines, v_width)?;
+        let mla = |mla| mla::cuda::Scratch::take(arena, mla, sizes.dtype, rows);
         let mla = sizes.mla.as_ref().map(mla).transpose()?;
-        let partials = mla.is_none().then(|| Partials::take(arena, lines, v_width)).transpose()?;
+        let pieces = |slots| {
+            let map = mla::cuda::decode::cache_map(&cache)?;
+            Ok::<_, CudaError>((map, mla::cuda::decode::Partials::take(arena, slots)?))
+        };
+        let pieces = sizes.piece_slots(&limits).map(pieces).transpose()?;
         let moe = |shape| {
             let ExpertShape { top_k, held, hidden, intermediate } = shape;
             moe::cuda::Scratch::take(arena, sizes.dtype, rows, top_k, held, hidden, intermediate)
@@ -153,18 +172,25 @@ impl Cuda {
             graphs: Graphs::default(),
             inputs: Inputs::take(&self.context, arena, sizes, &limits)?,
             activations: Activations::take(arena, sizes, &limits)?,
-            scratch: Scratch { partials, mla, moe, choices },
+            scratch: Scratch { partials, mla, pieces, moe, choices },
             cache,
             draws: Draws::take(&self.context, arena, sizes)?,
             download: Download::new(&self.context, sizes.logits_bytes())?,
             bucket: 0,
             limits,
         };
+        self.phases.end(StartPhase::Memory);
         if self.capture {
             self.capture(&mut memory)?;
         }
+        self.phases.end(StartPhase::Graphs);
         self.memory = Some(memory);
         Ok(())
+    }
+
+    /// What took how long since the last call.
+    pub(crate) fn take_phases(&mut self) -> Vec<(StartPhase, Duration)> {
+        self.phases.take()
     }
 
     /// Captures the body of every step there can be.

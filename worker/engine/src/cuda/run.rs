@@ -5,10 +5,11 @@ use super::inputs::Views;
 use super::launch::{Activations, Launch, Layer, Place};
 use super::limits::Limits;
 use super::sizes::Sizes;
-use device::cuda::{CudaError, DeviceSlice};
+use device::cuda::{CudaError, DeviceSlice, TensorMap};
 use ops::cuda::{Queue, Rows, Tensor};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
 use ops::linear::cuda::{Linear, linear};
+use ops::mla::cuda::{Core, decode};
 use ops::rope::Pairing;
 use ops::{act, embed, gqa, mla, moe, norm, paged, rope};
 
@@ -21,8 +22,10 @@ pub(super) struct Rotation {
 
 /// What ops work in beside activations.
 pub(super) struct Scratch {
-    pub(super) partials: Option<Partials>,
+    pub(super) partials: Partials,
     pub(super) mla: Option<mla::cuda::Scratch>,
+    /// The cache for the copy engine, and partial results of pieces.
+    pub(super) pieces: Option<(TensorMap, decode::Partials)>,
     pub(super) moe: Option<moe::cuda::Scratch>,
     /// Experts chosen, u32, and their weights, f32.
     pub(super) choices: [DeviceSlice; 2],
@@ -68,6 +71,22 @@ impl Step<'_> {
             splits: of.splits(self.limits, bucket, self.prompts),
             variant,
         }
+    }
+
+    /// The part of the step of decoding rows whose keys are cut into pieces; `None` where they are not.
+    fn pieces(&self, spec: usize) -> Option<(decode::Plan<'_>, &decode::Partials)> {
+        let of = &self.sizes.specs[spec];
+        let (map, partials) = self.scratch.pieces.as_ref().filter(|_| of.pieces.is_some())?;
+        let [pieces, slots] = &self.views.pieces[spec];
+        let plan = decode::Plan {
+            map,
+            pieces,
+            slots,
+            tables: &self.views.tables,
+            blocks: self.limits.multiprocessors,
+            decodes: of.decodes(self.limits, self.rows.padded),
+        };
+        Some((plan, partials))
     }
 
     /// Enqueues an op.
@@ -131,8 +150,7 @@ impl Step<'_> {
                 paged::cuda::write_kv(on, rows, &at(x), layer.kv, &to)
             }
             Launch::Gqa { q, shape, layer, spec, out } => {
-                let scratch = self.scratch.partials.as_ref();
-                let scratch = scratch.ok_or_else(|| missing("gqa"))?;
+                let scratch = &self.scratch.partials;
                 let (q, out, plan) = (at(q), at(out), self.plan(*spec, *layer));
                 gqa::cuda::attention(on, rows, &q, shape, layer.kv, cache, &plan, scratch, &out)
             }
@@ -142,8 +160,15 @@ impl Step<'_> {
                 let weights = mla::cuda::Weights { absorbed, kv_b };
                 let (q, out, plan) = (at(q), at(out), self.plan(*spec, *layer));
                 let layer = layer.kv;
+                let tiles = (&plan, &self.scratch.partials);
+                let pieces = self.pieces(*spec);
+                let core = match &pieces {
+                    None => Core::Tiles(tiles.0, tiles.1),
+                    Some((plan, partials)) if !self.prompts => Core::Pieces(plan, partials),
+                    Some((plan, partials)) => Core::Both(tiles, (plan, *partials)),
+                };
                 mla::cuda::attention(
-                    on, rows, &q, &weights, shape, layer, cache, &plan, scratch, &out,
+                    on, rows, &q, &weights, shape, layer, cache, core, scratch, &out,
                 )
             }
             Launch::SiluMul { gate_up, out } => {

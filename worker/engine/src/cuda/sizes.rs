@@ -4,6 +4,7 @@
 //! Pure arithmetic on a lowered program. Invariant: no step within the limits needs more.
 
 use super::inputs::Layout;
+use super::launch::Layer;
 use super::limits::Limits;
 use super::weights;
 use crate::memory::HEAD_ROWS;
@@ -11,7 +12,7 @@ use device::cuda::Arena;
 use model::lower::{BufferId, LocalAttention, Lowered, Op};
 use ops::cuda::Dtype;
 use ops::flash::cuda::{Partials, Variant, splits};
-use ops::paged::KvLayer;
+use ops::mla::cuda::decode;
 use ops::sample::cuda::SampleRow;
 use ops::{gqa, mla, moe};
 
@@ -27,23 +28,28 @@ pub(super) struct Spec {
     pub(super) kv_heads: usize,
     /// Variant and lines of a tile, for steps without and with prompt chunks.
     pub(super) kernels: [(Variant, usize); 2],
+    /// Where the keys of decoding rows are cut into pieces: the cache group they lie in.
+    pub(super) pieces: Option<usize>,
     v_width: usize,
 }
 
 impl Spec {
-    pub(super) fn new(attention: &LocalAttention, layer: KvLayer, dtype: Dtype) -> Self {
+    pub(super) fn new(attention: &LocalAttention, layer: Layer, dtype: Dtype) -> Self {
+        let Layer { group, kv: layer } = layer;
         let kernels = |select: &dyn Fn(bool) -> (Variant, usize)| [select(false), select(true)];
         match attention_of(attention) {
             Attention::Gqa(shape) => Self {
                 heads: shape.heads,
                 kv_heads: shape.kv_heads,
                 kernels: kernels(&|prompts| gqa::cuda::select(&shape, layer, dtype, prompts)),
+                pieces: None,
                 v_width: shape.head_dim,
             },
             Attention::Mla(shape) => Self {
                 heads: shape.heads,
                 kv_heads: 1,
                 kernels: kernels(&|prompts| mla::cuda::select(&shape, layer, dtype, prompts)),
+                pieces: decode::serves(&shape, layer, dtype).then_some(group),
                 v_width: shape.latent,
             },
         }
@@ -52,6 +58,11 @@ impl Spec {
     /// Query heads of a KV head.
     pub(super) const fn group(&self) -> usize {
         self.heads / if self.kv_heads == 0 { 1 } else { self.kv_heads }
+    }
+
+    /// Of a step padded to `bucket`: rows whose keys are cut into pieces, at most.
+    pub(super) fn decodes(&self, limits: &Limits, bucket: usize) -> usize {
+        if self.pieces.is_some() { bucket.min(limits.slots) } else { 0 }
     }
 
     /// Stretches that keys are cut into; the same for all steps of a bucket.
@@ -127,9 +138,7 @@ impl Sizes {
         for op in lowered.body.iter().chain(&lowered.head) {
             match op {
                 Op::Attention { attention, slot, .. } => {
-                    let row = lowered.groups[slot.group].layers[slot.row];
-                    let layer = KvLayer { offset: row.offset, row: row.width };
-                    let spec = Spec::new(attention, layer, dtype);
+                    let spec = Spec::new(attention, Layer::of(lowered, *slot), dtype);
                     if !sizes.specs.contains(&spec) {
                         sizes.specs.push(spec);
                     }
@@ -203,6 +212,9 @@ impl Sizes {
         let mut most = (0, 0);
         for bucket in limits.buckets() {
             for (spec, prompts) in self.specs.iter().flat_map(|s| [(s, false), (s, true)]) {
+                if spec.pieces.is_some() && !prompts {
+                    continue;
+                }
                 let splits = spec.splits(limits, bucket, prompts);
                 if splits > 1 {
                     most.0 = most.0.max(bucket * spec.heads * splits);
@@ -213,13 +225,23 @@ impl Sizes {
         most
     }
 
+    /// Slots of partial results of pieces, at most; none where no rows are cut so.
+    pub(super) fn piece_slots(&self, limits: &Limits) -> Option<usize> {
+        let cut = self.specs.iter().filter(|spec| spec.pieces.is_some());
+        let slots = |spec: &Spec| {
+            let rows = spec.decodes(limits, limits.rows);
+            decode::Cut::most(rows, spec.heads, limits.multiprocessors).1
+        };
+        cut.map(slots).max()
+    }
+
     /// Bytes that steps within the limits take, inputs, scratch and logits included.
     pub(super) fn step_bytes(&self, limits: &Limits) -> usize {
         let (lines, v_width) = self.partials(limits);
-        let attention = match &self.mla {
-            Some(mla) => mla::cuda::Scratch::bytes(mla, self.dtype, limits.rows, lines),
-            None => Partials::bytes(lines, v_width),
-        };
+        let latents = |mla| mla::cuda::Scratch::bytes(mla, self.dtype, limits.rows);
+        let attention = Partials::bytes(lines, v_width)
+            .saturating_add(self.mla.as_ref().map_or(0, latents))
+            .saturating_add(self.piece_slots(limits).map_or(0, decode::Partials::bytes));
         let experts = self.experts.map_or(0, |e| {
             let ExpertShape { top_k, held, hidden, intermediate } = e;
             moe::cuda::Scratch::bytes(self.dtype, limits.rows, top_k, held, hidden, intermediate)

@@ -1,22 +1,26 @@
 //! Weights on the device: which tensors lie side by side, how many bytes that is, and the way there.
 //!
-//! Every matrix goes once, in the type of the activations; vectors in 32-bit floats. Invariant: what
-//! is loaded is what [`bytes`] counted.
+//! Every matrix goes once, in the type of the activations; vectors in 32-bit floats. Random matrices
+//! do not go but are made there. Invariant: what is loaded is what [`bytes`] counted.
 
-use crate::{EngineError, WeightError, WeightSource};
-use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Upload};
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
+mod send;
+
+pub(crate) use send::Report;
+
+use crate::{EngineError, Origin, WeightError, WeightSource};
+use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice};
 use model::lower::{LocalAttention, Lowered, Op, Region};
 use model::program::WeightId;
-use ops::WeightSlice;
 use ops::cuda::{Dtype, Queue, Tensor};
+use ops::fill::{self, Normal};
 use ops::mla;
+use send::{Elements, Transfer};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use zerocopy::{FromBytes, IntoBytes};
+use weights::Float;
+use weights::random::Draws;
 
-/// Bytes of one pinned buffer; two take turns.
-const CHUNK: usize = 32 << 20;
+const WHAT: &str = "weights";
 
 /// Tensors that lie side by side.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,49 +109,63 @@ pub(super) struct Loaded {
 }
 
 impl Loaded {
-    /// Sends everything.
+    /// Brings everything there with up to `threads` threads, and says how far it is.
     pub(super) fn load(
         context: &Context,
         on: Queue<'_>,
         lowered: &Lowered,
         source: &dyn WeightSource,
         dtype: Dtype,
+        (threads, report): (usize, Report<'_>),
     ) -> Result<Self, EngineError> {
-        const WHAT: &str = "weights";
         let memory = DeviceMemory::allocate(context, WHAT, bytes(lowered, dtype))?;
         let mut arena = Arena::new(memory);
-        let largest = all(lowered).map(|packed| packed.bytes(lowered, dtype)).max().unwrap_or(0);
-        let chunk = largest.clamp(1 << 12, CHUNK);
-        let uploads = [Upload::new(context, chunk)?, Upload::new(context, chunk)?];
-        let mut sender = Sender { on, uploads, turn: 0, chunk };
         let mut loaded = Self { slices: BTreeMap::new(), frequencies: Vec::new() };
+        let mut transfers = Vec::new();
         for packed in all(lowered) {
-            let slice = arena.take(WHAT, packed.bytes(lowered, dtype))?;
+            let whole = arena.take(WHAT, packed.bytes(lowered, dtype))?;
             let mut end = 0;
+            let mut next = |bytes: usize| {
+                end += bytes;
+                whole.slice(end - bytes..end)
+            };
             match &packed {
                 Packed::Matrices(ids) => {
                     for id in ids {
-                        let data = matrix(lowered, source, *id)?;
-                        end = sender.send(data, dtype, &slice, end)?;
+                        let (name, rows, cols) = matrix(lowered, *id)?;
+                        let to = next(rows * cols * dtype.size());
+                        let from = match source.origin(name, rows, cols)? {
+                            Origin::Held(data) => Elements::Held(data),
+                            Origin::Stored(stored) => Elements::Stored(stored),
+                            Origin::Drawn(draws) => {
+                                fill::cuda::fill(on, &normal(&draws), 0, dtype, &to)?;
+                                continue;
+                            }
+                        };
+                        transfers.push(Transfer { name, from, dtype, to });
                     }
                 }
                 Packed::Vectors(ids) => {
                     for id in ids {
-                        let data = vector(lowered, source, *id)?;
-                        end = sender.send(WeightSlice::F32(&data), Dtype::F32, &slice, end)?;
+                        let (name, len) = vector(lowered, *id)?;
+                        let from = Elements::Vector(source.vector(name, len)?);
+                        let to = next(len * Dtype::F32.size());
+                        transfers.push(Transfer { name, from, dtype: Dtype::F32, to });
                     }
                 }
                 Packed::Absorbed { .. } => {}
             }
-            loaded.slices.insert(packed, slice);
+            loaded.slices.insert(packed, whole);
         }
-        loaded.absorb(on, dtype)?;
         for rope in &lowered.ropes {
             let frequencies = rope.inv_freq();
-            let slice = arena.take(WHAT, size_of_val(frequencies.as_slice()))?;
-            sender.send(WeightSlice::F32(&frequencies), Dtype::F32, &slice, 0)?;
-            loaded.frequencies.push(slice);
+            let to = arena.take(WHAT, size_of_val(frequencies.as_slice()))?;
+            loaded.frequencies.push(to.clone());
+            let from = Elements::Vector(Cow::Owned(frequencies));
+            transfers.push(Transfer { name: "inv_freq", from, dtype: Dtype::F32, to });
         }
+        send::send(context, on.stream, &transfers, threads, report)?;
+        loaded.absorb(on, dtype)?;
         on.stream.synchronize()?;
         Ok(loaded)
     }
@@ -171,84 +189,36 @@ impl Loaded {
     }
 }
 
-fn matrix<'s>(
-    lowered: &Lowered,
-    source: &'s dyn WeightSource,
-    id: WeightId,
-) -> Result<WeightSlice<'s>, WeightError> {
+/// Name, rows and columns of a matrix.
+fn matrix(lowered: &Lowered, id: WeightId) -> Result<(&str, usize, usize), WeightError> {
     match lowered.weights[id.0].as_ref().map(|held| (&held.name, &held.region)) {
-        Some((name, Region::Matrix { of, .. })) => Ok(source.matrix(name, of.0, of.1)?.data),
-        held => {
-            Err(WeightError::Kind { name: held.map_or_else(String::new, |(name, _)| name.clone()) })
-        }
+        Some((name, Region::Matrix { of, .. })) => Ok((name, of.0, of.1)),
+        held => Err(misused(held)),
     }
 }
 
-fn vector<'s>(
-    lowered: &Lowered,
-    source: &'s dyn WeightSource,
-    id: WeightId,
-) -> Result<std::borrow::Cow<'s, [f32]>, WeightError> {
+/// Name and length of a vector.
+fn vector(lowered: &Lowered, id: WeightId) -> Result<(&str, usize), WeightError> {
     match lowered.weights[id.0].as_ref().map(|held| (&held.name, &held.region)) {
-        Some((name, Region::Vector { of, .. })) => source.vector(name, *of),
-        held => {
-            Err(WeightError::Kind { name: held.map_or_else(String::new, |(name, _)| name.clone()) })
-        }
+        Some((name, Region::Vector { of, .. })) => Ok((name, *of)),
+        held => Err(misused(held)),
     }
 }
 
-/// Two pinned buffers: one is filled while the other is copied.
-struct Sender<'a> {
-    on: Queue<'a>,
-    uploads: [Upload; 2],
-    turn: usize,
-    chunk: usize,
+fn misused(held: Option<(&String, &Region)>) -> WeightError {
+    WeightError::Kind { name: held.map_or_else(String::new, |(name, _)| name.clone()) }
 }
 
-impl Sender<'_> {
-    /// Sends `data` as `dtype` to byte `start` of `to`; returns where it ends.
-    fn send(
-        &mut self,
-        data: WeightSlice<'_>,
-        dtype: Dtype,
-        to: &DeviceSlice,
-        start: usize,
-    ) -> Result<usize, CudaError> {
-        let (size, all) = (dtype.size(), data.len());
-        let each = self.chunk / size;
-        for first in (0..all).step_by(each) {
-            let last = (first + each).min(all);
-            let target = to.slice(start + first * size..start + last * size);
-            let upload = &mut self.uploads[self.turn];
-            self.turn = 1 - self.turn;
-            convert(data.range(first..last), dtype, &mut upload.edit()?[..target.bytes()]);
-            upload.send(self.on.stream, &target)?;
-        }
-        Ok(start + all * size)
-    }
-}
-
-/// What a failed cast means: pinned memory is aligned to pages.
-const ALIGNED: &str = "pinned memory is aligned, whole elements of it were taken";
-
-/// Writes elements as `dtype`; `to` has their length.
-fn convert(from: WeightSlice<'_>, dtype: Dtype, to: &mut [u8]) {
-    match (from, dtype) {
-        (WeightSlice::F32(from), Dtype::F32) => to.copy_from_slice(from.as_bytes()),
-        (WeightSlice::Bf16(from), Dtype::Bf16) => to.copy_from_slice(from.as_bytes()),
-        (WeightSlice::F32(from), Dtype::Bf16) => {
-            <[bf16]>::mut_from_bytes(to).expect(ALIGNED).convert_from_f32_slice(from);
-        }
-        (WeightSlice::F16(from), Dtype::Bf16) => {
-            let to = <[bf16]>::mut_from_bytes(to).expect(ALIGNED);
-            let round = |from: &f16| bf16::from_f32(from.to_f32());
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = round(from));
-        }
-        (WeightSlice::Bf16(from), Dtype::F32) => {
-            from.convert_to_f32_slice(<[f32]>::mut_from_bytes(to).expect(ALIGNED));
-        }
-        (WeightSlice::F16(from), Dtype::F32) => {
-            from.convert_to_f32_slice(<[f32]>::mut_from_bytes(to).expect(ALIGNED));
-        }
+/// Draws as a kernel takes them.
+fn normal(draws: &Draws) -> Normal {
+    Normal {
+        key: draws.generator.key(),
+        mean: draws.mean,
+        std: draws.std,
+        stored: match draws.float {
+            Float::F32 => fill::Stored::F32,
+            Float::Bf16 => fill::Stored::Bf16,
+            Float::F16 => fill::Stored::F16,
+        },
     }
 }

@@ -6,6 +6,7 @@ pub mod agreement;
 pub mod equalities;
 pub mod goldens;
 pub mod naive;
+pub mod origins;
 pub mod poison;
 
 use engine::{Device, Engine, EngineError, KvDtype, MlaForm, Options, WeightSource};
@@ -128,6 +129,9 @@ pub fn native() -> Vec<(&'static str, Value)> {
 pub struct Model {
     pub config: ModelConfig,
     pub weights: &'static Weights,
+    /// What the weights are made of.
+    pub random: RandomModel,
+    pub specs: Vec<TensorSpec>,
     program: model::program::Program,
     lowered: model::lower::Lowered,
 }
@@ -148,7 +152,8 @@ impl Model {
         let tied_embeddings = config.decoder().tied;
         let random = RandomModel { seed, profile: Profile::Parity, tied_embeddings };
         let weights = Weights::random(&random, &specs, 1, &Silent).expect("random weights");
-        Self { config, weights: Box::leak(Box::new(weights)), program, lowered }
+        let weights = Box::leak(Box::new(weights));
+        Self { config, weights, random, specs, program, lowered }
     }
 
     pub fn session(&self, options: Setup) -> Session {
@@ -157,6 +162,14 @@ impl Model {
 
     /// An engine that is not configured yet.
     pub fn engine(&self) -> Engine<'static> {
+        self.engine_over(self.weights).expect("weights")
+    }
+
+    /// The same over other weights.
+    pub fn engine_over<'w>(
+        &self,
+        weights: &'w dyn WeightSource,
+    ) -> Result<Engine<'w>, EngineError> {
         let options = Options {
             device: Device::Cpu,
             threads: 1,
@@ -165,7 +178,7 @@ impl Model {
             graphs: false,
             mla_form: MlaForm::Auto,
         };
-        Engine::new(&self.program, self.lowered.clone(), self.weights, options).expect("weights")
+        Engine::new(&self.program, self.lowered.clone(), weights, options)
     }
 
     /// Why an engine whose cache is one super-block of `bytes` bytes is refused.
@@ -207,7 +220,7 @@ impl Model {
             .expect("weights as the program wants them");
         let hello = engine.hello();
         let largest = hello.groups.iter().map(|g| g.block_bytes.0).max().expect("a group");
-        let super_bytes = (largest * 3 + 64).next_multiple_of(64);
+        let super_bytes = (largest * 3 + 64).next_multiple_of(hello.alignment.0);
         let supers = 90;
         let per_super: Vec<u32> =
             hello.groups.iter().map(|g| (super_bytes / g.block_bytes.0) as u32).collect();

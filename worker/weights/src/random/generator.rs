@@ -40,6 +40,12 @@ impl Generator {
         Self { key: fnv1a64(name) ^ mix(seed.wrapping_add(GAMMA)) }
     }
 
+    /// Where the tensor's sequence starts; all that a device needs to continue it.
+    #[must_use]
+    pub const fn key(self) -> u64 {
+        self.key
+    }
+
     /// Word `j`.
     fn word(self, j: u64) -> u64 {
         mix(self.key.wrapping_add(j.wrapping_add(1).wrapping_mul(GAMMA)))

@@ -7,12 +7,12 @@ use super::{Fill, RandomError, RandomModel, TensorSpec};
 use crate::parallel;
 use crate::progress::{Progress, Stage, Tally};
 use crate::set::{Data, Entry, Float, Weights};
-use crate::slice::{Buffer, Element};
+use crate::slice::{self, Buffer, Element};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 
-/// Elements that one job makes.
-const CHUNK: usize = 1 << 20;
+/// Elements that one job makes: an expert's matrix of a few million is still a job for every core.
+const CHUNK: usize = 1 << 17;
 
 impl Weights {
     /// Makes random tensors in memory, with the values that [`crate::write_random`] would put into
@@ -49,7 +49,7 @@ impl Weights {
 }
 
 fn make<T: Element>(fill: &Fill, elements: usize, threads: usize, tally: &Tally<'_>) -> Vec<T> {
-    let mut out = vec![T::default(); elements];
+    let mut out = slice::zeros(elements);
     let jobs = out.chunks_mut(CHUNK).enumerate();
     let Ok(()) = parallel::for_each(threads, jobs, |(job, out): (usize, &mut [T])| {
         fill.fill(job * CHUNK, out);

@@ -22,10 +22,12 @@ mod generator;
 mod law;
 mod memory;
 mod router;
+mod source;
 
 pub(crate) use fill::Fill;
 pub use generator::Generator;
 pub use law::{Law, Profile};
+pub use source::{DrawnMatrix, Draws, RandomWeights};
 
 use crate::header::byte_len;
 use crate::set::Float;

@@ -23,6 +23,28 @@ impl Cache {
     pub(crate) fn new(sequences: &[(usize, usize)], row: usize, dtype: Dtype, seed: u64) -> Self {
         let layer = KvLayer { offset: 8, row };
         let block = (layer.offset + BLOCK * row + 8).next_multiple_of(8);
+        Self::laid(sequences, layer, block, dtype, seed)
+    }
+
+    /// The same with layer and blocks on multiples of a row.
+    pub(crate) fn whole_rows(
+        sequences: &[(usize, usize)],
+        row: usize,
+        dtype: Dtype,
+        seed: u64,
+    ) -> Self {
+        let layer = KvLayer { offset: 3 * row, row };
+        Self::laid(sequences, layer, (BLOCK + 5) * row, dtype, seed)
+    }
+
+    fn laid(
+        sequences: &[(usize, usize)],
+        layer: KvLayer,
+        block: usize,
+        dtype: Dtype,
+        seed: u64,
+    ) -> Self {
+        let row = layer.row;
         let total: usize = sequences.iter().map(|s| s.1.div_ceil(BLOCK)).sum();
         let mut random = Random::new(seed);
         let mut free: Vec<u64> = (0..total as u64).map(|b| b * block as u64).collect();
@@ -100,6 +122,10 @@ pub(crate) struct Sent {
 impl Sent {
     pub(crate) fn arena(&self) -> Tensor<'_> {
         Tensor::new(&self.arena, self.dtype)
+    }
+
+    pub(crate) fn tables(&self) -> &DeviceSlice {
+        &self.tables
     }
 
     pub(crate) fn plan(&self, variant: Variant, splits: usize) -> Plan<'_> {

@@ -101,7 +101,8 @@ fn many_rows_agree_with_f64() {
 fn a_row_has_the_same_bits_in_every_batch() {
     let Some(device) = device() else { return };
     let all = Case::new(16, 1000, 48, Dtype::Bf16);
-    for variant in FEW.into_iter().chain(MANY).chain([Variant::Any]) {
+    let wide = wide::ALL.map(Variant::Wide);
+    for variant in FEW.into_iter().chain(MANY).chain(wide).chain([Variant::Any]) {
         let whole = all.run(&device, variant, Dtype::Bf16, Dtype::F32);
         for rows in [1, 3, 9] {
             let part = Case {

@@ -6,7 +6,13 @@ use crate::cuda::testing::paged::{Cache, LONG, RAGGED};
 use crate::cuda::testing::{Device, assert_near, device, rounded};
 use crate::mla::reference;
 use crate::testing::Random;
-use device::cuda::DeviceMemory;
+
+/// Which kernels.
+#[derive(Clone, Copy, Debug)]
+enum By {
+    Tiles(Variant),
+    Pieces,
+}
 
 fn run(
     device: &Device,
@@ -14,28 +20,62 @@ fn run(
     q: &[f32],
     kv_b: &[f32],
     mla: &Mla,
-    variant: Variant,
+    by: By,
     splits: usize,
 ) -> Vec<f32> {
     let dtype = cache.dtype;
-    let core = core(mla, dtype);
-    let sent = cache.send(device, mla.heads, core.tile_lines(variant));
+    let variant = match by {
+        By::Tiles(variant) => variant,
+        By::Pieces => Variant::Any,
+    };
+    let sent = cache.send(device, mla.heads, shape_of(mla, dtype).tile_lines(variant));
     let (q, kv_b) = (device.send_as(q, dtype), device.send_as(kv_b, dtype));
     let absorbed = device.poisoned(absorbed_len(mla) * dtype.size());
     absorb_weights(device.queue(), mla, Tensor::new(&kv_b, dtype), &absorbed).expect("a launch");
     let rows = cache.rows();
     let lines = rows * mla.heads * splits;
-    let bytes = Scratch::bytes(mla, dtype, rows, lines);
-    let memory = DeviceMemory::allocate(&device.context, "scratch", bytes).expect("memory");
-    device.stream.fill(&memory, 0xFF).expect("a fill");
-    let scratch = Scratch::take(&mut Arena::new(memory), mla, dtype, rows, lines);
-    let scratch = scratch.expect("an arena of that size");
+    let bytes = Scratch::bytes(mla, dtype, rows)
+        + Partials::bytes(lines, mla.latent)
+        + decode::Partials::bytes(decode::Cut::most(rows, mla.heads, splits).1);
+    let mut arena = Arena::new(device.poisoned(bytes));
+    let scratch = Scratch::take(&mut arena, mla, dtype, rows).expect("room");
     let out = device.poisoned(rows * mla.heads * mla.v * dtype.size());
     let weights = Weights { absorbed: &absorbed, kv_b: &kv_b };
-    let plan = sent.plan(variant, splits);
-    let (queue, rows) = (device.queue(), Rows::exactly(rows));
-    attention(queue, rows, &q, &weights, mla, cache.layer, sent.arena(), &plan, &scratch, &out)
-        .expect("a launch");
+    let (queue, all) = (device.queue(), Rows::exactly(rows));
+    let go = |core| {
+        attention(queue, all, &q, &weights, mla, cache.layer, sent.arena(), core, &scratch, &out)
+            .expect("a launch");
+    };
+    match by {
+        By::Tiles(variant) => {
+            let partials = Partials::take(&mut arena, lines, mla.latent).expect("room");
+            go(Core::Tiles(&sent.plan(variant, splits), &partials));
+        }
+        By::Pieces => {
+            // As many blocks as there would be splits, from one to more than there are keys.
+            let blocks = if splits == 1 { 1 } else { splits * 15 };
+            let mut cut = decode::Cut::default();
+            cut.make(&cache.segments, &cache.tables, rows, mla.heads, blocks);
+            let (most, slots) = decode::Cut::most(rows, mla.heads, blocks);
+            let mut words: Vec<u32> = cut.pieces.iter().flat_map(decode::Piece::words).collect();
+            words.resize(most * decode::Piece::WORDS, u32::MAX);
+            let slot_words: Vec<u32> = cut.slots.iter().flatten().copied().collect();
+            let (pieces, slot_words) = (device.send(&words), device.send(&slot_words));
+            let map = decode::cache_map(sent.arena().slice).expect("a map");
+            let tables = sent.tables();
+            let plan = decode::Plan {
+                map: &map,
+                pieces: &pieces,
+                slots: &slot_words,
+                tables,
+                blocks,
+                decodes: rows,
+            };
+            let memory = device.poisoned(decode::Partials::bytes(slots));
+            let partials = decode::Partials::take(&mut Arena::new(memory), slots).expect("room");
+            go(Core::Pieces(&plan, &partials));
+        }
+    }
     device.fetch_as(&out, dtype)
 }
 
@@ -77,11 +117,12 @@ fn check(
     mla: &Mla,
     sequences: &[(usize, usize)],
     dtype: Dtype,
-    variants: &[Variant],
+    variants: &[By],
     reference: Row,
 ) {
     let Mla { heads, nope, rope, v, latent, .. } = *mla;
-    let cache = Cache::new(sequences, latent + rope, dtype, 11);
+    let new = if matches!(variants, [By::Pieces]) { Cache::whole_rows } else { Cache::new };
+    let cache = new(sequences, latent + rope, dtype, 11);
     let mut random = Random::new(12);
     let width = heads * (nope + rope);
     let q = rounded(&random.vector(cache.rows() * width), dtype);
@@ -122,7 +163,7 @@ fn any_shape_agrees_with_the_paper() {
     for (heads, nope, rope, v, latent) in [(1, 1, 1, 1, 1), (3, 5, 2, 7, 9), (2, 16, 8, 16, 24)] {
         let mla = Mla { heads, nope, rope, v, latent, scale: 0.4 };
         for dtype in [Dtype::F32, Dtype::Bf16] {
-            check(&device, &mla, &RAGGED, dtype, &[Variant::Any], reference::row);
+            check(&device, &mla, &RAGGED, dtype, &[By::Tiles(Variant::Any)], reference::row);
         }
     }
 }
@@ -130,7 +171,7 @@ fn any_shape_agrees_with_the_paper() {
 #[test]
 fn native_widths_agree_with_f64_on_tensor_cores() {
     let Some(device) = device() else { return };
-    let both = [Variant::Few, Variant::Many];
+    let both = [By::Tiles(Variant::Few), By::Tiles(Variant::Many)];
     check(&device, &NATIVE, &RAGGED, Dtype::Bf16, &both, absorbed_row);
     for heads in [16, 40, 128] {
         let mla = Mla { heads, ..NATIVE };
@@ -138,5 +179,43 @@ fn native_widths_agree_with_f64_on_tensor_cores() {
         check(&device, &mla, &steps, Dtype::Bf16, &both, absorbed_row);
     }
     check(&device, &NATIVE, &LONG, Dtype::Bf16, &both, absorbed_row);
-    check(&device, &NATIVE, &[(2, 200)], Dtype::F32, &[Variant::Any], absorbed_row);
+    check(&device, &NATIVE, &[(2, 200)], Dtype::F32, &[By::Tiles(Variant::Any)], absorbed_row);
+}
+
+#[test]
+fn pieces_agree_with_f64() {
+    let Some(device) = device() else { return };
+    let decodes = [(1, 1), (1, 15), (1, 63), (1, 64), (1, 65), (3, 130), (1, 513), (2, 2)];
+    for heads in [1, 9, 16, 40, 128] {
+        let mla = Mla { heads, ..NATIVE };
+        check(&device, &mla, &decodes, Dtype::Bf16, &[By::Pieces], absorbed_row);
+    }
+    let mla = Mla { heads: 16, ..NATIVE };
+    // Rows of one size, since what is near is measured by what is typical.
+    let long = [(1, 4097), (5, 3000), (1, 7000)];
+    check(&device, &mla, &long, Dtype::Bf16, &[By::Pieces], absorbed_row);
+    check(&device, &mla, &[(1, 65_539)], Dtype::Bf16, &[By::Pieces], absorbed_row);
+}
+
+#[test]
+fn a_row_that_is_not_a_number_leaves_its_neighbours_alone() {
+    let Some(device) = device() else { return };
+    let mla = Mla { heads: 16, ..NATIVE };
+    let row = mla.latent + mla.rope;
+    let clean = Cache::whole_rows(&[(1, 300), (1, 77), (1, 500)], row, Dtype::Bf16, 5);
+    let mut broken = Cache::whole_rows(&[(1, 300), (1, 77), (1, 500)], row, Dtype::Bf16, 5);
+    let at = broken.at(broken.segments[1].table as usize, 70);
+    broken.arena[at + 3] = f32::NAN;
+    let mut random = Random::new(6);
+    let q = rounded(&random.vector(3 * mla.heads * (mla.nope + mla.rope)), Dtype::Bf16);
+    let kv_b = random.vector(mla.heads * (mla.nope + mla.v) * mla.latent);
+    let kv_b = rounded(&kv_b.iter().map(|x| x * 0.07).collect::<Vec<_>>(), Dtype::Bf16);
+    for by in [By::Pieces, By::Tiles(Variant::Few)] {
+        let of = |cache: &Cache| run(&device, cache, &q, &kv_b, &mla, by, 2);
+        let (clean, broken) = (of(&clean), of(&broken));
+        let width = mla.heads * mla.v;
+        assert_eq!(clean[..width], broken[..width], "{by:?}: before");
+        assert_eq!(clean[2 * width..], broken[2 * width..], "{by:?}: after");
+        assert!(broken[width..2 * width].iter().all(|x| x.is_nan()), "{by:?}: itself");
+    }
 }

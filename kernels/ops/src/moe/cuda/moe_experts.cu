@@ -1,6 +1,7 @@
 // Around the products of experts: pairs of (token, choice) sorted by expert before, the weighted sum
 // after. Everything stays on the device. Which place a pair gets inside its expert is left to chance;
 // no result depends on it, since the products treat rows alike and the sum runs by choice.
+#include "cuda/async.cuh"
 #include "linear/cuda/linear.cuh"
 
 struct GroupParams {
@@ -99,6 +100,8 @@ template <typename T, int N> __device__ void combine_row(const CombineParams& p,
 }
 
 template <typename T> __device__ void combine(const CombineParams& p) {
+    wait_for_previous();
+    allow_next();
     const uint32_t row = blockIdx.x;
     if (row >= real_rows(p.count, p.rows)) return;
     if (p.width % kWide<T> == 0 && aligned16(p.y) && aligned16(p.out)) {

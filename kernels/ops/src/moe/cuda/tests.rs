@@ -189,6 +189,11 @@ fn the_sum_of_experts_agrees_with_f64_for_few_and_many_tokens() {
             Case { first: 5, held: 6, ..case(17, 17, 4, 16, 64, 32) },
             case(300, 290, 2, 8, 64, 48),
             case(600, 600, 4, 4, 40, 24),
+            case(9, 9, 2, 16, 264, 200),
+            case(65, 64, 4, 8, 328, 136),
+            case(256, 256, 2, 24, 520, 72),
+            case(3000, 2999, 3, 8, 16, 8),
+            case(600, 590, 2, 300, 16, 8),
         ] {
             check_experts(&device, case, dtype);
         }

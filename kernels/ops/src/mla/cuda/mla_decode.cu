@@ -1,0 +1,376 @@
+// Latent attention of decoding rows in the absorbed form, latent 512 and rope 64, for any heads.
+//
+// A block works through its pieces: some keys of one row, for 16 heads of it. Keys come in tiles of up
+// to 64, by the copy engine, two tiles ahead; queries stay in registers. A row in several pieces leaves
+// partial sums, which `mla_decode_merge` merges. The host cuts the pieces (decode.rs), so that blocks
+// have equal work whatever the contexts are.
+#include "cuda/common.cuh"
+#include "cuda/mma.cuh"
+#include "cuda/async.cuh"
+
+namespace mla_decode {
+
+// A CUtensorMap, without the driver's header.
+struct alignas(64) TensorMap {
+    uint64_t opaque[16];
+};
+
+constexpr int kBlock = 64;      // tokens of a cache block, and of a tile
+constexpr int kLatent = 512;
+constexpr int kWidth = 576;     // latent and rope
+constexpr int kPitch = 584;     // of a query in shared memory: an odd number of 16-byte units
+constexpr int kBox = 16;        // keys of one copy
+constexpr int kLine = 64;       // elements that are swizzled together
+constexpr int kLines = 16;      // heads of a piece, padded
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * 32;
+constexpr int kStages = 2;
+constexpr int kSteps = kWidth / 16;
+constexpr int kProbPitch = 72;
+
+// Keys of one row. Block b begins with piece b; the others of a block follow each other.
+struct Piece {
+    uint64_t at;       // element offset of the first cache block
+    uint32_t row;      // of the batch
+    uint32_t table;    // index in `tables` of the sequence's first block
+    uint32_t begin;    // first key; a multiple of 16
+    uint32_t end;      // past the last key; nothing where that is not above `begin`
+    uint32_t settled;  // keys below are older than this step
+    uint32_t slot;     // of the partial result; kWhole: the result itself
+    uint32_t next;     // index of the block's next piece; 0: none
+    uint32_t head;     // first of its 16 heads
+    uint32_t pad[2];
+};
+constexpr uint32_t kWhole = 0xffffffff;
+
+struct Params {
+    TensorMap cache;      // the arena as lines of 64 elements, in boxes of 16 keys
+    const bf16* q;        // latent part of every line
+    const bf16* q_rest;   // rotated part
+    bf16* out;            // [rows, heads, 512]
+    float* partial;       // [slots, 16, 512]
+    float2* partial_lse;  // [slots, 16]: maximum (base 2), mass
+    const Piece* pieces;
+    const uint64_t* tables;
+    uint64_t arena_elements, layer_offset;
+    uint64_t q_row, q_head, rest_row, rest_head;
+    uint32_t heads;
+    float scale;
+};
+
+struct Shared {
+    bf16 kv[kStages][kBlock][kWidth];  // 16-byte units swizzled within 128 bytes
+    bf16 q[kLines][kPitch];
+    bf16 prob[kLines][kProbPitch];
+    float top[kWarps][kLines];
+    uint64_t full[kStages];
+};
+
+// Tiles of a block's pieces in order; a tile lies in one cache block.
+struct Cursor {
+    Piece at;
+    uint32_t begin;
+    bool any;
+    __device__ void open(const Params& p, uint32_t piece) {
+        at = p.pieces[piece];
+        begin = at.begin;
+        any = at.end > at.begin;
+    }
+    __device__ uint32_t end() const { return min(at.end, (begin / kBlock + 1) * kBlock); }
+    __device__ void next(const Params& p) {
+        begin = end();
+        if (begin < at.end) {
+            at.at = p.tables[at.table + begin / kBlock];
+        } else if (at.next != 0) {
+            open(p, at.next);
+        } else {
+            any = false;
+        }
+    }
+};
+
+// One thread starts the copy of a tile.
+__device__ __forceinline__ void load_tile(const Params& p, Shared& s, int stage, const Cursor& c) {
+    const uint32_t boxes = (c.end() - c.begin + kBox - 1) / kBox;
+    uint64_t at = c.at.at;
+    const uint64_t bytes = p.layer_offset + uint64_t(kBlock) * kWidth;
+    if (at > p.arena_elements || bytes > p.arena_elements - at) at = 0;
+    const int line = int((at + p.layer_offset) / kLine) + int(c.begin % kBlock) * (kWidth / kLine);
+    const uint32_t bar = shared_address(&s.full[stage]);
+    fence_async();
+    barrier_expect(bar, boxes * kBox * kWidth * 2);
+    for (uint32_t i = 0; i < boxes; i++) {
+        const int from = line + int(i) * kBox * (kWidth / kLine);
+        tensor_load_2d(shared_address(&s.kv[stage][i * kBox][0]), &p.cache, 0, from, bar);
+    }
+}
+
+// Address of 16 bytes of a key.
+__device__ __forceinline__ uint32_t key_unit(uint32_t stage, int key, int group, int unit) {
+    return stage + key * (kWidth * 2) + group * 128 + ((unit ^ (key + group)) & 7) * 16;
+}
+
+__device__ void decode(const Params& p) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    Shared& s = *reinterpret_cast<Shared*>(memory);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < kStages; i++) barrier_init(shared_address(&s.full[i]), 1);
+        fence_barrier_init();
+    }
+    __syncthreads();
+    Cursor ahead;
+    ahead.open(p, blockIdx.x);
+    Cursor now = ahead;
+    int loaded = 0;
+    if (threadIdx.x == 0) {
+        // What earlier steps wrote need not wait for the kernel before.
+        while (loaded < kStages && ahead.any && ahead.end() <= ahead.at.settled) {
+            load_tile(p, s, loaded++, ahead);
+            ahead.next(p);
+        }
+    }
+    wait_for_previous();
+    allow_next();
+    if (threadIdx.x == 0) {
+        while (loaded < kStages && ahead.any) {
+            load_tile(p, s, loaded++, ahead);
+            ahead.next(p);
+        }
+    }
+    const float scale = p.scale * 1.44269504f;
+    int tile = 0;
+    while (now.any) {
+        const Piece piece = now.at;
+        for (int i = threadIdx.x; i < kLines * kWidth / 8; i += kThreads) {
+            const int line = i / (kWidth / 8), at = i % (kWidth / 8) * 8;
+            uint4 v = {};
+            if (piece.head + line < p.heads) {
+                const uint32_t head = piece.head + line;
+                const bf16* from = at < kLatent ? p.q + piece.row * p.q_row + head * p.q_head + at
+                                                : p.q_rest + piece.row * p.rest_row + head * p.rest_head + at - kLatent;
+                v = *reinterpret_cast<const uint4*>(from);
+            }
+            *reinterpret_cast<uint4*>(&s.q[line][at]) = v;
+        }
+        __syncthreads();
+        uint32_t q[kSteps][4];
+#pragma unroll
+        for (int k = 0; k < kSteps; k++) load_matrix(q[k], shared_address(&s.q[lane % 16][k * 16 + lane / 16 * 8]));
+
+        float top[2] = {-INFINITY, -INFINITY}, mass[2] = {};
+        float acc[8][4] = {};
+        for (;; tile++) {
+            const int stage = tile % kStages;
+            const uint32_t keys = now.end() - now.begin;
+            const int padded = (keys + 15) / 16 * 16;
+            barrier_wait(shared_address(&s.full[stage]), tile / kStages & 1);
+            if (keys % 16 != 0) {
+                // What lies beyond may be anything, and nothing times infinity is not nothing.
+                uint4* rest = reinterpret_cast<uint4*>(&s.kv[stage][keys][0]);
+                for (int i = threadIdx.x; i < (padded - int(keys)) * (kWidth / 8); i += kThreads) rest[i] = uint4{};
+                __syncthreads();
+            }
+            float d[4][4] = {};
+            const uint32_t keys_at = shared_address(&s.kv[stage][0][0]);
+            const bool active = warp * 8 < padded;
+            if (active) {
+#pragma unroll
+                for (int k = 0; k < kSteps; k += 2) {
+                    uint32_t b[4];
+                    load_matrix(b, key_unit(keys_at, warp * 8 + lane % 8, k / 4, k % 4 * 2 + lane / 8));
+                    mma_16816(d[k % 4], q[k][0], q[k][1], q[k][2], q[k][3], b[0], b[1]);
+                    mma_16816(d[k % 4 + 1], q[k + 1][0], q[k + 1][1], q[k + 1][2], q[k + 1][3], b[2], b[3]);
+                }
+            }
+            float score[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const bool seen = active && warp * 8 + t * 2 + i % 2 < keys;
+                score[i] = seen ? (d[0][i] + d[1][i] + (d[2][i] + d[3][i])) * scale : -INFINITY;
+            }
+            float high[2] = {fmaxf(score[0], score[1]), fmaxf(score[2], score[3])};
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                high[i] = fmaxf(high[i], __shfl_xor_sync(0xffffffff, high[i], 1));
+                high[i] = fmaxf(high[i], __shfl_xor_sync(0xffffffff, high[i], 2));
+                if (t == 0) s.top[warp][g + i * 8] = high[i];
+            }
+            __syncthreads();
+            float shrink[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                float all = top[i];
+#pragma unroll
+                for (int w = 0; w < kWarps; w++) all = fmaxf(all, s.top[w][g + i * 8]);
+                // Where every score is minus infinity or not a number nothing is subtracted.
+                const float base = all == -INFINITY ? 0.0f : all;
+                shrink[i] = exp2f(top[i] - base);
+                top[i] = all;
+                const float a = exp2f(score[2 * i] - base), b = exp2f(score[2 * i + 1] - base);
+                mass[i] = mass[i] * shrink[i] + a + b;
+                *reinterpret_cast<uint32_t*>(&s.prob[g + i * 8][warp * 8 + t * 2]) = pack_bf16(a, b);
+            }
+            __syncthreads();
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                acc[n][0] *= shrink[0], acc[n][1] *= shrink[0];
+                acc[n][2] *= shrink[1], acc[n][3] *= shrink[1];
+            }
+#pragma unroll
+            for (int k = 0; k < kBlock; k += 16) {
+                if (k < padded) {
+                    uint32_t a[4];
+                    load_matrix(a, shared_address(&s.prob[lane % 16][k + lane / 16 * 8]));
+#pragma unroll
+                    for (int n = 0; n < 4; n++) {
+                        uint32_t b[4];
+                        load_matrix_transposed(b, key_unit(keys_at, k + lane % 16, warp, n * 2 + lane / 16));
+                        mma_16816(acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
+                        mma_16816(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+                    }
+                }
+            }
+            __syncthreads();
+            if (threadIdx.x == 0 && ahead.any) {
+                load_tile(p, s, stage, ahead);
+                ahead.next(p);
+            }
+            now.next(p);
+            if (!now.any || now.begin == now.at.begin) break;
+        }
+        tile++;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            mass[i] += __shfl_xor_sync(0xffffffff, mass[i], 1);
+            mass[i] += __shfl_xor_sync(0xffffffff, mass[i], 2);
+            if (t == 0) s.top[warp][g + i * 8] = mass[i];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float all = 0.0f;
+#pragma unroll
+            for (int w = 0; w < kWarps; w++) all += s.top[w][g + i * 8];
+            mass[i] = all;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t line = g + i * 8;
+            if (piece.head + line >= p.heads) continue;
+            if (piece.slot == kWhole) {
+                const float by = 1.0f / mass[i];
+                bf16* to = p.out + (uint64_t(piece.row) * p.heads + piece.head + line) * kLatent + warp * 64 + t * 2;
+#pragma unroll
+                for (int n = 0; n < 8; n++) {
+                    *reinterpret_cast<uint32_t*>(to + n * 8) = pack_bf16(acc[n][2 * i] * by, acc[n][2 * i + 1] * by);
+                }
+            } else {
+                const uint64_t place = uint64_t(piece.slot) * kLines + line;
+                float* to = p.partial + place * kLatent + warp * 64 + t * 2;
+#pragma unroll
+                for (int n = 0; n < 8; n++) {
+                    *reinterpret_cast<float2*>(to + n * 8) = {acc[n][2 * i], acc[n][2 * i + 1]};
+                }
+                if (warp == 0 && t == 0) p.partial_lse[place] = {top[i], mass[i]};
+            }
+        }
+    }
+}
+
+struct MergeParams {
+    const float* partial;
+    const float2* partial_lse;
+    const uint2* slots;  // [rows, groups of 16 heads]: first slot and how many; 0: it is done
+    bf16* out;
+    uint32_t rows, heads;
+};
+
+constexpr int kMergeThreads = 256;
+constexpr int kMergeParts = 8;      // of the latent, where a row has many pieces
+constexpr uint32_t kMergeMany = 16; // pieces
+
+// One row and head, `kQuads * 4` columns: every way merges its pieces, then the ways are merged.
+template <int kQuads, int kAtOnce> __device__ void merge_columns(const MergeParams& p, uint2 mine, uint32_t row, uint32_t head, uint32_t from) {
+    constexpr int kWays = kMergeThreads / kQuads;
+    __shared__ float4 sums[kWays][kQuads];
+    __shared__ float2 lse[kWays];
+    const uint32_t way = threadIdx.x / kQuads, quad = threadIdx.x % kQuads, column = from + quad * 4;
+    float top = -INFINITY, mass = 0.0f;
+    float4 sum = {};
+    for (uint32_t base = way; base < mine.y; base += kWays * kAtOnce) {
+        float4 v[kAtOnce];
+        float2 of[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            const uint32_t piece = min(base + i * kWays, mine.y - 1);
+            const uint64_t place = uint64_t(mine.x + piece) * kLines + head % kLines;
+            of[i] = p.partial_lse[place];
+            v[i] = *reinterpret_cast<const float4*>(p.partial + place * kLatent + column);
+        }
+        float high = top;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) high = fmaxf(high, of[i].x);
+        const float floor = high == -INFINITY ? 0.0f : high;
+        const float shrink = exp2f(top - floor);
+        top = high;
+        mass *= shrink, sum.x *= shrink, sum.y *= shrink, sum.z *= shrink, sum.w *= shrink;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+            if (base + i * kWays < mine.y) {
+                const float by = exp2f(of[i].x - floor);
+                mass += of[i].y * by;
+                sum.x += v[i].x * by, sum.y += v[i].y * by, sum.z += v[i].z * by, sum.w += v[i].w * by;
+            }
+        }
+    }
+    sums[way][quad] = sum;
+    if (quad == 0) lse[way] = {top, mass};
+    __syncthreads();
+    if (way == 0) {
+        float high = -INFINITY;
+#pragma unroll
+        for (int w = 0; w < kWays; w++) high = fmaxf(high, lse[w].x);
+        const float floor = high == -INFINITY ? 0.0f : high;
+        float all = 0.0f;
+        float4 o = {};
+#pragma unroll
+        for (int w = 0; w < kWays; w++) {
+            const float by = exp2f(lse[w].x - floor);
+            const float4 v = sums[w][quad];
+            all += lse[w].y * by;
+            o.x += v.x * by, o.y += v.y * by, o.z += v.z * by, o.w += v.w * by;
+        }
+        const float by = 1.0f / all;
+        const uint2 packed = {pack_bf16(o.x * by, o.y * by), pack_bf16(o.z * by, o.w * by)};
+        *reinterpret_cast<uint2*>(p.out + (uint64_t(row) * p.heads + head) * kLatent + column) = packed;
+    }
+    __syncthreads();
+}
+
+// Any number of blocks. Rows of many pieces are cut into parts; parts come last, so that blocks skip
+// them together where there are none.
+__device__ void merge(const MergeParams& p) {
+    wait_for_previous();
+    allow_next();
+    const uint32_t lines = p.rows * p.heads;
+    for (uint32_t item = blockIdx.x; item < lines * kMergeParts; item += gridDim.x) {
+        const uint32_t part = item / lines, line = item % lines, row = line / p.heads, head = line % p.heads;
+        const uint2 mine = p.slots[row * ((p.heads + kLines - 1) / kLines) + head / kLines];
+        if (mine.y == 0) continue;
+        if (mine.y >= kMergeMany) {
+            merge_columns<kLatent / kMergeParts / 4, 8>(p, mine, row, head, part * (kLatent / kMergeParts));
+        } else if (part == 0) {
+            merge_columns<kLatent / 4, 4>(p, mine, row, head, 0);
+        }
+    }
+}
+
+}  // namespace mla_decode
+
+extern "C" __global__ void __launch_bounds__(mla_decode::kThreads, 1) mla_decode_16(const __grid_constant__ mla_decode::Params p) {
+    mla_decode::decode(p);
+}
+extern "C" __global__ void __launch_bounds__(mla_decode::kMergeThreads) mla_decode_merge(const __grid_constant__ mla_decode::MergeParams p) {
+    mla_decode::merge(p);
+}
