@@ -1,7 +1,7 @@
 //! Times every op on a CUDA device at the shapes of a DeepSeek-V2-Lite decode step:
 //!
 //! ```text
-//! cargo run --release -p ops --example cuda_bench -- [batch sizes]
+//! cargo run --release -p ops --example cuda_bench -- [latent] [batch sizes]
 //! ```
 //!
 //! Launches go into a graph and over more distinct data than the second-level cache holds; the figure
@@ -17,7 +17,7 @@ use ops::flash::cuda::Query;
 use ops::flash::cuda::{Partials, Segment, max_tiles, splits, tiles};
 use ops::linear::cuda::Linear;
 use ops::mla::Mla;
-use ops::mla::cuda::{Core, decode as pieces};
+use ops::mla::cuda::{Core, block, decode as pieces};
 use ops::moe::{Router, Scoring};
 use ops::norm::Heads;
 use ops::paged::KvLayer;
@@ -157,18 +157,23 @@ fn main() -> Outcome {
     let wanted: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
     let bench = Bench::new()?;
     println!("{:?}", bench.gpu.facts());
+    let only_latent = std::env::args().any(|a| a == "latent");
     for rows in if wanted.is_empty() { vec![1, 4, 16, 64, 256] } else { wanted } {
         println!("-- {rows} rows");
-        small(&bench, rows)?;
-        products(&bench, rows)?;
-        experts(&bench, rows)?;
+        if !only_latent {
+            small(&bench, rows)?;
+            products(&bench, rows)?;
+            experts(&bench, rows)?;
+        }
         for context in [256, 1024, 8192] {
             if rows * context <= 64 * 8192 {
                 latent(&bench, rows, context)?;
             }
         }
-        grouped(&bench, rows, 4096)?;
-        sampler(&bench, rows)?;
+        if !only_latent {
+            grouped(&bench, rows, 4096)?;
+            sampler(&bench, rows)?;
+        }
     }
     Ok(())
 }
@@ -390,7 +395,82 @@ fn latent(bench: &Bench, rows: usize, context: usize) -> Outcome {
     let bytes = rows * context * width * 2;
     bench.time(&format!("mla decode, context {context}"), bytes, |on, i| run(on, i, true))?;
     let bytes = bytes + 2 * 16 * 512 * 128 * 2;
-    bench.time(&format!("mla with kv_b, context {context}"), bytes, |on, i| run(on, i, false))
+    bench.time(&format!("mla with kv_b, context {context}"), bytes, |on, i| run(on, i, false))?;
+
+    // The three kernels around and of the pieces, over weights of as many layers as launches.
+    let half = 16 * 512 * 128 * 2;
+    let layers = |i: usize, part: usize, bytes: usize| {
+        let at = 2 * DISTINCT + i % LAUNCHES * (48 << 20) + part;
+        bench.numbers.slice(at..at + bytes)
+    };
+    let positions = bench.send_u32(&vec![context as u32 - 1; rows])?;
+    let row_tables: Vec<u32> = segments.iter().map(|s| s.table).collect();
+    let row_tables = bench.send_u32(&row_tables)?;
+    let norm = bench.work(86, 512 * 4);
+    let inv_freq = bench.work(87, 32 * 4);
+    let (latent, hidden) = (bench.work(88, rows * width * 2), bench.work(89, rows * HIDDEN * 2));
+    let (normed, sum) = (bench.work(91, rows * HIDDEN * 2), bench.work(92, rows * HIDDEN * 2));
+    let weight = bench.work(93, HIDDEN * 4);
+    let plain = |on: Queue<'_>, i, from: &DeviceSlice, to: &DeviceSlice, part, inputs, outputs| {
+        let w = layers(i, part, inputs * outputs * 2);
+        let (from, to) = (Tensor::new(from, BF16), Tensor::new(to, BF16));
+        linear::cuda::linear(on, all, &Linear::plain(from, &w, to, inputs, outputs))
+    };
+    let part = |on: Queue<'_>, i, which: &[usize]| {
+        let kv = bench.distinct(i, cache);
+        let map = pieces::cache_map(&kv)?;
+        let (slots, tables, map) = (&slot_words, &tables, &map);
+        let plan = pieces::Plan { map, pieces: &words, slots, tables, blocks, decodes: rows };
+        let (absorbed, kv_b) = (layers(i, 0, half), layers(i, half, 2 * half));
+        let to = paged::cuda::Destination {
+            arena: Tensor::new(&kv, BF16),
+            positions: &positions,
+            row_tables: &row_tables,
+            tables,
+        };
+        let block = block::Block {
+            q: &q,
+            kv: &latent,
+            norm: &norm,
+            eps: 1e-6,
+            rope: rope::cuda::Rope {
+                inv_freq: &inv_freq,
+                factor: 1.0,
+                pairing: Pairing::Interleaved,
+            },
+            to,
+            layer,
+            weights: mla::cuda::Weights { absorbed: &absorbed, kv_b: &kv_b },
+            plan: &plan,
+            partials: &partials,
+            scratch: &scratch,
+            out: &out,
+        };
+        which.iter().try_for_each(|which| match which {
+            0 => block::prepare(on, all, &MLA, &block),
+            1 => block::pieces(on, all, &MLA, &block),
+            2 => block::values(on, all, &MLA, &block),
+            3 => {
+                let x = Tensor::new(&hidden, BF16);
+                norm::cuda::add_rms_norm(on, all, HIDDEN, x, &sum, &weight, 1e-6, &normed)?;
+                plain(on, i, &normed, &q, 4 * half, HIDDEN, 16 * 192)?;
+                plain(on, i, &normed, &latent, 12 * half, HIDDEN, width)
+            }
+            _ => plain(on, i, &out, &hidden, 14 * half, 16 * 128, HIDDEN),
+        })
+    };
+    let keys = rows * context * width * 2;
+    let projections = HIDDEN * (16 * 192 + width + 16 * 128) * 2;
+    for (what, bytes, which) in [
+        ("mla_prepare", half, &[0][..]),
+        ("mla pieces alone", keys, &[1]),
+        ("mla_values", half, &[2]),
+        ("mla block, three kernels", keys + 2 * half, &[0, 1, 2]),
+        ("norm to o projection", keys + 2 * half + projections, &[3, 0, 1, 2, 4]),
+    ] {
+        bench.time(&format!("{what}, context {context}"), bytes, |on, i| part(on, i, which))?;
+    }
+    Ok(())
 }
 
 /// The shape of Qwen3-8B: 32 heads over 8 KV heads of 128.

@@ -38,7 +38,21 @@ __device__ __forceinline__ void tensor_load_2d(uint32_t to, const void* map, int
         "l"(map), "r"(c0), "r"(c1), "r"(bar)
         : "memory");
 }
+// As much into the second-level cache alone.
+__device__ __forceinline__ void tensor_prefetch_2d(const void* map, int c0, int c1) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];\n" ::"l"(map), "r"(c0), "r"(c1) : "memory");
+}
 // Until the kernels before have ended and their writes are seen.
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
 // From here on the next kernel may take free multiprocessors.
 __device__ __forceinline__ void allow_next() { asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory"); }
+// 128 bytes into the second-level cache.
+__device__ __forceinline__ void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(from)); }
+// Sixteen bytes that no kernel in flight writes; not delayed beyond a wait for the previous kernel.
+__device__ __forceinline__ uint4 load_ahead(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from));
+    return v;
+}

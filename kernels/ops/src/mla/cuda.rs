@@ -4,6 +4,7 @@
 //! the latents as they lie in the cache; the sums come back through the value half. The expanded form
 //! is not here yet: prompts run absorbed, right and slower than they could be.
 
+pub mod block;
 pub mod decode;
 #[cfg(test)]
 mod tests;

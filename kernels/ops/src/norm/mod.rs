@@ -61,7 +61,7 @@ pub fn add_rms_norm(
 }
 
 /// Heads inside rows: `width` elements from `offset` on, every `stride`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
     /// Elements of a row.
     pub row: usize,

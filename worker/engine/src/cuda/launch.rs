@@ -1,6 +1,7 @@
 //! Ops with everything resolved that does not change from step to step: weights as memory, buffers as
 //! places, attention by the number of its tiles. What remains for a step are counts and tables.
 
+use super::fuse::{self, Block, Found};
 use super::limits::Limits;
 use super::sizes::{Attention, Sizes, Spec, attention_of};
 use super::weights::{Loaded, Packed};
@@ -97,22 +98,88 @@ impl Layer {
 
 /// A resolved op.
 pub(super) enum Launch {
-    Embed { table: DeviceSlice, table_rows: usize, first_row: usize, out: Place },
-    Norm { x: Place, weight: DeviceSlice, eps: f32, out: Place },
-    AddNorm { delta: Place, residual: Place, weight: DeviceSlice, eps: f32, out: Place },
-    Add { x: Place, target: Place },
-    HeadNorm { x: Place, heads: Heads, weight: DeviceSlice, eps: f32 },
-    Rope { x: Place, heads: Heads, rotation: usize },
-    Linear { x: Place, w: DeviceSlice, bias: Option<DeviceSlice>, out: Place },
-    WriteKv { rows: Place, layer: Layer },
-    Gqa { q: Place, shape: gqa::Gqa, layer: Layer, spec: usize, out: Place },
-    Mla { q: Place, shape: mla::Mla, weights: Latent, layer: Layer, spec: usize, out: Place },
-    SiluMul { gate_up: Place, out: Place },
-    Route { logits: Place, router: moe::Router<'static>, correction: Option<DeviceSlice> },
-    Experts { x: Place, experts: Experts, out: Place },
+    Embed {
+        table: DeviceSlice,
+        table_rows: usize,
+        first_row: usize,
+        out: Place,
+    },
+    Norm {
+        x: Place,
+        weight: DeviceSlice,
+        eps: f32,
+        out: Place,
+    },
+    AddNorm {
+        delta: Place,
+        residual: Place,
+        weight: DeviceSlice,
+        eps: f32,
+        out: Place,
+    },
+    Add {
+        x: Place,
+        target: Place,
+    },
+    HeadNorm {
+        x: Place,
+        heads: Heads,
+        weight: DeviceSlice,
+        eps: f32,
+    },
+    Rope {
+        x: Place,
+        heads: Heads,
+        rotation: usize,
+    },
+    Linear {
+        x: Place,
+        w: DeviceSlice,
+        bias: Option<DeviceSlice>,
+        out: Place,
+    },
+    WriteKv {
+        rows: Place,
+        layer: Layer,
+    },
+    Gqa {
+        q: Place,
+        shape: gqa::Gqa,
+        layer: Layer,
+        spec: usize,
+        out: Place,
+    },
+    Mla {
+        q: Place,
+        shape: mla::Mla,
+        weights: Latent,
+        layer: Layer,
+        spec: usize,
+        out: Place,
+    },
+    SiluMul {
+        gate_up: Place,
+        out: Place,
+    },
+    Route {
+        logits: Place,
+        router: moe::Router<'static>,
+        correction: Option<DeviceSlice>,
+    },
+    Experts {
+        x: Place,
+        experts: Experts,
+        out: Place,
+    },
+    /// Latent attention of steps that decode alone, and the launches that others run.
+    Block {
+        block: Box<Block>,
+        apart: Vec<Launch>,
+    },
 }
 
 /// Weights of latent attention.
+#[derive(Clone)]
 pub(super) struct Latent {
     pub(super) absorbed: DeviceSlice,
     pub(super) kv_b: DeviceSlice,
@@ -143,6 +210,12 @@ impl Experts {
     }
 }
 
+/// Heads of a buffer's rows.
+pub(super) fn heads(lowered: &Lowered, x: BufferId, slice: &LocalSlice) -> Heads {
+    let LocalSlice { count, offset, width, stride } = *slice;
+    Heads { row: lowered.buffers[x.0].width, count, offset, width, stride }
+}
+
 /// Resolves ops against weights on the device.
 pub(super) struct Resolver<'a> {
     pub(super) lowered: &'a Lowered,
@@ -165,12 +238,47 @@ impl Resolver<'_> {
     }
 
     pub(super) fn launches(&self, ops: &[Op]) -> Result<Vec<Launch>, CudaError> {
-        ops.iter().filter_map(|op| self.launch(op).transpose()).collect()
+        let mut launches = Vec::with_capacity(ops.len());
+        let mut rest = ops;
+        while let [op, after @ ..] = rest {
+            if let Some(found) = fuse::find(self.lowered, rest, self.sizes.dtype) {
+                launches.extend(self.launch(found.projection)?);
+                launches.push(self.block(found)?);
+                rest = &rest[Found::LENGTH..];
+            } else {
+                launches.extend(self.launch(op)?);
+                rest = after;
+            }
+        }
+        Ok(launches)
     }
 
-    fn heads(&self, x: BufferId, slice: &LocalSlice) -> Heads {
-        let LocalSlice { count, offset, width, stride } = *slice;
-        Heads { row: self.lowered.buffers[x.0].width, count, offset, width, stride }
+    fn block(&self, found: Found<'_>) -> Result<Launch, CudaError> {
+        let launches = found.apart.iter().filter_map(|op| self.launch(op).transpose());
+        let apart = launches.collect::<Result<Vec<_>, _>>()?;
+        let [
+            Launch::Rope { rotation, .. },
+            Launch::HeadNorm { x: kv, weight, eps, .. },
+            ..,
+            Launch::Mla { q, shape, weights, layer, spec, out },
+        ] = apart.as_slice()
+        else {
+            let why = "a block of other ops".to_owned();
+            return Err(CudaError::Shape { op: "mla", why });
+        };
+        let block = Block {
+            q: *q,
+            kv: *kv,
+            norm: weight.clone(),
+            eps: *eps,
+            rotation: *rotation,
+            shape: *shape,
+            weights: weights.clone(),
+            layer: *layer,
+            spec: *spec,
+            out: *out,
+        };
+        Ok(Launch::Block { block: Box::new(block), apart })
     }
 
     fn layer(&self, slot: CacheSlot) -> Layer {
@@ -202,11 +310,11 @@ impl Resolver<'_> {
             },
             Op::Add { x, target } => Launch::Add { x: place(x), target: place(target) },
             Op::HeadNorm { x, weight, eps, ref slice } => {
-                let heads = self.heads(x, slice);
+                let heads = heads(self.lowered, x, slice);
                 Launch::HeadNorm { x: place(x), heads, weight: vector(weight)?, eps: eps as f32 }
             }
             Op::Rope { x, rope, ref slice } => {
-                Launch::Rope { x: place(x), heads: self.heads(x, slice), rotation: rope.0 }
+                Launch::Rope { x: place(x), heads: heads(self.lowered, x, slice), rotation: rope.0 }
             }
             Op::Linear { x, ref parts, ref biases, out } => {
                 let biased = !biases.is_empty();

@@ -9,6 +9,7 @@
 
 mod draw;
 mod facts;
+mod fuse;
 mod graphs;
 mod inputs;
 mod launch;

@@ -1,8 +1,9 @@
 //! One launch: finds its buffers and enqueues its op. Nothing is chosen and nothing allocated here,
 //! and nothing waits.
 
+use super::fuse::Block;
 use super::inputs::Views;
-use super::launch::{Activations, Launch, Layer, Place};
+use super::launch::{Activations, Latent, Launch, Layer, Place};
 use super::limits::Limits;
 use super::sizes::Sizes;
 use device::cuda::{CudaError, DeviceSlice, TensorMap};
@@ -187,7 +188,42 @@ impl Step<'_> {
                 let weights = experts.weights(dtype);
                 moe::cuda::experts(on, rows, &at(x), &routing, &weights, &at(out), scratch)
             }
+            Launch::Block { block, apart } => match self.pieces(block.spec) {
+                Some((plan, partials)) if !self.prompts => self.block(block, &plan, partials),
+                _ => apart.iter().try_for_each(|launch| self.run(launch)),
+            },
         }
+    }
+
+    /// Latent attention of decoding rows, with what surrounds it.
+    fn block(
+        &self,
+        block: &Block,
+        plan: &decode::Plan<'_>,
+        partials: &decode::Partials,
+    ) -> Result<(), CudaError> {
+        let Rotation { inv_freq, factor, pairing } = &self.rotations[block.rotation];
+        let Latent { absorbed, kv_b } = &block.weights;
+        let operands = mla::cuda::block::Block {
+            q: &self.at(block.q),
+            kv: &self.at(block.kv),
+            norm: &block.norm,
+            eps: block.eps,
+            rope: rope::cuda::Rope { inv_freq, factor: *factor, pairing: *pairing },
+            to: paged::cuda::Destination {
+                arena: Tensor::new(self.cache, self.sizes.dtype),
+                positions: &self.views.positions,
+                row_tables: &self.views.row_tables[block.layer.group],
+                tables: &self.views.tables,
+            },
+            layer: block.layer.kv,
+            weights: mla::cuda::Weights { absorbed, kv_b },
+            plan,
+            partials,
+            scratch: self.scratch.mla.as_ref().ok_or_else(|| missing("mla"))?,
+            out: &self.at(block.out),
+        };
+        mla::cuda::block::attention(self.on, self.rows, &block.shape, &operands)
     }
 
     fn routing(&self, top_k: usize) -> moe::cuda::Routing<'_> {

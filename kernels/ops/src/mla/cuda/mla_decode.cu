@@ -7,6 +7,7 @@
 #include "cuda/common.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/async.cuh"
+#include "mla/cuda/merge.cuh"
 
 namespace mla_decode {
 
@@ -16,16 +17,17 @@ struct alignas(64) TensorMap {
 };
 
 constexpr int kBlock = 64;      // tokens of a cache block, and of a tile
-constexpr int kLatent = 512;
 constexpr int kWidth = 576;     // latent and rope
 constexpr int kPitch = 584;     // of a query in shared memory: an odd number of 16-byte units
 constexpr int kBox = 16;        // keys of one copy
 constexpr int kLine = 64;       // elements that are swizzled together
-constexpr int kLines = 16;      // heads of a piece, padded
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
+constexpr int kBound = 288;  // registers as if for more threads, so that other blocks fit beside
 constexpr int kStages = 2;
 constexpr int kSteps = kWidth / 16;
+// Steps whose queries stay in registers; with all of them no block of the kernel in front fits beside.
+constexpr int kHeld = 18;
 constexpr int kProbPitch = 72;
 
 // Keys of one row. Block b begins with piece b; the others of a block follow each other.
@@ -58,14 +60,6 @@ struct Params {
     float scale;
 };
 
-struct Shared {
-    bf16 kv[kStages][kBlock][kWidth];  // 16-byte units swizzled within 128 bytes
-    bf16 q[kLines][kPitch];
-    bf16 prob[kLines][kProbPitch];
-    float top[kWarps][kLines];
-    uint64_t full[kStages];
-};
-
 // Tiles of a block's pieces in order; a tile lies in one cache block.
 struct Cursor {
     Piece at;
@@ -89,19 +83,38 @@ struct Cursor {
     }
 };
 
-// One thread starts the copy of a tile.
-__device__ __forceinline__ void load_tile(const Params& p, Shared& s, int stage, const Cursor& c) {
-    const uint32_t boxes = (c.end() - c.begin + kBox - 1) / kBox;
+struct Shared {
+    bf16 kv[kStages][kBlock][kWidth];  // 16-byte units swizzled within 128 bytes
+    bf16 q[kLines][kPitch];
+    bf16 prob[kLines][kProbPitch];
+    float top[kWarps][kLines];
+    uint64_t full[kStages];
+    Cursor ahead;  // of the thread that starts copies
+};
+static_assert(sizeof(Shared) == 169032, "as decode.rs says");
+
+// Boxes of a tile, and the line where it begins.
+struct Boxes {
+    uint32_t count;
+    int line;
+    __device__ int from(uint32_t i) const { return line + int(i) * kBox * (kWidth / kLine); }
+};
+__device__ __forceinline__ Boxes boxes_of(const Params& p, const Cursor& c) {
     uint64_t at = c.at.at;
     const uint64_t bytes = p.layer_offset + uint64_t(kBlock) * kWidth;
     if (at > p.arena_elements || bytes > p.arena_elements - at) at = 0;
     const int line = int((at + p.layer_offset) / kLine) + int(c.begin % kBlock) * (kWidth / kLine);
+    return {(c.end() - c.begin + kBox - 1) / kBox, line};
+}
+
+// One thread starts the copy of a tile.
+__device__ __forceinline__ void load_tile(const Params& p, Shared& s, int stage, const Cursor& c) {
+    const Boxes boxes = boxes_of(p, c);
     const uint32_t bar = shared_address(&s.full[stage]);
     fence_async();
-    barrier_expect(bar, boxes * kBox * kWidth * 2);
-    for (uint32_t i = 0; i < boxes; i++) {
-        const int from = line + int(i) * kBox * (kWidth / kLine);
-        tensor_load_2d(shared_address(&s.kv[stage][i * kBox][0]), &p.cache, 0, from, bar);
+    barrier_expect(bar, boxes.count * kBox * kWidth * 2);
+    for (uint32_t i = 0; i < boxes.count; i++) {
+        tensor_load_2d(shared_address(&s.kv[stage][i * kBox][0]), &p.cache, 0, boxes.from(i), bar);
     }
 }
 
@@ -119,19 +132,27 @@ __device__ void decode(const Params& p) {
         fence_barrier_init();
     }
     __syncthreads();
-    Cursor ahead;
-    ahead.open(p, blockIdx.x);
-    Cursor now = ahead;
+    Cursor now;
+    now.open(p, blockIdx.x);
+    // Room for the next kernel. One block stays, so that this kernel ends after the one in front.
+    if (!now.any && blockIdx.x != 0) return;
+    Cursor& ahead = s.ahead;
     int loaded = 0;
     if (threadIdx.x == 0) {
+        ahead = now;
         // What earlier steps wrote need not wait for the kernel before.
         while (loaded < kStages && ahead.any && ahead.end() <= ahead.at.settled) {
             load_tile(p, s, loaded++, ahead);
             ahead.next(p);
         }
+        // Of a tile with keys of this step the others can come nearer.
+        if (loaded < kStages && ahead.any) {
+            const Boxes boxes = boxes_of(p, ahead);
+            for (uint32_t i = 0; i < boxes.count; i++) tensor_prefetch_2d(&p.cache, 0, boxes.from(i));
+        }
     }
-    wait_for_previous();
     allow_next();
+    wait_for_previous();
     if (threadIdx.x == 0) {
         while (loaded < kStages && ahead.any) {
             load_tile(p, s, loaded++, ahead);
@@ -154,9 +175,10 @@ __device__ void decode(const Params& p) {
             *reinterpret_cast<uint4*>(&s.q[line][at]) = v;
         }
         __syncthreads();
-        uint32_t q[kSteps][4];
+        const auto query_at = [&](int k) { return shared_address(&s.q[lane % 16][k * 16 + lane / 16 * 8]); };
+        uint32_t q[kHeld][4];
 #pragma unroll
-        for (int k = 0; k < kSteps; k++) load_matrix(q[k], shared_address(&s.q[lane % 16][k * 16 + lane / 16 * 8]));
+        for (int k = 0; k < kHeld; k++) load_matrix(q[k], query_at(k));
 
         float top[2] = {-INFINITY, -INFINITY}, mass[2] = {};
         float acc[8][4] = {};
@@ -179,8 +201,13 @@ __device__ void decode(const Params& p) {
                 for (int k = 0; k < kSteps; k += 2) {
                     uint32_t b[4];
                     load_matrix(b, key_unit(keys_at, warp * 8 + lane % 8, k / 4, k % 4 * 2 + lane / 8));
-                    mma_16816(d[k % 4], q[k][0], q[k][1], q[k][2], q[k][3], b[0], b[1]);
-                    mma_16816(d[k % 4 + 1], q[k + 1][0], q[k + 1][1], q[k + 1][2], q[k + 1][3], b[2], b[3]);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        uint32_t loaded[4];
+                        if (k + i >= kHeld) load_matrix(loaded, query_at(k + i));
+                        const uint32_t(&a)[4] = k + i < kHeld ? q[(k + i) % kHeld] : loaded;
+                        mma_16816(d[k % 4 + i], a[0], a[1], a[2], a[3], b[2 * i], b[2 * i + 1]);
+                    }
                 }
             }
             float score[4];
@@ -296,54 +323,13 @@ template <int kQuads, int kAtOnce> __device__ void merge_columns(const MergePara
     __shared__ float4 sums[kWays][kQuads];
     __shared__ float2 lse[kWays];
     const uint32_t way = threadIdx.x / kQuads, quad = threadIdx.x % kQuads, column = from + quad * 4;
-    float top = -INFINITY, mass = 0.0f;
-    float4 sum = {};
-    for (uint32_t base = way; base < mine.y; base += kWays * kAtOnce) {
-        float4 v[kAtOnce];
-        float2 of[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; i++) {
-            const uint32_t piece = min(base + i * kWays, mine.y - 1);
-            const uint64_t place = uint64_t(mine.x + piece) * kLines + head % kLines;
-            of[i] = p.partial_lse[place];
-            v[i] = *reinterpret_cast<const float4*>(p.partial + place * kLatent + column);
-        }
-        float high = top;
-#pragma unroll
-        for (int i = 0; i < kAtOnce; i++) high = fmaxf(high, of[i].x);
-        const float floor = high == -INFINITY ? 0.0f : high;
-        const float shrink = exp2f(top - floor);
-        top = high;
-        mass *= shrink, sum.x *= shrink, sum.y *= shrink, sum.z *= shrink, sum.w *= shrink;
-#pragma unroll
-        for (int i = 0; i < kAtOnce; i++) {
-            if (base + i * kWays < mine.y) {
-                const float by = exp2f(of[i].x - floor);
-                mass += of[i].y * by;
-                sum.x += v[i].x * by, sum.y += v[i].y * by, sum.z += v[i].z * by, sum.w += v[i].w * by;
-            }
-        }
-    }
-    sums[way][quad] = sum;
-    if (quad == 0) lse[way] = {top, mass};
+    const Merged part = merge_pieces<kAtOnce>({p.partial, p.partial_lse}, mine, head % kLines, column, way, kWays);
+    sums[way][quad] = part.sum;
+    if (quad == 0) lse[way] = {part.top, part.mass};
     __syncthreads();
     if (way == 0) {
-        float high = -INFINITY;
-#pragma unroll
-        for (int w = 0; w < kWays; w++) high = fmaxf(high, lse[w].x);
-        const float floor = high == -INFINITY ? 0.0f : high;
-        float all = 0.0f;
-        float4 o = {};
-#pragma unroll
-        for (int w = 0; w < kWays; w++) {
-            const float by = exp2f(lse[w].x - floor);
-            const float4 v = sums[w][quad];
-            all += lse[w].y * by;
-            o.x += v.x * by, o.y += v.y * by, o.z += v.z * by, o.w += v.w * by;
-        }
-        const float by = 1.0f / all;
-        const uint2 packed = {pack_bf16(o.x * by, o.y * by), pack_bf16(o.z * by, o.w * by)};
-        *reinterpret_cast<uint2*>(p.out + (uint64_t(row) * p.heads + head) * kLatent + column) = packed;
+        const Merged all = merge_ways<kWays>(lse, &sums[0][quad], kQuads);
+        *reinterpret_cast<uint2*>(p.out + (uint64_t(row) * p.heads + head) * kLatent + column) = all.result();
     }
     __syncthreads();
 }
@@ -368,7 +354,7 @@ __device__ void merge(const MergeParams& p) {
 
 }  // namespace mla_decode
 
-extern "C" __global__ void __launch_bounds__(mla_decode::kThreads, 1) mla_decode_16(const __grid_constant__ mla_decode::Params p) {
+extern "C" __global__ void __launch_bounds__(mla_decode::kBound, 1) mla_decode_16(const __grid_constant__ mla_decode::Params p) {
     mla_decode::decode(p);
 }
 extern "C" __global__ void __launch_bounds__(mla_decode::kMergeThreads) mla_decode_merge(const __grid_constant__ mla_decode::MergeParams p) {

@@ -1,0 +1,279 @@
+//! All of a decoding step between the projections in front of latent attention and the one behind it,
+//! in three kernels: rotation, norm, cache and queries into latent space; pieces of keys; the merge of
+//! their results and values out of latent space.
+//!
+//! It serves bf16 heads of DeepSeek's widths (128 + 64, values of 128, a latent of 512), any number of
+//! them; others are launched op by op. Each kernel starts reading its weights before the one in front
+//! has ended. Invariant: what is stored has the roundings of the ops one by one.
+
+#[cfg(test)]
+mod tests;
+
+use super::decode::{self, LATENT, LINES, ROPE, WIDTH};
+use super::{Mla, OP, Scratch, Weights};
+use crate::cuda::{Dtype, Queue, Rows, dim, need, shape};
+use crate::flash::cuda::Query;
+use crate::norm::Heads;
+use crate::paged::{KvLayer, cuda::Destination};
+use crate::rope::{Pairing, cuda::Rope};
+use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
+
+const NOPE: usize = 128;
+const VALUE: usize = 128;
+/// Elements of a head's query.
+const QUERY: usize = NOPE + ROPE;
+/// Rows that tensor cores take at once.
+const TILE: usize = 16;
+const PREPARE: &str = "mla_prepare";
+const PREPARE_THREADS: u32 = 128;
+/// Blocks of the first kernel to a head, and on a multiprocessor.
+const PREPARE_PARTS: usize = 8;
+const PREPARE_WAVES: usize = 6;
+pub(crate) const VALUES: &str = "mla_values";
+const VALUES_THREADS: u32 = 512;
+/// Bytes of its `Shared`.
+const VALUES_SHARED: u32 = 65_920;
+/// Blocks of the last kernel to a head, and on a multiprocessor.
+const VALUES_SHARES: usize = 4;
+const VALUES_WAVES: usize = 2;
+
+/// Whether these kernels serve the shape.
+#[must_use]
+pub const fn serves(mla: &Mla, layer: KvLayer, dtype: Dtype) -> bool {
+    mla.nope == NOPE && mla.v == VALUE && decode::serves(mla, layer, dtype)
+}
+
+/// What the first kernel takes for granted: rotated parts of queries, the latent that is normed, the
+/// rotated key.
+#[must_use]
+pub const fn heads(mla: &Mla) -> [Heads; 3] {
+    let q = Heads {
+        row: mla.heads * QUERY,
+        count: mla.heads,
+        offset: NOPE,
+        width: ROPE,
+        stride: QUERY,
+    };
+    let latent = Heads { row: WIDTH, count: 1, offset: 0, width: LATENT, stride: WIDTH };
+    [q, latent, Heads { offset: LATENT, width: ROPE, ..latent }]
+}
+
+/// What attention of decoding rows works on.
+#[derive(Clone, Copy, Debug)]
+pub struct Block<'a> {
+    /// `[rows, heads * 192]`, as projected; its rotated parts are rotated in place.
+    pub q: &'a DeviceSlice,
+    /// `[rows, 576]`, as projected.
+    pub kv: &'a DeviceSlice,
+    /// f32 `[512]`: of the latent's norm.
+    pub norm: &'a DeviceSlice,
+    /// Of the norm.
+    pub eps: f32,
+    /// Of queries and key.
+    pub rope: Rope<'a>,
+    /// Where the rows' keys go, and the cache that is read.
+    pub to: Destination<'a>,
+    /// Where the layer lies in a block.
+    pub layer: KvLayer,
+    /// The two halves of `kv_b`.
+    pub weights: Weights<'a>,
+    /// Cut of the keys.
+    pub plan: &'a decode::Plan<'a>,
+    /// Partial results.
+    pub partials: &'a decode::Partials,
+    /// Queries and results in latent space.
+    pub scratch: &'a Scratch,
+    /// `[rows, heads * 128]`.
+    pub out: &'a DeviceSlice,
+}
+
+/// Enqueues it.
+///
+/// # Errors
+/// When the shape is not served, an operand is too short, or a launch fails.
+pub fn attention(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    mla: &Mla,
+    block: &Block<'_>,
+) -> Result<(), CudaError> {
+    prepare(on, rows, mla, block)?;
+    pieces(on, rows, mla, block)?;
+    values(on, rows, mla, block)
+}
+
+/// Tiles of a block such that about `most` blocks cover all rows: as many as run at once.
+const fn tiles(rows: usize, blocks_of_a_tile: usize, most: usize) -> usize {
+    let all = rows.div_ceil(TILE);
+    let at_once = most / blocks_of_a_tile;
+    if at_once == 0 { all } else { all.div_ceil(at_once) }
+}
+
+/// Mirrors `PrepareParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PrepareParams {
+    q: u64,
+    kv: u64,
+    absorbed: u64,
+    kv_b: u64,
+    latents: u64,
+    norm: u64,
+    inv_freq: u64,
+    arena: u64,
+    positions: u64,
+    row_tables: u64,
+    tables: u64,
+    count: u64,
+    arena_elements: u64,
+    layer_offset: u64,
+    q_row: u64,
+    kv_row: u64,
+    rows: u32,
+    heads: u32,
+    tiles: u32,
+    eps: f32,
+    factor: f32,
+    interleaved: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `prepare`, offsets by the kernel.
+unsafe impl Parameters for PrepareParams {}
+
+/// The first kernel: rotates, norms, writes the rows' keys, takes queries to latent space.
+///
+/// # Errors
+/// As [`attention`].
+pub fn prepare(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    mla: &Mla,
+    block: &Block<'_>,
+) -> Result<(), CudaError> {
+    let Block { q, kv, norm, eps, rope, to, layer, weights, scratch, .. } = *block;
+    let Mla { heads, .. } = *mla;
+    if !serves(mla, layer, to.arena.dtype) {
+        return Err(shape(OP, format!("{mla:?} over {layer:?} as a block")));
+    }
+    need(OP, "q", q, &[rows.padded, heads, QUERY], 2)?;
+    need(OP, "kv", kv, &[rows.padded, WIDTH], 2)?;
+    need(OP, "absorbed weights", weights.absorbed, &[heads, LATENT, NOPE], 2)?;
+    need(OP, "kv_b", weights.kv_b, &[heads, NOPE + VALUE, LATENT], 2)?;
+    need(OP, "scratch", &scratch.queries, &[rows.padded, heads, LATENT], 2)?;
+    need(OP, "norm", norm, &[LATENT], 4)?;
+    need(OP, "inv_freq", rope.inv_freq, &[ROPE / 2], 4)?;
+    need(OP, "positions", to.positions, &[rows.padded], 4)?;
+    need(OP, "row_tables", to.row_tables, &[rows.padded], 4)?;
+    let of_tile = heads * PREPARE_PARTS;
+    let tiles = tiles(rows.padded, of_tile, PREPARE_WAVES * on.multiprocessors());
+    let params = PrepareParams {
+        q: q.address(),
+        kv: kv.address(),
+        absorbed: weights.absorbed.address(),
+        kv_b: weights.kv_b.address(),
+        latents: scratch.queries.address(),
+        norm: norm.address(),
+        inv_freq: rope.inv_freq.address(),
+        arena: to.arena.address(),
+        positions: to.positions.address(),
+        row_tables: to.row_tables.address(),
+        tables: to.tables.address(),
+        count: rows.count_address(),
+        arena_elements: to.arena.len() as u64,
+        layer_offset: layer.offset as u64,
+        q_row: (heads * QUERY) as u64,
+        kv_row: WIDTH as u64,
+        rows: dim(OP, rows.padded)?,
+        heads: dim(OP, heads)?,
+        tiles: dim(OP, tiles)?,
+        eps,
+        factor: rope.factor,
+        interleaved: u32::from(rope.pairing == Pairing::Interleaved),
+    };
+    let chunks = rows.padded.div_ceil(TILE * tiles.max(1));
+    let grid = [dim(OP, rows.padded + chunks * of_tile)?, 1, 1];
+    Launch::new(on.kernel(PREPARE)?, grid, PREPARE_THREADS).dependent().on(on.stream, &params)
+}
+
+/// The second kernel: attention in latent space, rows in several pieces not merged.
+///
+/// # Errors
+/// As [`attention`].
+pub fn pieces(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    mla: &Mla,
+    block: &Block<'_>,
+) -> Result<(), CudaError> {
+    let Block { q, to, layer, plan, partials, scratch, .. } = *block;
+    let Mla { heads, .. } = *mla;
+    need(OP, "q", q, &[rows.padded, heads, QUERY], 2)?;
+    need(OP, "scratch", &scratch.queries, &[rows.padded, heads, LATENT], 2)?;
+    let rotated = q.address() + (NOPE * 2) as u64;
+    let queries = [
+        Query { address: scratch.queries.address(), row: heads * LATENT, head: LATENT },
+        Query { address: rotated, row: heads * QUERY, head: QUERY },
+    ];
+    let results = &scratch.results;
+    decode::pieces(on, rows, mla, queries, layer, to.arena, plan, partials, results)
+}
+
+/// Mirrors `ValuesParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ValuesParams {
+    results: u64,
+    partial: u64,
+    partial_lse: u64,
+    slots: u64,
+    kv_b: u64,
+    out: u64,
+    count: u64,
+    rows: u32,
+    heads: u32,
+    tiles: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `values`, those of partial results where
+// they are made.
+unsafe impl Parameters for ValuesParams {}
+
+/// The last kernel: merges partial results and takes the sums out of latent space.
+///
+/// # Errors
+/// As [`attention`].
+pub fn values(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    mla: &Mla,
+    block: &Block<'_>,
+) -> Result<(), CudaError> {
+    let Block { to, layer, weights, plan, partials, scratch, out, .. } = *block;
+    let Mla { heads, .. } = *mla;
+    if !serves(mla, layer, to.arena.dtype) {
+        return Err(shape(OP, format!("{mla:?} over {layer:?} as a block")));
+    }
+    let groups = heads.div_ceil(LINES);
+    need(OP, "kv_b", weights.kv_b, &[heads, NOPE + VALUE, LATENT], 2)?;
+    need(OP, "slots", plan.slots, &[rows.padded, groups, 2], 4)?;
+    need(OP, "scratch", &scratch.results, &[rows.padded, heads, LATENT], 2)?;
+    need(OP, "out", out, &[rows.padded, heads, VALUE], 2)?;
+    let of_tile = heads * VALUES_SHARES;
+    let tiles = tiles(rows.padded, of_tile, VALUES_WAVES * on.multiprocessors());
+    let params = ValuesParams {
+        results: scratch.results.address(),
+        partial: partials.sums.address(),
+        partial_lse: partials.masses.address(),
+        slots: plan.slots.address(),
+        kv_b: weights.kv_b.address(),
+        out: out.address(),
+        count: rows.count_address(),
+        rows: dim(OP, rows.padded)?,
+        heads: dim(OP, heads)?,
+        tiles: dim(OP, tiles)?,
+    };
+    let chunks = rows.padded.div_ceil(TILE * tiles.max(1));
+    let grid = [dim(OP, chunks * of_tile)?, 1, 1];
+    Launch::new(on.kernel(VALUES)?, grid, VALUES_THREADS)
+        .shared(VALUES_SHARED)
+        .dependent()
+        .on(on.stream, &params)
+}

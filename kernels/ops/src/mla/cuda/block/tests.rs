@@ -1,0 +1,242 @@
+//! The three kernels against the ops one by one, which have references of their own.
+
+use super::*;
+use crate::cuda::Tensor;
+use crate::cuda::testing::paged::{Cache, Sent};
+use crate::cuda::testing::{Device, assert_near, device, rounded};
+use crate::mla::cuda::{Core, absorb_weights, absorbed_len};
+use crate::norm::cuda::head_norm;
+use crate::paged::{BLOCK, cuda::write_kv};
+use crate::rope::cuda::rope;
+use crate::testing::Random;
+use device::cuda::Arena;
+
+const BF16: Dtype = Dtype::Bf16;
+/// Rows of garbage behind the real ones.
+const PADDING: usize = 3;
+
+const fn shape_of(heads: usize) -> Mla {
+    Mla { heads, nope: NOPE, rope: ROPE, v: VALUE, latent: LATENT, scale: 0.072 }
+}
+
+/// A step of decoding rows, its operands on the host.
+struct Decodes {
+    mla: Mla,
+    cache: Cache,
+    q: Vec<f32>,
+    kv: Vec<f32>,
+    kv_b: Vec<f32>,
+    norm: Vec<f32>,
+    pairing: Pairing,
+}
+
+impl Decodes {
+    fn new(heads: usize, contexts: &[usize], pairing: Pairing) -> Self {
+        let mla = shape_of(heads);
+        let sequences: Vec<_> = contexts.iter().map(|context| (1, *context)).collect();
+        let cache = Cache::whole_rows(&sequences, WIDTH, BF16, 21);
+        let padded = contexts.len() + PADDING;
+        let mut random = Random::new(22);
+        let mut numbers = |len: usize| rounded(&random.vector(len), BF16);
+        let (mut q, mut kv) = (numbers(padded * heads * QUERY), numbers(padded * WIDTH));
+        q[contexts.len() * heads * QUERY..].fill(f32::NAN);
+        kv[contexts.len() * WIDTH..].fill(f32::NAN);
+        let norm = numbers(LATENT);
+        let kv_b = numbers(heads * (NOPE + VALUE) * LATENT);
+        // As trained weights are: products keep the size of what goes in.
+        let kv_b: Vec<f32> = kv_b.iter().map(|x| x * (3.0 / LATENT as f32).sqrt()).collect();
+        let kv_b = rounded(&kv_b, BF16);
+        Self { mla, cache, q, kv, kv_b, norm, pairing }
+    }
+
+    /// Results, rotated queries and the cache: by the three kernels, or by the ops.
+    fn run(&self, device: &Device, fused: bool, blocks: usize) -> [Vec<f32>; 3] {
+        let Self { mla, cache, .. } = self;
+        let heads = mla.heads;
+        let (real, padded) = (cache.rows(), cache.rows() + PADDING);
+        let sent = cache.send(device, heads, 16);
+        let [q, kv, kv_b] = [&self.q, &self.kv, &self.kv_b].map(|x| device.send_as(x, BF16));
+        let norm = device.send(&self.norm);
+        let absorbed = device.poisoned(absorbed_len(mla) * 2);
+        let on = device.queue();
+        absorb_weights(on, mla, Tensor::new(&kv_b, BF16), &absorbed).expect("a launch");
+        let inv_freq: Vec<f32> = (0..ROPE / 2).map(|i| 0.7_f32.powi(i as i32)).collect();
+        let inv_freq = device.send(&inv_freq);
+        let mut positions: Vec<u32> = cache.segments.iter().map(|s| s.context - 1).collect();
+        let mut row_tables: Vec<u32> = cache.segments.iter().map(|s| s.table).collect();
+        positions.resize(padded, u32::MAX);
+        row_tables.resize(padded, u32::MAX);
+        let [positions, row_tables, count] =
+            [positions, row_tables, vec![real as u32]].map(|words| device.send(&words));
+        let rows = Rows { padded, count: Some(&count) };
+        let cut = Cut::new(device, self, &sent, blocks);
+        let plan = cut.plan(sent.tables());
+        let bytes = Scratch::bytes(mla, BF16, padded);
+        let scratch = Scratch::take(&mut Arena::new(device.poisoned(bytes)), mla, BF16, padded);
+        let out = device.poisoned(padded * heads * VALUE * 2);
+        let to = Destination {
+            arena: sent.arena(),
+            positions: &positions,
+            row_tables: &row_tables,
+            tables: sent.tables(),
+        };
+        let block = Block {
+            q: &q,
+            kv: &kv,
+            norm: &norm,
+            eps: 1e-6,
+            rope: Rope { inv_freq: &inv_freq, factor: 1.1, pairing: self.pairing },
+            to,
+            layer: cache.layer,
+            weights: Weights { absorbed: &absorbed, kv_b: &kv_b },
+            plan: &plan,
+            partials: &cut.partials,
+            scratch: &scratch.expect("room"),
+            out: &out,
+        };
+        let launched = if fused {
+            attention(on, rows, mla, &block)
+        } else {
+            one_by_one(on, rows, mla, &block)
+        };
+        launched.expect("launches");
+        let mut got = [&out, &q, sent.arena().slice].map(|x| device.fetch_as(x, BF16));
+        // What padding holds is nothing to look at.
+        got[0].truncate(real * heads * VALUE);
+        got[1].truncate(real * heads * QUERY);
+        got
+    }
+}
+
+/// A cut of a step's keys on the device.
+struct Cut {
+    map: device::cuda::TensorMap,
+    pieces: DeviceSlice,
+    slots: DeviceSlice,
+    partials: decode::Partials,
+    blocks: usize,
+    rows: usize,
+}
+
+impl Cut {
+    fn new(device: &Device, of: &Decodes, sent: &Sent, blocks: usize) -> Self {
+        let (rows, heads) = (of.cache.rows(), of.mla.heads);
+        let mut cut = decode::Cut::default();
+        cut.make(&of.cache.segments, &of.cache.tables, rows + PADDING, heads, blocks);
+        let (most, slots) = decode::Cut::most(rows, heads, blocks);
+        let mut words: Vec<u32> = cut.pieces.iter().flat_map(decode::Piece::words).collect();
+        words.resize(most * decode::Piece::WORDS, u32::MAX);
+        let memory = device.poisoned(decode::Partials::bytes(slots));
+        Self {
+            map: decode::cache_map(sent.arena().slice).expect("a map"),
+            pieces: device.send(&words),
+            slots: device.send(cut.slots.as_flattened()),
+            partials: decode::Partials::take(&mut Arena::new(memory), slots).expect("room"),
+            blocks,
+            rows,
+        }
+    }
+
+    fn plan<'a>(&'a self, tables: &'a DeviceSlice) -> decode::Plan<'a> {
+        let Self { map, pieces, slots, blocks, rows, .. } = self;
+        decode::Plan { map, pieces, slots, tables, blocks: *blocks, decodes: *rows }
+    }
+}
+
+fn one_by_one(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    mla: &Mla,
+    block: &Block<'_>,
+) -> Result<(), CudaError> {
+    let Block { q, kv, to, layer, plan, partials, scratch, out, .. } = *block;
+    let [of_q, latent, key] = heads(mla);
+    let [q_tensor, kv_tensor] = [q, kv].map(|x| Tensor::new(x, BF16));
+    rope(on, rows, q_tensor, &of_q, to.positions, &block.rope)?;
+    head_norm(on, rows, kv_tensor, &latent, block.norm, block.eps)?;
+    rope(on, rows, kv_tensor, &key, to.positions, &block.rope)?;
+    write_kv(on, rows, kv, layer, &to)?;
+    let core = Core::Pieces(plan, partials);
+    let weights = &block.weights;
+    super::super::attention(on, rows, q, weights, mla, layer, to.arena, core, scratch, out)
+}
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|x| f64::from(*x)).collect()
+}
+
+/// Results differ by the order of sums, which may round a stored number the other way: a unit in the
+/// last place of bf16, and what follows from it.
+fn check(device: &Device, decodes: &Decodes, blocks: usize) {
+    let what = format!("{} heads, {blocks} blocks", decodes.mla.heads);
+    let fused = decodes.run(device, true, blocks);
+    let expected = decodes.run(device, false, blocks);
+    assert_eq!(fused[1].len(), expected[1].len());
+    assert!(fused[1].iter().all(|x| x.is_finite()), "{what}: queries of real rows");
+    assert_near(&format!("{what}: queries"), &fused[1], &wide(&expected[1]), 4e-3);
+    assert_near(&format!("{what}: cache"), &fused[2], &wide(&expected[2]), 8e-3);
+    assert!(expected[0].iter().all(|x| x.is_finite()), "{what}: results");
+    assert_near(&format!("{what}: results"), &fused[0], &wide(&expected[0]), 1.6e-2);
+    // The order of sums is given.
+    let again = decodes.run(device, true, blocks);
+    for (once, again) in fused.iter().zip(&again) {
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(once), bits(again), "{what}");
+    }
+}
+
+#[test]
+fn a_block_agrees_with_its_ops() {
+    let Some(device) = device() else { return };
+    let ragged = [1, 2, 15, 16, 17, 63, 64, 65, 129, 400, 513];
+    for heads in [1, 3, 16, 40, 128] {
+        for pairing in [Pairing::Interleaved, Pairing::Halves] {
+            check(&device, &Decodes::new(heads, &ragged, pairing), 132);
+        }
+    }
+    for contexts in [vec![1], vec![BLOCK], vec![256], vec![3001, 1], vec![65_539]] {
+        for blocks in [1, 7, 132] {
+            check(&device, &Decodes::new(16, &contexts, Pairing::Interleaved), blocks);
+        }
+    }
+    // More than a tile of rows, and more than run at once; one long among many short ones.
+    for rows in [13, 14, 30, 64, 250] {
+        let mut contexts: Vec<usize> = (0..rows).map(|i| 1 + i * 37 % 300).collect();
+        contexts[rows / 2] = 9000;
+        check(&device, &Decodes::new(16, &contexts, Pairing::Interleaved), 132);
+    }
+}
+
+#[test]
+fn a_row_that_is_not_a_number_leaves_its_neighbours_alone() {
+    let Some(device) = device() else { return };
+    let contexts = [300, 77, 500, 1];
+    let clean = Decodes::new(16, &contexts, Pairing::Interleaved);
+    let width = 16 * VALUE;
+    let expected = clean.run(&device, true, 132);
+    // In its keys, in its query.
+    for in_keys in [true, false] {
+        let mut broken = Decodes::new(16, &contexts, Pairing::Interleaved);
+        if in_keys {
+            let at = broken.cache.at(broken.cache.segments[1].table as usize, 70);
+            broken.cache.arena[at + 3] = f32::NAN;
+        } else {
+            broken.q[16 * QUERY..][..16 * QUERY].fill(f32::NAN);
+        }
+        let got = broken.run(&device, true, 132);
+        assert_eq!(got[0][..width], expected[0][..width], "{in_keys}: before");
+        assert_eq!(got[0][2 * width..], expected[0][2 * width..], "{in_keys}: after");
+        assert!(got[0][width..2 * width].iter().all(|x| x.is_nan()), "{in_keys}: itself");
+    }
+}
+
+#[test]
+fn blocks_are_as_many_as_run_at_once() {
+    let most = VALUES_WAVES * 132;
+    for (rows, heads, expected) in [(0, 16, 0), (1, 16, 1), (64, 16, 1), (65, 16, 2), (256, 16, 4)]
+    {
+        assert_eq!(tiles(rows, heads * VALUES_SHARES, most), expected, "{rows} rows");
+    }
+    // Heads that do not run at once take all rows each.
+    assert_eq!(tiles(100, 128 * VALUES_SHARES, most), 7);
+}

@@ -1,0 +1,404 @@
+//! The keys of decoding rows cut into pieces of equal work, once a step for all layers, on the host,
+//! because contexts are known there.
+//!
+//! It computes no attention. Invariant: the pieces of a row cover its keys once, and a piece names no
+//! row of another sequence.
+
+use super::{LINES, UNIT, WHOLE};
+use crate::flash::cuda::Segment;
+use crate::paged::BLOCK;
+
+/// Beginning a piece takes the time of so many units of keys.
+const PIECE_COST: u32 = 2;
+/// Writing and merging a partial result, on top.
+const PARTIAL_COST: u32 = 2;
+/// The second kernel takes the time of so many units of one block.
+const MERGE_COST: u32 = 5;
+
+/// Mirrors `Piece`: keys of one row, for [`LINES`] heads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Piece {
+    at: u64,
+    row: u32,
+    table: u32,
+    begin: u32,
+    end: u32,
+    settled: u32,
+    slot: u32,
+    next: u32,
+    head: u32,
+    pad: [u32; 2],
+}
+
+impl Piece {
+    /// Words of 32 bits.
+    pub const WORDS: usize = size_of::<Self>() / 4;
+
+    /// As the device has it.
+    #[must_use]
+    pub const fn words(&self) -> [u32; Self::WORDS] {
+        let Self { at, row, table, begin, end, settled, slot, next, head, pad } = *self;
+        let (low, high) = (at as u32, (at >> 32) as u32);
+        [low, high, row, table, begin, end, settled, slot, next, head, pad[0], pad[1]]
+    }
+}
+
+/// The cut of a step.
+#[derive(Clone, Debug, Default)]
+pub struct Cut {
+    /// The first of every block, then the others.
+    pub pieces: Vec<Piece>,
+    /// Of every row of the step and group of heads: its first slot, and how many; 0 where it has one
+    /// piece, or none.
+    pub slots: Vec<[u32; 2]>,
+    /// The last piece of every block.
+    last: Vec<u32>,
+    /// Of the line at hand.
+    parts: Vec<Part>,
+}
+
+/// Block, first key, end.
+type Part = (u32, u32, u32);
+
+/// One row and group of heads.
+#[derive(Clone, Copy)]
+struct Line {
+    row: u32,
+    head: u32,
+    context: u32,
+    settled: u32,
+    table: u32,
+}
+
+impl Line {
+    const fn units(&self) -> u32 {
+        self.context.div_ceil(UNIT)
+    }
+}
+
+fn lines(segments: &[Segment], heads: usize) -> impl Iterator<Item = Line> {
+    segments.iter().flat_map(move |segment| {
+        let Segment { start, len, context, table } = *segment;
+        let settled = context - len;
+        (0..len).flat_map(move |i| {
+            (0..heads as u32).step_by(LINES).map(move |head| Line {
+                row: start + i,
+                head,
+                context: settled + i + 1,
+                settled,
+                table,
+            })
+        })
+    })
+}
+
+impl Cut {
+    /// With room for steps of `rows` rows of which up to `decodes` are cut.
+    #[must_use]
+    pub fn with_capacity(rows: usize, decodes: usize, heads: usize, blocks: usize) -> Self {
+        let (pieces, slots) = Self::most(decodes, heads, blocks);
+        Self {
+            pieces: Vec::with_capacity(pieces),
+            slots: Vec::with_capacity(Self::slot_entries(rows, heads)),
+            last: Vec::with_capacity(blocks),
+            parts: Vec::with_capacity(slots),
+        }
+    }
+
+    /// The most pieces and slots of partial results where `rows` rows are cut for `blocks` blocks.
+    #[must_use]
+    pub const fn most(rows: usize, heads: usize, blocks: usize) -> (usize, usize) {
+        let lines = rows * heads.div_ceil(LINES);
+        (2 * blocks + lines, blocks + lines)
+    }
+
+    /// Entries of `slots` for steps of `rows` rows.
+    #[must_use]
+    pub const fn slot_entries(rows: usize, heads: usize) -> usize {
+        rows * heads.div_ceil(LINES)
+    }
+
+    /// Cuts the rows of `segments` (decodes: few rows each) of a step of `rows` rows for `blocks`
+    /// blocks. `tables` are element offsets of cache blocks. Allocates nothing within
+    /// [`Cut::with_capacity`].
+    pub fn make(
+        &mut self,
+        segments: &[Segment],
+        tables: &[u64],
+        rows: usize,
+        heads: usize,
+        blocks: usize,
+    ) {
+        let mut parts = std::mem::take(&mut self.parts);
+        let room = Room::choose(segments, heads, blocks as u32, &mut parts);
+        self.pieces.clear();
+        self.pieces.resize(blocks, Piece::default());
+        self.last.clear();
+        self.last.resize(blocks, WHOLE);
+        self.slots.clear();
+        self.slots.resize(Self::slot_entries(rows, heads), [0, 0]);
+        let groups = heads.div_ceil(LINES);
+        let mut slots = 0;
+        room.walk(lines(segments, heads), &mut parts, |line, parts| {
+            let partial = parts.len() > 1;
+            let first = slots;
+            for &(block, begin, end) in parts {
+                let slot = if partial { slots } else { WHOLE };
+                slots += u32::from(partial);
+                let at = tables.get((line.table + begin / BLOCK as u32) as usize);
+                let piece = Piece {
+                    at: at.copied().unwrap_or(0),
+                    row: line.row,
+                    table: line.table,
+                    begin,
+                    end,
+                    settled: line.settled,
+                    slot,
+                    next: 0,
+                    head: line.head,
+                    pad: [0; 2],
+                };
+                self.push(block, piece);
+            }
+            if partial {
+                let entry = line.row as usize * groups + line.head as usize / LINES;
+                self.slots[entry] = [first, slots - first];
+            }
+        });
+        self.parts = parts;
+    }
+
+    fn push(&mut self, block: u32, piece: Piece) {
+        let last = &mut self.last[block as usize];
+        let place = match *last {
+            WHOLE => block,
+            before => {
+                let place = self.pieces.len() as u32;
+                self.pieces[before as usize].next = place;
+                place
+            }
+        };
+        *last = place;
+        match self.pieces.get_mut(place as usize) {
+            Some(first) => *first = piece,
+            None => self.pieces.push(piece),
+        }
+    }
+}
+
+/// What a block takes, in units of keys, and whether rows are split.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Room {
+    units: u32,
+    blocks: u32,
+    split: bool,
+}
+
+impl Room {
+    /// The smallest in which everything fits, split only where that pays for the second kernel.
+    fn choose(segments: &[Segment], heads: usize, blocks: u32, parts: &mut Vec<Part>) -> Self {
+        let (mut total, mut longest, mut count) = (0_u32, 0_u32, 0_u32);
+        for line in lines(segments, heads) {
+            total = total.saturating_add(line.units() + PIECE_COST);
+            longest = longest.max(line.units() + PIECE_COST);
+            count += 1;
+        }
+        let even = total.div_ceil(blocks.max(1)).max(1);
+        let mut fit = |from: u32, split| {
+            let mut room = Self { units: from, blocks, split };
+            while !room.fits(lines(segments, heads), parts) {
+                room.units += (room.units / 32).max(1);
+            }
+            room
+        };
+        let split = fit(even.max(PIECE_COST + PARTIAL_COST + 1), true);
+        if count == 0 || longest.max(even) >= split.units + MERGE_COST {
+            return split;
+        }
+        let whole = fit(even.max(longest), false);
+        if whole.units < split.units + MERGE_COST { whole } else { split }
+    }
+
+    fn fits(self, lines: impl Iterator<Item = Line>, parts: &mut Vec<Part>) -> bool {
+        let mut used = 0;
+        self.walk(lines, parts, |_, parts| used = parts.last().map_or(used, |part| part.0));
+        used < self.blocks
+    }
+
+    /// Calls `each` with the parts (block, first key, end) of every line, in order. A block beyond the
+    /// last is named where the room is too small.
+    fn walk(
+        self,
+        lines: impl Iterator<Item = Line>,
+        parts: &mut Vec<Part>,
+        mut each: impl FnMut(Line, &[Part]),
+    ) {
+        // Pieces of whole cache blocks where they are long; short ones for short work.
+        let grain = match self.units {
+            12.. => BLOCK as u32 / UNIT,
+            6.. => 2,
+            _ => 1,
+        };
+        let (mut block, mut used) = (0, 0);
+        for line in lines {
+            parts.clear();
+            let mut begin = 0;
+            while begin < line.context {
+                let left = (line.context - begin).div_ceil(UNIT);
+                let rest = PIECE_COST + if begin > 0 { PARTIAL_COST } else { 0 };
+                let room = self.units.saturating_sub(used);
+                let cut = room.saturating_sub(PIECE_COST + PARTIAL_COST) / grain * grain;
+                if left + rest <= room || (used == 0 && !self.split) {
+                    parts.push((block, begin, line.context));
+                    used += left + rest;
+                    break;
+                }
+                if self.split && cut > 0 && cut < left {
+                    let end = begin + cut * UNIT;
+                    parts.push((block, begin, end));
+                    begin = end;
+                } else if used == 0 {
+                    // The room does not even hold a grain.
+                    parts.push((u32::MAX, begin, line.context));
+                    break;
+                }
+                block += 1;
+                used = 0;
+                if block >= self.blocks {
+                    parts.push((u32::MAX, begin, line.context));
+                    break;
+                }
+            }
+            each(line, parts);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decodes(contexts: &[u32]) -> Vec<Segment> {
+        let mut table = 0;
+        let mut segments = Vec::new();
+        for (start, &context) in (0..).zip(contexts) {
+            segments.push(Segment { start, len: 1, context, table });
+            table += context.div_ceil(BLOCK as u32);
+        }
+        segments
+    }
+
+    fn cut(segments: &[Segment], heads: usize, blocks: usize) -> Cut {
+        let tables: Vec<u64> = (0..1 << 20).map(|block| block * 1000).collect();
+        let rows = segments.iter().map(|s| s.start + s.len).max().unwrap_or(0) as usize;
+        let mut cut = Cut::default();
+        cut.make(segments, &tables, rows + 1, heads, blocks);
+        assert_eq!(cut.slots.len(), Cut::slot_entries(rows + 1, heads));
+        cut
+    }
+
+    /// Every line's keys once, in order; slots as told; tables of the line. Returns the units of the
+    /// fullest block.
+    fn check(segments: &[Segment], heads: usize, blocks: usize) -> u32 {
+        let cut = cut(segments, heads, blocks);
+        let rows: u32 = segments.iter().map(|s| s.len).sum();
+        let (most, most_slots) = Cut::most(rows as usize, heads, blocks);
+        assert!(cut.pieces.len() <= most, "{} pieces of {most}", cut.pieces.len());
+        let mut all = Vec::new();
+        let mut fullest = 0;
+        for block in 0..blocks {
+            let mut at = block;
+            let mut units = 0;
+            loop {
+                let piece = cut.pieces[at];
+                if piece.end > piece.begin {
+                    units += (piece.end - piece.begin).div_ceil(UNIT);
+                    all.push(piece);
+                }
+                match piece.next {
+                    0 => break,
+                    next => at = next as usize,
+                }
+            }
+            fullest = fullest.max(units);
+        }
+        let groups = heads.div_ceil(LINES);
+        for line in lines(segments, heads) {
+            let index = line.row as usize * groups + line.head as usize / LINES;
+            let of_line = |p: &&Piece| (p.row, p.head) == (line.row, line.head);
+            let mut mine: Vec<Piece> = all.iter().filter(of_line).copied().collect();
+            mine.sort_by_key(|piece| piece.begin);
+            assert_eq!(mine.first().map(|p| p.begin), Some(0));
+            assert_eq!(mine.last().map(|p| p.end), Some(line.context));
+            for pair in mine.windows(2) {
+                assert_eq!(pair[0].end, pair[1].begin);
+            }
+            let [first, count] = cut.slots[index];
+            assert!((first + count) as usize <= most_slots);
+            for (piece, slot) in mine.iter().zip(first..) {
+                assert_eq!(piece.begin % UNIT, 0);
+                assert_eq!(piece.at, u64::from(line.table + piece.begin / BLOCK as u32) * 1000);
+                assert_eq!((piece.table, piece.settled), (line.table, line.settled));
+                assert_eq!(piece.slot, if count == 0 { WHOLE } else { slot });
+            }
+            assert_eq!(count, if mine.len() == 1 { 0 } else { mine.len() as u32 });
+        }
+        fullest
+    }
+
+    #[test]
+    fn pieces_cover_every_row_once() {
+        let ragged: Vec<u32> = (0..77).map(|i| 1 + i * i * 3 % 5000).collect();
+        for blocks in [1, 2, 7, 132] {
+            for contexts in [&[1_u32][..], &[15, 16, 17], &[8192], &[100_000, 1, 1], &ragged] {
+                for heads in [1, 16, 40, 128] {
+                    check(&decodes(contexts), heads, blocks);
+                }
+            }
+        }
+        assert_eq!(check(&[], 16, 132), 0);
+        let several = [
+            Segment { start: 0, len: 3, context: 3, table: 0 },
+            Segment { start: 3, len: 2, context: 200, table: 1 },
+        ];
+        check(&several, 16, 132);
+        // Between the rows of chunks, which are not cut.
+        let among = [
+            Segment { start: 7, len: 1, context: 5000, table: 0 },
+            Segment { start: 300, len: 1, context: 64, table: 90 },
+        ];
+        check(&among, 40, 132);
+    }
+
+    #[test]
+    fn cutting_stays_within_its_capacity() {
+        let (rows, heads, blocks) = (64, 40, 132);
+        let mut cut = Cut::with_capacity(rows, rows, heads, blocks);
+        let room = |cut: &Cut| {
+            [cut.pieces.capacity(), cut.slots.capacity(), cut.last.capacity(), cut.parts.capacity()]
+        };
+        let before = room(&cut);
+        let tables = vec![0_u64; 1 << 17];
+        for contexts in [vec![100_000; 64], vec![100_000], vec![1; 64], (1..65).collect()] {
+            cut.make(&decodes(&contexts), &tables, rows, heads, blocks);
+        }
+        assert_eq!(room(&cut), before);
+    }
+
+    #[test]
+    fn work_is_even_and_rows_are_split_only_where_it_pays() {
+        let units = |context: u32, rows: u32| context.div_ceil(UNIT) * rows;
+        // One long row goes over all blocks, a whole number of cache blocks each.
+        assert_eq!(check(&decodes(&[8192]), 16, 132), 4);
+        // Many long rows: within a cache block and a few per cent of even.
+        for rows in [4_u32, 8, 16, 64, 128] {
+            let even = units(8192, rows).div_ceil(132);
+            let fullest = check(&decodes(&vec![8192; rows as usize]), 16, 132);
+            assert!(fullest <= even + even / 16 + 8, "{rows} rows: {fullest} for {even}");
+        }
+        // Short rows stay whole.
+        let short = cut(&decodes(&[256; 256]), 16, 132);
+        assert!(short.slots.iter().all(|[_, count]| *count == 0));
+    }
+}
