@@ -131,7 +131,11 @@ impl Sampler {
 
     /// Describes the prompt token at `position` by the row before it.
     pub(crate) fn describe(&self, logits: &[f32], life: &Life, position: u32) -> Logprobs {
-        logprobs(logits, life.token(position).unwrap_or_default(), life.prompt_logprobs.unwrap_or(0))
+        logprobs(
+            logits,
+            life.token(position).unwrap_or_default(),
+            life.prompt_logprobs.unwrap_or(0),
+        )
     }
 }
 

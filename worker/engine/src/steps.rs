@@ -4,8 +4,11 @@
 //! all enqueued plans left them; a token that the host does not know yet is pending in its life, and
 //! where the host must draw, nothing is enqueued behind the step until it has.
 
+#[cfg(test)]
+mod tests;
+
 use crate::batch::{Purpose, Wanted};
-use crate::executor::{Backend, Collected, Executor, TableView, Tile};
+use crate::executor::{Collected, Executor, TableView, Tile};
 use crate::flight::{Flight, MOST_FLIGHTS};
 use crate::sampler::{Drawn, Sampler, drawn_on_device};
 use crate::slots::Slots;
@@ -66,7 +69,7 @@ impl Steps {
     }
 
     /// Whether the oldest step can be collected without waiting for a device.
-    pub(crate) fn ready(&self, backend: &Backend<'_>) -> Result<bool, StepError> {
+    pub(crate) fn ready(&self, backend: &impl Executor) -> Result<bool, StepError> {
         match self.flights.front() {
             None => Ok(false),
             Some(flight) if !flight.ahead || flight.batch.ids.is_empty() => Ok(true),
@@ -77,7 +80,7 @@ impl Steps {
     /// Applies a plan and enqueues its step.
     pub(crate) fn enqueue(
         &mut self,
-        backend: &mut Backend<'_>,
+        backend: &mut impl Executor,
         plan: &StepPlan,
     ) -> Result<(), StepError> {
         if plan.seq <= self.last {
@@ -116,7 +119,7 @@ impl Steps {
     /// whoever calls it next.
     fn blame(
         &self,
-        backend: &mut Backend<'_>,
+        backend: &mut impl Executor,
         flight: &Flight,
         source: device::cuda::CudaError,
     ) -> StepError {
@@ -131,7 +134,7 @@ impl Steps {
     /// Waits for the oldest step and makes its outcome; `None` where there is none.
     pub(crate) fn collect(
         &mut self,
-        backend: &mut Backend<'_>,
+        backend: &mut impl Executor,
     ) -> Result<Option<Outcome>, StepError> {
         let Some(flight) = self.flights.pop_front() else { return Ok(None) };
         let mut outcome = Outcome {
@@ -185,7 +188,7 @@ impl Steps {
     /// Logits of the wanted rows in tiles, and what each is wanted for.
     fn finish(
         &mut self,
-        backend: &mut Backend<'_>,
+        backend: &mut impl Executor,
         flight: &Flight,
         outcome: &mut Outcome,
     ) -> Result<(), StepError> {

@@ -248,12 +248,7 @@ impl Cuda {
     }
 
     /// Enqueues the head for some of the wanted rows.
-    fn enqueue_head(
-        &self,
-        memory: &Memory,
-        first: usize,
-        rows: Rows<'_>,
-    ) -> Result<(), CudaError> {
+    fn enqueue_head(&self, memory: &Memory, first: usize, rows: Rows<'_>) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
         let ids = views.wanted.slice(first * 4..(first + rows.padded) * 4);
         let step = self.step(memory, rows, &ids, false)?;

@@ -57,7 +57,11 @@ pub fn run_ahead_changes_nothing(setup: Setup, runs_ahead: bool) -> Vec<Vec<(u32
         assert_eq!(behind, 0, "{name}: nothing runs ahead");
         for depth in [1, 2] {
             let (outcomes, behind) = run(depth);
-            assert_eq!(behind > 60, runs_ahead, "{name}: {behind} steps were enqueued behind others");
+            assert_eq!(
+                behind > 60,
+                runs_ahead,
+                "{name}: {behind} steps were enqueued behind others"
+            );
             for (at, (one, other)) in alone.iter().zip(&outcomes).enumerate() {
                 assert_eq!(one.sampled, other.sampled, "{name} at {depth}, step {at}");
                 assert_eq!(one.prompt_logprobs, other.prompt_logprobs, "{name}, step {at}");

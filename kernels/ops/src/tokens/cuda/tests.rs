@@ -27,9 +27,8 @@ fn ids_come_from_the_host_or_from_slots() {
             tables: &tables,
         };
         begin(device.queue(), Rows::exactly(rows as usize), &operands).expect("a launch");
-        let expected: Vec<u32> = (0..rows)
-            .map(|row| if row % 3 == 0 { 5000 + rows - row } else { row })
-            .collect();
+        let expected: Vec<u32> =
+            (0..rows).map(|row| if row % 3 == 0 { 5000 + rows - row } else { row }).collect();
         assert_eq!(device.fetch(&ids, 0_u32), expected, "{rows}");
         for (entry, got) in device.fetch(&tables, 0_u64).into_iter().enumerate() {
             let change = entry as u64 / 2;
