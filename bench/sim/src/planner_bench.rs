@@ -107,8 +107,13 @@ impl Echo {
         let tokens = planned.plan.shard_tokens.iter().copied().sum::<Tokens>().0;
         let prefill_tokens = planned.report.prefill_tokens.0;
         // The engine's time is not measured; a fixed one keeps the cost model calm.
-        let timing =
-            StepTiming { total_ns: 10_000_000, model_ns: 9_000_000, tokens, prefill_tokens };
+        let timing = StepTiming {
+            total_ns: 10_000_000,
+            model_ns: 9_000_000,
+            tokens,
+            prefill_tokens,
+            ..StepTiming::default()
+        };
         self.outcomes.push_back(Outcome {
             seq: planned.plan.seq,
             incarnation: planned.plan.incarnation,

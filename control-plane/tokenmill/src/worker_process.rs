@@ -84,8 +84,24 @@ impl Stepper for Model {
         self.engine.forget(request);
     }
 
-    fn step(&mut self, plan: &StepPlan) -> Result<Outcome, WorkerFault> {
-        self.engine.step(plan).map_err(|error| WorkerFault::from_error(&error))
+    fn in_flight(&self) -> usize {
+        self.engine.in_flight()
+    }
+
+    fn accepts(&self) -> bool {
+        self.engine.accepts()
+    }
+
+    fn enqueue(&mut self, plan: &StepPlan) -> Result<(), WorkerFault> {
+        self.engine.enqueue(plan).map_err(|error| WorkerFault::from_error(&error))
+    }
+
+    fn ready(&self) -> Result<bool, WorkerFault> {
+        self.engine.ready().map_err(|error| WorkerFault::from_error(&error))
+    }
+
+    fn collect(&mut self) -> Result<Option<Outcome>, WorkerFault> {
+        self.engine.collect().map_err(|error| WorkerFault::from_error(&error))
     }
 }
 

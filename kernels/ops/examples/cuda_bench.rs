@@ -357,7 +357,7 @@ fn latent(bench: &Bench, rows: usize, context: usize) -> Outcome {
     let (segments, tables) = step(rows, context, 64 * width);
     let blocks = bench.gpu.facts().multiprocessors as usize;
     let mut cut = pieces::Cut::default();
-    cut.make(&segments, &tables, rows, MLA.heads, blocks);
+    cut.make(&segments, |at| tables.get(at).copied(), rows, MLA.heads, blocks);
     let (most, slots) = pieces::Cut::most(rows, MLA.heads, blocks);
     let mut words: Vec<u32> = cut.pieces.iter().flat_map(pieces::Piece::words).collect();
     words.resize(most * pieces::Piece::WORDS, 0);

@@ -25,5 +25,6 @@ mod simd;
 #[cfg(test)]
 mod testing;
 mod tile;
+pub mod tokens;
 
 pub use matrix::{Matrix, WeightSlice};

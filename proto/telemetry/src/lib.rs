@@ -8,5 +8,7 @@ mod label;
 mod metrics;
 mod reference;
 
-pub use label::{BlockState, Door, FinishedBy, RefusedBy, StartupPhase, StatusClass, StepsAhead};
+pub use label::{
+    BlockState, Door, FinishedBy, RefusedBy, StartupPhase, StatusClass, StepKind, StepsAhead,
+};
 pub use metrics::Metrics;

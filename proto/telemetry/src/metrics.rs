@@ -5,13 +5,13 @@
 //! can appear a second time under the names they have there.
 
 use crate::label::{
-    BlockState, Door, FinishedBy, RefusedBy, StartupPhase, StatusClass, StepsAhead,
+    BlockState, Door, FinishedBy, RefusedBy, StartupPhase, StatusClass, StepKind, StepsAhead,
 };
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder,
+    Counter, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter,
+    IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 /// Seconds, for waits that a person feels: a millisecond to ten minutes.
@@ -81,6 +81,14 @@ pub struct Metrics {
     pub queue_time: Histogram,
     /// Time that the worker took for a step, as it says itself.
     pub step_duration: Histogram,
+    /// Launches of kernels, graphs and copies that the worker's host made.
+    pub worker_launches: IntCounter,
+    /// Steps whose tokens the worker's host drew, so that the next one waited for it.
+    pub worker_host_draws: IntCounter,
+    /// Time that the device ran steps.
+    pub worker_busy: Counter,
+    /// Time that the device ran nothing between two steps though there were requests.
+    pub worker_idle: Counter,
     /// Client connections that are open.
     pub connections: IntGauge,
     /// Streams given up because the client did not read.
@@ -90,6 +98,7 @@ pub struct Metrics {
     startup: GaugeVec,
     kv_blocks: IntGaugeVec,
     steps_planned: IntCounterVec,
+    worker_steps: HistogramVec,
     replies: IntCounterVec,
     finished: IntCounterVec,
     refused: IntCounterVec,
@@ -150,6 +159,27 @@ impl Metrics {
                 "Time that the worker took for a step.",
                 STEP,
             ),
+            worker_launches: make.counter(
+                "worker_launches_total",
+                "Kernels, graphs and copies that the worker's host launched; 0 on the CPU.",
+            ),
+            worker_host_draws: make.counter(
+                "worker_host_draw_steps_total",
+                "Steps whose tokens the worker's host drew, so that the next one waited.",
+            ),
+            worker_busy: make.elapsed("worker_busy_seconds_total", "Time that steps ran."),
+            worker_idle: make.elapsed(
+                "worker_idle_seconds_total",
+                "Time between steps in which the device ran nothing though there were requests; \
+                 0 on the CPU.",
+            ),
+            worker_steps: make.histograms(
+                "worker_step_seconds",
+                "Time that a step ran on the device, by its kind and its tokens, rounded up to a \
+                 power of two.",
+                STEP,
+                &["kind", "tokens"],
+            ),
             connections: make.gauge("connections", "Client connections that are open."),
             stalled_clients: make.counter(
                 "stalled_clients_total",
@@ -194,6 +224,7 @@ impl Metrics {
         RefusedBy::ALL.iter().for_each(|by| drop(metrics.refused(*by)));
         StartupPhase::ALL.iter().for_each(|phase| drop(metrics.startup(*phase)));
         BlockState::ALL.iter().for_each(|state| drop(metrics.kv_blocks(*state)));
+        StepKind::ALL.iter().for_each(|kind| drop(metrics.worker_step(*kind, 1)));
         StepsAhead::ALL.iter().for_each(|steps| drop(metrics.steps_planned(*steps)));
         metrics
     }
@@ -214,6 +245,13 @@ impl Metrics {
     #[must_use]
     pub fn steps_planned(&self, in_flight: StepsAhead) -> IntCounter {
         self.steps_planned.with_label_values(&[in_flight.as_str()])
+    }
+
+    /// Time on the device of steps of a kind and size.
+    #[must_use]
+    pub fn worker_step(&self, kind: StepKind, tokens: u32) -> Histogram {
+        let tokens = tokens.checked_next_power_of_two().unwrap_or(u32::MAX).to_string();
+        self.worker_steps.with_label_values(&[kind.as_str(), &tokens])
     }
 
     /// Replies sent through a door.
@@ -310,6 +348,15 @@ impl Maker<'_> {
 
     fn counter(&self, name: &str, help: &str) -> IntCounter {
         self.add(IntCounter::with_opts(self.opts(name, help)))
+    }
+
+    fn elapsed(&self, name: &str, help: &str) -> Counter {
+        self.add(Counter::with_opts(self.opts(name, help)))
+    }
+
+    fn histograms(&self, name: &str, help: &str, buckets: &[f64], labels: &[&str]) -> HistogramVec {
+        let opts = HistogramOpts::from(self.opts(name, help)).buckets(buckets.to_vec());
+        self.add(HistogramVec::new(opts, labels))
     }
 
     fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {

@@ -133,6 +133,7 @@ fn start_engine(
         max_context: settings.max_context,
     };
     let driver = Driver {
+        pressed: false,
         scheduler,
         inbox: messages,
         life: Life::new(limits, Arc::clone(&progress), Arc::clone(&startup), kill_in),

@@ -55,7 +55,7 @@ fn run(
             // As many blocks as there would be splits, from one to more than there are keys.
             let blocks = if splits == 1 { 1 } else { splits * 15 };
             let mut cut = decode::Cut::default();
-            cut.make(&cache.segments, &cache.tables, rows, mla.heads, blocks);
+            cut.make(&cache.segments, |at| cache.tables.get(at).copied(), rows, mla.heads, blocks);
             let (most, slots) = decode::Cut::most(rows, mla.heads, blocks);
             let mut words: Vec<u32> = cut.pieces.iter().flat_map(decode::Piece::words).collect();
             words.resize(most * decode::Piece::WORDS, u32::MAX);

@@ -122,7 +122,13 @@ impl Cut {
     fn new(device: &Device, of: &Decodes, sent: &Sent, blocks: usize) -> Self {
         let (rows, heads) = (of.cache.rows(), of.mla.heads);
         let mut cut = decode::Cut::default();
-        cut.make(&of.cache.segments, &of.cache.tables, rows + PADDING, heads, blocks);
+        cut.make(
+            &of.cache.segments,
+            |at| of.cache.tables.get(at).copied(),
+            rows + PADDING,
+            heads,
+            blocks,
+        );
         let (most, slots) = decode::Cut::most(rows, heads, blocks);
         let mut words: Vec<u32> = cut.pieces.iter().flat_map(decode::Piece::words).collect();
         words.resize(most * decode::Piece::WORDS, u32::MAX);

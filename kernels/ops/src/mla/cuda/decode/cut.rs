@@ -120,12 +120,12 @@ impl Cut {
     }
 
     /// Cuts the rows of `segments` (decodes: few rows each) of a step of `rows` rows for `blocks`
-    /// blocks. `tables` are element offsets of cache blocks. Allocates nothing within
-    /// [`Cut::with_capacity`].
+    /// blocks. `offset` gives the element offset in an entry of the tables. Allocates nothing
+    /// within [`Cut::with_capacity`].
     pub fn make(
         &mut self,
         segments: &[Segment],
-        tables: &[u64],
+        offset: impl Fn(usize) -> Option<u64>,
         rows: usize,
         heads: usize,
         blocks: usize,
@@ -146,9 +146,9 @@ impl Cut {
             for &(block, begin, end) in parts {
                 let slot = if partial { slots } else { WHOLE };
                 slots += u32::from(partial);
-                let at = tables.get((line.table + begin / BLOCK as u32) as usize);
+                let at = offset((line.table + begin / BLOCK as u32) as usize);
                 let piece = Piece {
-                    at: at.copied().unwrap_or(0),
+                    at: at.unwrap_or(0),
                     row: line.row,
                     table: line.table,
                     begin,
@@ -293,7 +293,7 @@ mod tests {
         let tables: Vec<u64> = (0..1 << 20).map(|block| block * 1000).collect();
         let rows = segments.iter().map(|s| s.start + s.len).max().unwrap_or(0) as usize;
         let mut cut = Cut::default();
-        cut.make(segments, &tables, rows + 1, heads, blocks);
+        cut.make(segments, |at| tables.get(at).copied(), rows + 1, heads, blocks);
         assert_eq!(cut.slots.len(), Cut::slot_entries(rows + 1, heads));
         cut
     }
@@ -381,7 +381,7 @@ mod tests {
         let before = room(&cut);
         let tables = vec![0_u64; 1 << 17];
         for contexts in [vec![100_000; 64], vec![100_000], vec![1; 64], (1..65).collect()] {
-            cut.make(&decodes(&contexts), &tables, rows, heads, blocks);
+            cut.make(&decodes(&contexts), |at| tables.get(at).copied(), rows, heads, blocks);
         }
         assert_eq!(room(&cut), before);
     }
