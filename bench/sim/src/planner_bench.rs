@@ -108,7 +108,13 @@ impl Echo {
         let prefill_tokens = planned.report.prefill_tokens.0;
         // The engine's time is not measured; a fixed one keeps the cost model calm.
         let timing =
-            StepTiming { total_ns: 10_000_000, model_ns: 9_000_000, tokens, prefill_tokens };
+            StepTiming {
+            total_ns: 10_000_000,
+            model_ns: 9_000_000,
+            tokens,
+            prefill_tokens,
+            ..StepTiming::default()
+        };
         self.outcomes.push_back(Outcome {
             seq: planned.plan.seq,
             incarnation: planned.plan.incarnation,

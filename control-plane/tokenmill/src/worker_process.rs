@@ -75,8 +75,24 @@ impl Stepper for Model {
         self.0.forget(request);
     }
 
-    fn step(&mut self, plan: &StepPlan) -> Result<Outcome, WorkerFault> {
-        self.0.step(plan).map_err(|error| WorkerFault::from_error(&error))
+    fn in_flight(&self) -> usize {
+        self.0.in_flight()
+    }
+
+    fn accepts(&self) -> bool {
+        self.0.accepts()
+    }
+
+    fn enqueue(&mut self, plan: &StepPlan) -> Result<(), WorkerFault> {
+        self.0.enqueue(plan).map_err(|error| WorkerFault::from_error(&error))
+    }
+
+    fn ready(&self) -> Result<bool, WorkerFault> {
+        self.0.ready().map_err(|error| WorkerFault::from_error(&error))
+    }
+
+    fn collect(&mut self) -> Result<Option<Outcome>, WorkerFault> {
+        self.0.collect().map_err(|error| WorkerFault::from_error(&error))
     }
 }
 

@@ -24,5 +24,6 @@ mod simd;
 #[cfg(test)]
 mod testing;
 mod tile;
+pub mod tokens;
 
 pub use matrix::{Matrix, WeightSlice};

@@ -77,10 +77,18 @@ pub struct PromptLogprobs {
 /// Timings of one step, for metrics and for fitting the scheduler's cost model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepTiming {
-    /// From taking the plan to having the tokens, in nanoseconds.
+    /// From taking the plan, or from the tokens of the step before where that was later, to having
+    /// the tokens, in nanoseconds.
     pub total_ns: u64,
     /// In the model program alone, in nanoseconds.
     pub model_ns: u64,
+    /// From the end of the step before on the device to this one's first launch, in nanoseconds; 0
+    /// where it is not measured.
+    pub idle_ns: u64,
+    /// Kernels, graphs and copies that the host launched; 0 where there are none.
+    pub launches: u32,
+    /// Whether the host drew tokens, so that no step could be enqueued behind this one.
+    pub host_draws: bool,
     /// Tokens run through the model.
     pub tokens: u32,
     /// Prompt tokens among them.

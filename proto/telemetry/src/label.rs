@@ -116,6 +116,30 @@ impl StepsAhead {
 }
 
 label! {
+    /// What a step ran.
+    StepKind {
+        /// A token each of requests that decode
+        Decode = "decode",
+        /// Prompt tokens
+        Prefill = "prefill",
+        /// Both
+        Mixed = "mixed",
+    }
+}
+
+impl StepKind {
+    /// The kind of a step of so many tokens, prompt tokens among them.
+    #[must_use]
+    pub const fn of(tokens: u32, prefill: u32) -> Self {
+        match prefill {
+            0 => Self::Decode,
+            _ if prefill == tokens => Self::Prefill,
+            _ => Self::Mixed,
+        }
+    }
+}
+
+label! {
     /// What holds a KV block.
     BlockState {
         /// A live request

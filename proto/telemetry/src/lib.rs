@@ -8,5 +8,5 @@ mod label;
 mod metrics;
 mod reference;
 
-pub use label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass, StepsAhead};
+pub use label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass, StepKind, StepsAhead};
 pub use metrics::Metrics;

@@ -4,11 +4,11 @@
 //! yet is zero and not absent. Under [`Metrics::render`] the ones that dashboards for vLLM query
 //! can appear a second time under the names they have there.
 
-use crate::label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass, StepsAhead};
+use crate::label::{BlockState, Door, FinishedBy, RefusedBy, StatusClass, StepKind, StepsAhead};
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Counter, Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
 };
 
@@ -79,6 +79,14 @@ pub struct Metrics {
     pub queue_time: Histogram,
     /// Time that the worker took for a step, as it says itself.
     pub step_duration: Histogram,
+    /// Launches of kernels, graphs and copies that the worker's host made.
+    pub worker_launches: IntCounter,
+    /// Steps whose tokens the worker's host drew, so that the next one waited for it.
+    pub worker_host_draws: IntCounter,
+    /// Time that the device ran steps.
+    pub worker_busy: Counter,
+    /// Time that the device ran nothing between two steps though there were requests.
+    pub worker_idle: Counter,
     /// Client connections that are open.
     pub connections: IntGauge,
     /// Streams given up because the client did not read.
@@ -87,6 +95,7 @@ pub struct Metrics {
     pub ready: IntGauge,
     kv_blocks: IntGaugeVec,
     steps_planned: IntCounterVec,
+    worker_steps: HistogramVec,
     replies: IntCounterVec,
     finished: IntCounterVec,
     refused: IntCounterVec,
@@ -147,6 +156,27 @@ impl Metrics {
                 "Time that the worker took for a step.",
                 STEP,
             ),
+            worker_launches: make.counter(
+                "worker_launches_total",
+                "Kernels, graphs and copies that the worker's host launched; 0 on the CPU.",
+            ),
+            worker_host_draws: make.counter(
+                "worker_host_draw_steps_total",
+                "Steps whose tokens the worker's host drew, so that the next one waited.",
+            ),
+            worker_busy: make.seconds("worker_busy_seconds_total", "Time that steps ran."),
+            worker_idle: make.seconds(
+                "worker_idle_seconds_total",
+                "Time between steps in which the device ran nothing though there were requests; \
+                 0 on the CPU.",
+            ),
+            worker_steps: make.histograms(
+                "worker_step_seconds",
+                "Time that a step ran on the device, by its kind and its tokens, rounded up to a \
+                 power of two.",
+                STEP,
+                &["kind", "tokens"],
+            ),
             connections: make.gauge("connections", "Client connections that are open."),
             stalled_clients: make.counter(
                 "stalled_clients_total",
@@ -185,6 +215,7 @@ impl Metrics {
         FinishedBy::ALL.iter().for_each(|by| drop(metrics.finished(*by)));
         RefusedBy::ALL.iter().for_each(|by| drop(metrics.refused(*by)));
         BlockState::ALL.iter().for_each(|state| drop(metrics.kv_blocks(*state)));
+        StepKind::ALL.iter().for_each(|kind| drop(metrics.worker_step(*kind, 1)));
         StepsAhead::ALL.iter().for_each(|steps| drop(metrics.steps_planned(*steps)));
         metrics
     }
@@ -199,6 +230,13 @@ impl Metrics {
     #[must_use]
     pub fn steps_planned(&self, in_flight: StepsAhead) -> IntCounter {
         self.steps_planned.with_label_values(&[in_flight.as_str()])
+    }
+
+    /// Time on the device of steps of a kind and size.
+    #[must_use]
+    pub fn worker_step(&self, kind: StepKind, tokens: u32) -> Histogram {
+        let tokens = tokens.checked_next_power_of_two().unwrap_or(u32::MAX).to_string();
+        self.worker_steps.with_label_values(&[kind.as_str(), &tokens])
     }
 
     /// Replies sent through a door.
@@ -291,6 +329,21 @@ impl Maker<'_> {
 
     fn counter(&self, name: &str, help: &str) -> IntCounter {
         self.add(IntCounter::with_opts(self.opts(name, help)))
+    }
+
+    fn seconds(&self, name: &str, help: &str) -> Counter {
+        self.add(Counter::with_opts(self.opts(name, help)))
+    }
+
+    fn histograms(
+        &self,
+        name: &str,
+        help: &str,
+        buckets: &[f64],
+        labels: &[&str],
+    ) -> HistogramVec {
+        let opts = HistogramOpts::from(self.opts(name, help)).buckets(buckets.to_vec());
+        self.add(HistogramVec::new(opts, labels))
     }
 
     fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {

@@ -44,7 +44,7 @@ fn labels(family: &MetricFamily) -> String {
             names.push(label.name());
         }
     }
-    let open = |name: &str| matches!(name, "model_name" | "version" | "backend" | "device");
+    let open = |name: &str| matches!(name, "model_name" | "version" | "backend" | "device" | "tokens");
     let cells: Vec<String> = names
         .iter()
         .map(|name| {

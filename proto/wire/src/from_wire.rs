@@ -266,6 +266,9 @@ fn outcome(o: pb::Outcome) -> Result<Outcome, Malformed> {
             model_ns: o.model_ns,
             tokens: o.step_tokens,
             prefill_tokens: o.prefill_tokens,
+            idle_ns: o.idle_ns,
+            launches: o.launches,
+            host_draws: o.host_draws,
         },
         digest: o.digest,
     })

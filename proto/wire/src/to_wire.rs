@@ -207,6 +207,9 @@ fn outcome(o: &Outcome) -> pb::Outcome {
         model_ns: o.timing.model_ns,
         step_tokens: o.timing.tokens,
         prefill_tokens: o.timing.prefill_tokens,
+        idle_ns: o.timing.idle_ns,
+        launches: o.timing.launches,
+        host_draws: o.timing.host_draws,
         digest: o.digest,
     }
 }

@@ -162,7 +162,15 @@ fn reply() -> impl Strategy<Value = ToScheduler> {
                 incarnation: Incarnation(incarnation),
                 sampled,
                 prompt_logprobs,
-                timing: StepTiming { total_ns: seq, model_ns: 1, tokens: 2, prefill_tokens: 3 },
+                timing: StepTiming {
+                    total_ns: seq,
+                    model_ns: 1,
+                    idle_ns: 4,
+                    launches: 5,
+                    host_draws: true,
+                    tokens: 2,
+                    prefill_tokens: 3,
+                },
                 digest,
             })
         });

@@ -7,6 +7,7 @@
 use crate::PlanError;
 use crate::slots::Slots;
 use ids::{SlotId, Tokens};
+use ops::tokens::OF_SLOT;
 use step::Section;
 
 /// Consecutive rows of one slot.
@@ -48,7 +49,7 @@ pub enum Purpose {
 /// One step's work. Reused from step to step.
 #[derive(Debug, Default)]
 pub struct Batch {
-    /// Tokens, `[rows]`.
+    /// Tokens, `[rows]`, or slots with [`OF_SLOT`] whose last token only the device knows.
     pub ids: Vec<u32>,
     /// Their positions, `[rows]`.
     pub positions: Vec<u32>,
@@ -137,7 +138,7 @@ impl Batch {
         let life = slots.life_mut(slot)?;
         let (start, reach) = (self.ids.len(), from + tokens);
         for position in from.0..reach.0 {
-            self.ids.push(life.token(position));
+            self.ids.push(life.token(position).unwrap_or(OF_SLOT | slot.0));
             self.positions.push(position);
         }
         self.runs.push(Run { slot, start, len: tokens.as_usize(), context: reach.as_usize() });

@@ -8,12 +8,18 @@ const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
 const PRIME: u64 = 0x0000_0100_0000_01b3;
 
 /// A running digest.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Digest(u64);
 
 impl Digest {
+    /// Over nothing.
+    pub(crate) const fn none() -> Self {
+        Self(OFFSET)
+    }
+
     /// Over the plan.
     pub(crate) fn of_plan(plan: &StepPlan) -> Self {
-        let mut digest = Self(OFFSET);
+        let mut digest = Self::none();
         let (StepSeq(seq), Incarnation(incarnation)) = (plan.seq, plan.incarnation);
         digest.word(seq);
         digest.word(incarnation);

@@ -1,28 +1,20 @@
 //! The engine: slots, batch, executor and sampler behind the step protocol.
 //!
-//! A plain-thread library: no async, no network, no choice of its own. Invariant: after `step`
+//! A plain-thread library: no async, no network, no choice of its own. Invariant: after a step
 //! returned an error nothing may be asked of the engine any more; the worker ends.
 
-use crate::batch::{Batch, Purpose, Wanted};
 use crate::cpu::Cpu;
 use crate::cuda::Cuda;
-use crate::digest::Digest;
-use crate::executor::{Backend, Executor, TableView, Tile};
-use crate::sampler::{Sampler, drawn_on_device};
+use crate::executor::Backend;
 use crate::slots::{MAX_CONTEXT, Slots};
+use crate::steps::Steps;
 use crate::tables::Carver;
 use crate::{Device, EngineError, Options, PlanError, StepError, WeightSource};
-use core::ops::Range;
-use device::cuda::CudaError;
-use ids::{Bytes, GroupId, Incarnation, RequestId, StepSeq, Tokens};
+use ids::{Bytes, GroupId, Incarnation, RequestId, Tokens};
 use model::lower::Lowered;
 use model::memory;
 use model::program::{CacheKind, Program};
-use std::time::{Duration, Instant};
-use step::{
-    Configure, GroupKind, GroupSpec, Hello, Logprobs, Outcome, PromptLogprobs, Sampled, StepPlan,
-    StepTiming, Upload,
-};
+use step::{Configure, GroupKind, GroupSpec, Hello, Outcome, StepPlan, Upload};
 
 /// Alignment of super-blocks: a cache line and the widest vector.
 const ALIGNMENT: u64 = 64;
@@ -39,18 +31,7 @@ pub struct Engine<'w> {
     groups: Vec<GroupSpec>,
     options: Options,
     backend: Backend<'w>,
-    configured: Option<Configured>,
-}
-
-/// What exists once the scheduler has said how memory is carved.
-struct Configured {
-    incarnation: Incarnation,
-    last: StepSeq,
-    max_step_tokens: usize,
-    vocab: usize,
-    slots: Slots,
-    batch: Batch,
-    sampler: Sampler,
+    configured: Option<Steps>,
 }
 
 impl<'w> Engine<'w> {
@@ -134,15 +115,10 @@ impl<'w> Engine<'w> {
         let max_slots = configure.max_slots;
         let context = configure.max_context.as_usize();
         self.backend.configure((max_step_tokens, max_slots as usize, context), cache_bytes)?;
-        self.configured = Some(Configured {
-            incarnation: configure.incarnation,
-            last: StepSeq::ZERO,
-            max_step_tokens,
-            vocab: self.vocab as usize,
-            slots: Slots::new(carver, max_slots, configure.max_context, self.vocab),
-            batch: Batch::with_capacity(max_step_tokens, max_slots as usize),
-            sampler: Sampler::new(self.vocab as usize),
-        });
+        let slots = Slots::new(carver, max_slots, configure.max_context, self.vocab);
+        let limits = (max_step_tokens, max_slots as usize);
+        let steps = Steps::new(configure.incarnation, slots, limits, self.vocab as usize);
+        self.configured = Some(steps);
         Ok(())
     }
 
@@ -161,149 +137,72 @@ impl<'w> Engine<'w> {
         }
     }
 
-    /// Executes one step.
-    ///
-    /// # Errors
-    /// When the plan contradicts the engine's state or the device fails; nothing may be asked of it
-    /// afterwards.
-    pub fn step(&mut self, plan: &StepPlan) -> Result<Outcome, StepError> {
-        let began = Instant::now();
-        let configured = Self::expect_life(&mut self.configured, plan.incarnation)?;
-        if plan.seq <= configured.last {
-            return Err(PlanError::Sequence { got: plan.seq, last: configured.last }.into());
-        }
-        configured.last = plan.seq;
-        let [section] = plan.sections.as_slice() else {
-            return Err(PlanError::Sections { got: plan.sections.len() }.into());
-        };
-        let digest = Digest::of_plan(plan);
-        configured.slots.apply(section)?;
-        configured.batch.fill(&mut configured.slots, section, configured.max_step_tokens)?;
-        let ran = Instant::now();
-        if !configured.batch.ids.is_empty() {
-            let tables = TableView::new(&configured.slots);
-            let run = self.backend.forward(&configured.batch, &tables);
-            run.map_err(|source| configured.failed("the forward pass", source))?;
-        }
-        let forwarded = ran.elapsed();
-        let mut outcome = Outcome {
-            seq: plan.seq,
-            incarnation: plan.incarnation,
-            sampled: Vec::with_capacity(configured.slots.decoding().len() + section.prefill.len()),
-            prompt_logprobs: Vec::new(),
-            timing: StepTiming::default(),
-            digest: 0,
-        };
-        let head = configured.finish(&mut self.backend, &mut outcome)?;
-        outcome.digest = digest.with_sampled(&outcome.sampled);
-        outcome.timing = StepTiming {
-            total_ns: began.elapsed().as_nanos() as u64,
-            model_ns: (forwarded + head).as_nanos() as u64,
-            tokens: configured.batch.ids.len() as u32,
-            prefill_tokens: configured.batch.prefill_tokens as u32,
-        };
-        Ok(outcome)
+    /// Whether [`Engine::enqueue`] may be called now: few steps are in flight, and none of them needs
+    /// the host to draw its tokens.
+    #[must_use]
+    pub fn accepts(&self) -> bool {
+        self.configured.as_ref().is_none_or(Steps::accepts)
     }
 
-    fn life(&mut self, incarnation: Incarnation) -> Result<&mut Configured, PlanError> {
+    /// Steps enqueued and not collected.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.configured.as_ref().map_or(0, Steps::in_flight)
+    }
+
+    /// Applies a plan and enqueues its step, behind those in flight. A device that works on its own
+    /// is not waited for; the processor has run the model when this returns.
+    ///
+    /// # Errors
+    /// When the plan contradicts the engine's state or comes while [`Engine::accepts`] says no, or the
+    /// device fails; nothing may be asked of it afterwards.
+    pub fn enqueue(&mut self, plan: &StepPlan) -> Result<(), StepError> {
+        let steps = Self::expect_life(&mut self.configured, plan.incarnation)?;
+        steps.enqueue(&mut self.backend, plan)
+    }
+
+    /// Whether [`Engine::collect`] would not wait; false where nothing is in flight.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn ready(&self) -> Result<bool, StepError> {
+        self.configured.as_ref().map_or(Ok(false), |steps| steps.ready(&self.backend))
+    }
+
+    /// Waits for the oldest step in flight; `None` where there is none.
+    ///
+    /// # Errors
+    /// When the device failed; nothing may be asked of it afterwards.
+    pub fn collect(&mut self) -> Result<Option<Outcome>, StepError> {
+        let Some(steps) = &mut self.configured else { return Ok(None) };
+        steps.collect(&mut self.backend)
+    }
+
+    /// Executes one step while nothing is in flight.
+    ///
+    /// # Errors
+    /// As [`Engine::enqueue`] and [`Engine::collect`].
+    pub fn step(&mut self, plan: &StepPlan) -> Result<Outcome, StepError> {
+        if let in_flight @ 1.. = self.in_flight() {
+            return Err(PlanError::InFlight { in_flight }.into());
+        }
+        self.enqueue(plan)?;
+        self.collect()?.ok_or_else(|| PlanError::NotConfigured.into())
+    }
+
+    fn life(&mut self, incarnation: Incarnation) -> Result<&mut Steps, PlanError> {
         Self::expect_life(&mut self.configured, incarnation)
     }
 
     fn expect_life(
-        configured: &mut Option<Configured>,
+        configured: &mut Option<Steps>,
         incarnation: Incarnation,
-    ) -> Result<&mut Configured, PlanError> {
+    ) -> Result<&mut Steps, PlanError> {
         let configured = configured.as_mut().ok_or(PlanError::NotConfigured)?;
         if configured.incarnation != incarnation {
             let (got, lives) = (incarnation.0, configured.incarnation.0);
             return Err(PlanError::Incarnation { got, lives });
         }
         Ok(configured)
-    }
-}
-
-impl Configured {
-    /// How the wanted rows are drawn where that may happen on a device.
-    fn fill_draws(&mut self, wanted: Range<usize>) -> Result<(), PlanError> {
-        let Self { slots, batch, sampler, .. } = self;
-        sampler.draws.clear();
-        for wanted in &batch.wanted[wanted] {
-            let life = slots.life_mut(wanted.slot)?;
-            let sampled = wanted.purpose == Purpose::Sample;
-            sampler.draws.push(sampled.then(|| Sampler::on_device(life)).flatten());
-        }
-        Ok(())
-    }
-
-    /// A failure of the device in this step.
-    fn failed(&self, during: &'static str, source: CudaError) -> StepError {
-        let (rows, requests) = (self.batch.ids.len(), self.batch.runs.len());
-        StepError::Device { during, step: self.last, rows, requests, source }
-    }
-
-    /// Logits of the wanted rows in tiles, and what each is wanted for. Returns the time that the
-    /// logits took.
-    fn finish(
-        &mut self,
-        executor: &mut impl Executor,
-        outcome: &mut Outcome,
-    ) -> Result<Duration, StepError> {
-        let mut spent = Duration::ZERO;
-        let most = executor.tile();
-        for first in (0..self.batch.wanted.len()).step_by(most) {
-            let range = first..(first + most).min(self.batch.wanted.len());
-            self.fill_draws(range.clone())?;
-            let began = Instant::now();
-            let Tile { logits, drawn } = executor
-                .finish(&self.batch, range.clone(), &self.sampler.draws)
-                .map_err(|source| self.failed("logits and draws", source))?;
-            spent += began.elapsed();
-            let Self { slots, batch, sampler, vocab, .. } = self;
-            let (tokens, faults) = drawn.split_at(drawn.len() / 2);
-            let tile = &batch.wanted[range];
-            for (at, wanted) in tile.iter().enumerate() {
-                let Wanted { slot, purpose, .. } = *wanted;
-                let generation = slots.row(slot).generation.unwrap_or_default();
-                let life = slots.life_mut(slot)?;
-                // Empty where the row was drawn on the device.
-                let row = logits.get_mut(at * *vocab..(at + 1) * *vocab).unwrap_or_default();
-                match purpose {
-                    Purpose::Prompt { position } => {
-                        let entry = sampler.describe(row, life, position);
-                        push_prompt(&mut outcome.prompt_logprobs, life.request, position, entry);
-                    }
-                    Purpose::Sample => {
-                        let drawn = match (sampler.draws[at], tokens.get(at), faults.get(at)) {
-                            (Some(_), Some(token), Some(left)) => drawn_on_device(*token, *left),
-                            _ => sampler.draw(row, life),
-                        };
-                        let (token, fault) = match drawn.token {
-                            Ok(token) => (token, None),
-                            Err(fault) => (ids::TokenId(0), Some(fault)),
-                        };
-                        life.accept(token);
-                        let logprobs = drawn.logprobs.map(Box::new);
-                        outcome.sampled.push(Sampled { slot, generation, token, fault, logprobs });
-                    }
-                }
-            }
-        }
-        Ok(spent)
-    }
-}
-
-/// Appends an entry to its request's part, or begins one.
-fn push_prompt(
-    parts: &mut Vec<PromptLogprobs>,
-    request: RequestId,
-    position: u32,
-    entry: Logprobs,
-) {
-    match parts.last_mut().filter(|part| part.request == request) {
-        Some(part) => part.entries.push(entry),
-        None => {
-            let first = Tokens(position);
-            parts.push(PromptLogprobs { request, first, entries: vec![entry] });
-        }
     }
 }

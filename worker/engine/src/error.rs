@@ -150,6 +150,20 @@ pub enum PlanError {
         /// Held.
         held: Tokens,
     },
+    /// A plan while steps are in flight that nothing may be enqueued behind.
+    #[error("plan {got} came before the tokens that it depends on; the last plan was {last}")]
+    TooFarAhead {
+        /// Named.
+        got: StepSeq,
+        /// Taken last.
+        last: StepSeq,
+    },
+    /// One step alone was asked for.
+    #[error("a step is to be executed alone while {in_flight} are in flight")]
+    InFlight {
+        /// Enqueued, not collected.
+        in_flight: usize,
+    },
     /// A slot outside of the table.
     #[error("slot {slot} is outside of the table of {slots}")]
     NoSlot {

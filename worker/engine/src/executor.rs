@@ -19,6 +19,12 @@ impl<'a> TableView<'a> {
         Self { slots }
     }
 
+    /// The life that has `slot`. Its tables only grow, but for blocks that nothing reads any more.
+    #[must_use]
+    pub fn life(&self, slot: ids::SlotId) -> Option<ids::SlotGeneration> {
+        self.slots.row(slot).generation
+    }
+
     /// Element offsets of the logical blocks of `slot` in a cache group.
     #[must_use]
     pub fn offsets(&self, slot: ids::SlotId, group: usize) -> &'a [u64] {
@@ -35,18 +41,50 @@ pub struct Tile<'a> {
     pub drawn: &'a [u32],
 }
 
+/// What a step took of a device; zeros where nothing is measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceTime {
+    /// From its first launch to the end of its last.
+    pub run_ns: u64,
+    /// From the end of the step before to its first launch: nothing ran.
+    pub idle_ns: u64,
+    /// Kernels, graphs and copies that the host launched.
+    pub launches: u32,
+}
+
+/// A step that is over.
+#[derive(Clone, Copy, Debug)]
+pub struct Collected<'a> {
+    /// Tokens of the wanted rows; empty where [`Executor::enqueue`] said so.
+    pub tokens: &'a [u32],
+    /// As many faults, see [`ops::sample::cuda::fault`].
+    pub faults: &'a [u32],
+    /// What it took.
+    pub time: DeviceTime,
+}
+
 /// Runs batches of one model on one device. Only a device fails; after that nothing may be asked of
 /// the executor any more.
 pub trait Executor {
-    /// All rows through the model; their KV is written, their hidden states kept until the next
-    /// call. What is enqueued on a device may fail later, in whatever waits for it.
+    /// All rows through the model; their KV is written. What is enqueued on a device may fail later,
+    /// in whatever waits for it. `draws` says of each wanted row how its token is drawn where that may
+    /// happen beside the logits.
+    ///
+    /// Returns whether all wanted tokens are drawn and kept for the next step too, which may be
+    /// enqueued before this one is collected. Otherwise hidden states are kept, and
+    /// [`Executor::finish`] comes next.
     ///
     /// # Errors
     /// When the device does.
-    fn forward(&mut self, batch: &Batch, tables: &TableView<'_>) -> Result<(), CudaError>;
+    fn enqueue(
+        &mut self,
+        batch: &Batch,
+        tables: &TableView<'_>,
+        draws: &[Option<SampleRow>],
+    ) -> Result<bool, CudaError>;
 
-    /// Some of the wanted rows of the last forward, whose batch this is; at most [`Executor::tile`].
-    /// `draws` says of each row how its token is drawn where that may happen beside the logits.
+    /// Some of the wanted rows of the last step, whose batch and draws these are; at most
+    /// [`Executor::tile`].
     ///
     /// # Errors
     /// When the device does.
@@ -56,6 +94,18 @@ pub trait Executor {
         wanted: Range<usize>,
         draws: &[Option<SampleRow>],
     ) -> Result<Tile<'_>, CudaError>;
+
+    /// Whether [`Executor::collect`] would not wait.
+    ///
+    /// # Errors
+    /// When the device does.
+    fn ready(&self) -> Result<bool, CudaError>;
+
+    /// Waits for the oldest step that was enqueued and not collected.
+    ///
+    /// # Errors
+    /// When the device does.
+    fn collect(&mut self) -> Result<Collected<'_>, CudaError>;
 
     /// Most rows of one call of [`Executor::finish`].
     fn tile(&self) -> usize;
@@ -91,10 +141,15 @@ impl Backend<'_> {
 }
 
 impl Executor for Backend<'_> {
-    fn forward(&mut self, batch: &Batch, tables: &TableView<'_>) -> Result<(), CudaError> {
+    fn enqueue(
+        &mut self,
+        batch: &Batch,
+        tables: &TableView<'_>,
+        draws: &[Option<SampleRow>],
+    ) -> Result<bool, CudaError> {
         match self {
-            Self::Cpu(cpu) => cpu.forward(batch, tables),
-            Self::Cuda(cuda) => cuda.forward(batch, tables),
+            Self::Cpu(cpu) => cpu.enqueue(batch, tables, draws),
+            Self::Cuda(cuda) => cuda.enqueue(batch, tables, draws),
         }
     }
 
@@ -107,6 +162,20 @@ impl Executor for Backend<'_> {
         match self {
             Self::Cpu(cpu) => cpu.finish(batch, wanted, draws),
             Self::Cuda(cuda) => cuda.finish(batch, wanted, draws),
+        }
+    }
+
+    fn ready(&self) -> Result<bool, CudaError> {
+        match self {
+            Self::Cpu(cpu) => cpu.ready(),
+            Self::Cuda(cuda) => cuda.ready(),
+        }
+    }
+
+    fn collect(&mut self) -> Result<Collected<'_>, CudaError> {
+        match self {
+            Self::Cpu(cpu) => cpu.collect(),
+            Self::Cuda(cuda) => cuda.collect(),
         }
     }
 

@@ -1,8 +1,8 @@
 //! Executes step plans on one rank: slots, batches, the CPU and CUDA backends, the sampler.
 //!
 //! A library for a plain thread: no async, no network. The way of a step: `slots` applies the
-//! plan's ops, `batch` turns runs into rows and segments, an [`Executor`] runs the flat op list,
-//! `sampler` draws. Invariants: a plan that contradicts the state is an error by name, never a
+//! plan's ops, `batch` turns runs into rows and segments, an [`Executor`] runs the flat op list and
+//! draws where it can, `sampler` draws the rest; `steps` keeps what is on its way. Invariants: a plan that contradicts the state is an error by name, never a
 //! panic; what is sampled for a request depends neither on its batch nor on how it was chunked.
 
 mod batch;
@@ -12,12 +12,14 @@ mod digest;
 mod engine;
 mod error;
 mod executor;
+mod flight;
 mod kernels;
 mod memory;
 mod options;
 mod sampler;
 mod slots;
 mod source;
+mod steps;
 mod tables;
 
 pub use batch::{Batch, Purpose, Run, Wanted};
@@ -25,7 +27,7 @@ pub use cuda::{CudaBytes, CudaDevice, cuda_bytes, cuda_device};
 pub use device::cuda::CudaError;
 pub use engine::Engine;
 pub use error::{EngineError, PlanError, StepError, WeightError};
-pub use executor::{Executor, TableView};
+pub use executor::{Collected, DeviceTime, Executor, TableView};
 pub use kernels::kernel;
 pub use memory::{HEAD_ROWS, penalty_bytes, step_bytes};
 pub use options::{Device, KvDtype, MlaForm, Options};

@@ -55,8 +55,6 @@ pub(crate) struct Drawn {
 /// Memory of draws, kept between steps.
 #[derive(Debug)]
 pub(crate) struct Sampler {
-    /// How each row of the tile at hand is drawn on a device.
-    pub(crate) draws: Vec<Option<SampleRow>>,
     workspace: Workspace,
     /// The raw row, kept where its log-probabilities are wanted after it was changed.
     raw: Vec<f32>,
@@ -66,7 +64,6 @@ pub(crate) struct Sampler {
 impl Sampler {
     pub(crate) fn new(vocab: usize) -> Self {
         Self {
-            draws: Vec::new(),
             workspace: Workspace::new(vocab),
             raw: Vec::with_capacity(vocab),
             none: Seen::none(),
@@ -134,7 +131,7 @@ impl Sampler {
 
     /// Describes the prompt token at `position` by the row before it.
     pub(crate) fn describe(&self, logits: &[f32], life: &Life, position: u32) -> Logprobs {
-        logprobs(logits, life.token(position), life.prompt_logprobs.unwrap_or(0))
+        logprobs(logits, life.token(position).unwrap_or_default(), life.prompt_logprobs.unwrap_or(0))
     }
 }
 

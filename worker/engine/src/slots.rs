@@ -40,22 +40,37 @@ pub(crate) struct Life {
     pub(crate) sampling: Arc<Sampling>,
     pub(crate) prompt_logprobs: Option<u8>,
     pub(crate) sampler: SamplerState,
+    /// Tokens of `known` that a device has drawn or will, and the host has not seen.
+    pending: u32,
     decodes: bool,
     /// The last step this slot ran in, so that no step runs it twice.
     ran: u64,
 }
 
 impl Life {
-    /// The token at a position: given at admission, or the last one sampled.
-    pub(crate) fn token(&self, position: u32) -> u32 {
-        let sampled = || self.last.map_or(0, |token| token.0);
-        self.tokens.get(position as usize).copied().unwrap_or_else(sampled)
+    /// The token at a position: given at admission, or the last one sampled. `None` where only the
+    /// device knows it.
+    pub(crate) fn token(&self, position: u32) -> Option<u32> {
+        let sampled = || (self.pending == 0).then(|| self.last.map_or(0, |token| token.0));
+        self.tokens.get(position as usize).copied().or_else(sampled)
     }
 
     /// Takes a sampled token.
     pub(crate) fn accept(&mut self, token: TokenId) {
-        self.last = Some(token);
+        self.await_token();
+        self.settle(token);
+    }
+
+    /// Counts a token that a device draws.
+    pub(crate) fn await_token(&mut self) {
         self.known += Tokens(1);
+        self.pending += 1;
+    }
+
+    /// Takes the oldest token that was waited for.
+    pub(crate) fn settle(&mut self, token: TokenId) {
+        self.pending -= 1;
+        self.last = Some(token);
         self.sampler.record(token);
     }
 }
@@ -101,6 +116,16 @@ impl Slots {
     pub(crate) fn life_mut(&mut self, slot: SlotId) -> Result<&mut Life, PlanError> {
         let row = self.rows.get_mut(slot.index());
         row.and_then(|row| row.life.as_mut()).ok_or(PlanError::NotAdmitted { slot })
+    }
+
+    /// The life of this generation, if the slot still has it.
+    pub(crate) fn life_of(
+        &mut self,
+        slot: SlotId,
+        generation: SlotGeneration,
+    ) -> Option<&mut Life> {
+        let row = self.rows.get_mut(slot.index())?;
+        row.life.as_mut().filter(|_| row.generation == Some(generation))
     }
 
     /// Slots that decode.
@@ -223,6 +248,7 @@ impl Slots {
             computed: admit.cached,
             sampling: Arc::clone(&admit.sampling),
             prompt_logprobs: admit.prompt_logprobs,
+            pending: 0,
             decodes: false,
             ran: 0,
         });

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{
-    Model, Setup, agreement, equalities, families, goldens, greedy, naive, native, poison,
+    Model, Setup, agreement, ahead, equalities, families, goldens, greedy, naive, native, poison,
 };
 use engine::{CudaError, Device, EngineError, KvDtype};
 use std::io::Write;
@@ -159,6 +159,39 @@ fn captured_steps_equal_launched_ones() {
         }
     }
     equalities::a_batch_of_32_equals_one_by_one_of(captured, TOLERANCE, 2);
+}
+
+#[test]
+fn steps_that_run_ahead_change_nothing() {
+    let Some((setup, _turn)) = cuda() else { return };
+    let launched = ahead::run_ahead_changes_nothing(setup, true);
+    let captured = ahead::run_ahead_changes_nothing(Setup { graphs: true, ..setup }, true);
+    assert_eq!(captured, launched);
+    assert_eq!(launched, ahead::run_ahead_changes_nothing(Setup::default(), false));
+}
+
+#[test]
+fn a_nan_in_flight_leaves_batch_mates_alone() {
+    let Some((setup, _turn)) = cuda() else { return };
+    poison::a_nan_in_flight_leaves_batch_mates_alone(Setup { graphs: true, ..setup });
+}
+
+/// A copy there, a graph, a copy back.
+#[test]
+fn a_step_that_only_decodes_is_three_launches() {
+    let Some((setup, _turn)) = cuda() else { return };
+    let (_, config) = families().remove(0);
+    let mut session = Model::new(&config, 1).session(Setup { graphs: true, ..setup });
+    session.admit(0, &common::prompt(9, 1), 9, Sampling::default());
+    session.admit(1, &common::prompt(5, 2), 5, Sampling::default());
+    let mut plans = vec![session.plan(&[(0, 9), (1, 5)])];
+    plans.extend((0..8).map(|_| session.plan(&[])));
+    let (outcomes, _) = session.drive(&plans, 1);
+    for outcome in &outcomes[1..] {
+        assert_eq!(outcome.timing.launches, 3);
+        assert!(outcome.timing.model_ns > 0 && !outcome.timing.host_draws);
+    }
+    assert!(outcomes[0].timing.host_draws, "log-probabilities of the prompt come from the host");
 }
 
 #[test]

@@ -47,3 +47,8 @@ fn the_same_session_has_the_same_digests_and_another_seed_has_not() {
 fn a_shared_prefix_equals_a_cold_start() {
     common::equalities::a_shared_prefix_equals_a_cold_start(Setup::default(), TOLERANCE);
 }
+
+#[test]
+fn steps_that_run_ahead_change_nothing() {
+    common::ahead::run_ahead_changes_nothing(Setup::default(), false);
+}

@@ -31,6 +31,8 @@ pub struct Fake {
     vocab: u32,
     uploads: BTreeMap<RequestId, u32>,
     slots: BTreeMap<SlotId, Slot>,
+    /// The step that was enqueued last, which takes its time there.
+    done: Option<Outcome>,
 }
 
 #[derive(Debug)]
@@ -48,7 +50,7 @@ impl Fake {
     /// A fake that draws from `vocab` tokens.
     #[must_use]
     pub fn new(vocab: u32, cost: FakeCost) -> Self {
-        Self { cost, vocab, uploads: BTreeMap::new(), slots: BTreeMap::new() }
+        Self { cost, vocab, uploads: BTreeMap::new(), slots: BTreeMap::new(), done: None }
     }
 
     fn apply(&mut self, section: &Section) -> Result<(), WorkerFault> {
@@ -153,6 +155,29 @@ impl Stepper for Fake {
         self.uploads.remove(&request);
     }
 
+    fn in_flight(&self) -> usize {
+        usize::from(self.done.is_some())
+    }
+
+    fn accepts(&self) -> bool {
+        self.done.is_none()
+    }
+
+    fn enqueue(&mut self, plan: &StepPlan) -> Result<(), WorkerFault> {
+        self.done = Some(self.step(plan)?);
+        Ok(())
+    }
+
+    fn ready(&self) -> Result<bool, WorkerFault> {
+        Ok(self.done.is_some())
+    }
+
+    fn collect(&mut self) -> Result<Option<Outcome>, WorkerFault> {
+        Ok(self.done.take())
+    }
+}
+
+impl Fake {
     fn step(&mut self, plan: &StepPlan) -> Result<Outcome, WorkerFault> {
         let started = Instant::now();
         let mut sampled = Vec::new();
@@ -193,7 +218,13 @@ impl Stepper for Fake {
             incarnation: plan.incarnation,
             sampled,
             prompt_logprobs: Vec::new(),
-            timing: StepTiming { total_ns, model_ns: total_ns, tokens, prefill_tokens },
+            timing: StepTiming {
+                total_ns,
+                model_ns: total_ns,
+                tokens,
+                prefill_tokens,
+                ..StepTiming::default()
+            },
             digest: plan.seq.0,
         })
     }

@@ -6,7 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use step::{Configure, Hello, LoadProgress, Outcome, StepPlan, ToScheduler, ToWorker, Upload};
 use tokio::sync::mpsc::UnboundedSender;
-use wire::{Incoming, ServeError};
+use tokio::sync::mpsc::error::TryRecvError;
+use wire::{Incoming, Malformed, ServeError};
 
 /// What executes steps. One lives on the engine thread of a worker.
 pub trait Stepper: 'static {
@@ -24,11 +25,25 @@ pub trait Stepper: 'static {
     fn upload(&mut self, upload: &Upload) -> Result<(), WorkerFault>;
     /// Drops tokens that will not be admitted.
     fn forget(&mut self, request: RequestId);
-    /// Executes one step.
+    /// Steps enqueued and not collected.
+    fn in_flight(&self) -> usize;
+    /// Whether another step may be enqueued before the oldest is collected.
+    fn accepts(&self) -> bool;
+    /// Applies a plan and starts its step, behind those that run.
     ///
     /// # Errors
     /// When the plan contradicts the engine's state; the engine cannot be trusted afterwards.
-    fn step(&mut self, plan: &StepPlan) -> Result<Outcome, WorkerFault>;
+    fn enqueue(&mut self, plan: &StepPlan) -> Result<(), WorkerFault>;
+    /// Whether [`Stepper::collect`] would not wait for a step; false where there is none.
+    ///
+    /// # Errors
+    /// When what runs has failed.
+    fn ready(&self) -> Result<bool, WorkerFault>;
+    /// Waits for the oldest step; `None` where there is none.
+    ///
+    /// # Errors
+    /// When it failed; the engine cannot be trusted afterwards.
+    fn collect(&mut self) -> Result<Option<Outcome>, WorkerFault>;
 }
 
 /// Why a worker gives up. The text is for the operator: what is wrong and what to do.
@@ -103,7 +118,7 @@ fn run<S: Stepper>(
     let mut engine = load(&mut |progress| say(&replies, ToScheduler::Loading(progress)))?;
     say(&replies, ToScheduler::Hello(engine.hello()));
     let mut life: Option<Incarnation> = None;
-    while let Some(command) = incoming.commands.blocking_recv() {
+    while let Some(command) = next(&mut engine, incoming, &replies)? {
         let command = command.map_err(|malformed| WorkerFault::from_error(&malformed))?;
         match command {
             ToWorker::Configure(configure) => {
@@ -124,11 +139,41 @@ fn run<S: Stepper>(
             }
             ToWorker::Step(plan) => {
                 expect_life(life, plan.incarnation)?;
-                say(&replies, ToScheduler::Outcome(engine.step(&plan)?));
+                engine.enqueue(&plan)?;
             }
         }
     }
     Ok(())
+}
+
+/// The next command, which may be a plan: so not before the engine accepts one. Meanwhile steps that
+/// are over are answered. While a device works this asks again and again, which is what waiting for
+/// it would do too: a plan must not wait for the end of a step, nor an end for a plan.
+fn next<S: Stepper>(
+    engine: &mut S,
+    incoming: &mut Incoming,
+    replies: &UnboundedSender<ToScheduler>,
+) -> Result<Option<Result<ToWorker, Malformed>>, WorkerFault> {
+    let mut in_flight = true;
+    while in_flight {
+        if engine.accepts() {
+            match incoming.commands.try_recv() {
+                Ok(command) => return Ok(Some(command)),
+                Err(TryRecvError::Disconnected) => return Ok(None),
+                Err(TryRecvError::Empty) => {}
+            }
+            if !engine.ready()? {
+                in_flight = engine.in_flight() > 0;
+                std::thread::yield_now();
+                continue;
+            }
+        }
+        match engine.collect()? {
+            Some(outcome) => say(replies, ToScheduler::Outcome(outcome)),
+            None => in_flight = false,
+        }
+    }
+    Ok(incoming.commands.blocking_recv())
 }
 
 fn expect_life(life: Option<Incarnation>, named: Incarnation) -> Result<(), WorkerFault> {

@@ -13,8 +13,8 @@ use scheduler::{Event, Output, Scheduler, Submit};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
-use step::{ToScheduler, ToWorker};
-use telemetry::{BlockState, Metrics, StepsAhead};
+use step::{StepTiming, ToScheduler, ToWorker};
+use telemetry::{BlockState, Metrics, StepKind, StepsAhead};
 use tokio::sync::mpsc::UnboundedSender;
 
 /// How often gauges are refreshed while steps run.
@@ -63,6 +63,8 @@ pub(crate) struct Driver {
     pub(crate) progress: Arc<Progress>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) origin: Instant,
+    /// Whether there were requests after the last outcome.
+    pub(crate) pressed: bool,
 }
 
 impl Driver {
@@ -136,10 +138,31 @@ impl Driver {
             Message::Drain => return self.progress.drain(),
         };
         if let Event::Outcome(outcome) = &event {
-            self.metrics.step_duration.observe(outcome.timing.total_ns as f64 / 1e9);
+            self.observe(&outcome.timing);
             self.progress.step_ended();
         }
+        let stepped = matches!(event, Event::Outcome(_));
         self.scheduler.handle(now, event);
+        if stepped {
+            let gauges = self.scheduler.gauges();
+            self.pressed = gauges.running + gauges.waiting > 0;
+        }
+    }
+
+    /// A step in numbers.
+    fn observe(&self, timing: &StepTiming) {
+        let seconds = |ns: u64| ns as f64 / 1e9;
+        let metrics = &self.metrics;
+        metrics.step_duration.observe(seconds(timing.total_ns));
+        let kind = StepKind::of(timing.tokens, timing.prefill_tokens);
+        metrics.worker_step(kind, timing.tokens).observe(seconds(timing.model_ns));
+        metrics.worker_busy.inc_by(seconds(timing.model_ns));
+        metrics.worker_launches.inc_by(u64::from(timing.launches));
+        metrics.worker_host_draws.inc_by(u64::from(timing.host_draws));
+        // Without requests a device may rest.
+        if self.pressed {
+            metrics.worker_idle.inc_by(seconds(timing.idle_ns));
+        }
     }
 
     fn plan(&mut self, streams: &mut Streams) {

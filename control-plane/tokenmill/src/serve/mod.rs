@@ -120,6 +120,7 @@ fn start_engine(settings: &Settings, stop: watch::Receiver<bool>) -> Result<Star
         max_context: settings.max_context,
     };
     let driver = Driver {
+        pressed: false,
         scheduler,
         inbox: messages,
         life: Life::new(limits, Arc::clone(&progress), kill_in),

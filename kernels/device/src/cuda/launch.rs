@@ -122,6 +122,7 @@ impl<'a> Launch<'a> {
             numAttrs: count as u32,
         };
         let mut list = [std::ptr::from_ref(parameters).cast_mut().cast()];
+        stream.count();
         // SAFETY: the configuration and its attributes live through the call; the kernel takes one
         // parameter of this very size, which the driver copies; what its addresses mean is the
         // promise of `Parameters`.

@@ -85,6 +85,14 @@ impl Download {
         self.arrived.record(stream)
     }
 
+    /// Whether no copy is under way.
+    ///
+    /// # Errors
+    /// When anything enqueued before that copy failed.
+    pub fn arrived(&self) -> Result<bool, CudaError> {
+        if self.in_flight { self.arrived.passed() } else { Ok(true) }
+    }
+
     /// The bytes; waits for a copy under way.
     ///
     /// # Errors

@@ -3,12 +3,14 @@
 use super::driver::check;
 use super::{Context, CudaError, DeviceSlice, Graph, PinnedBuffer};
 use cudarc::driver::sys::{self, CUevent, CUgraph, CUstream, CUstreamCaptureMode};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// An order of work on the device.
 #[derive(Debug)]
 pub struct Stream {
     raw: CUstream,
     context: Context,
+    launched: AtomicU64,
 }
 
 // SAFETY: stream handles may be used from any thread; the driver locks them.
@@ -26,7 +28,18 @@ impl Stream {
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the pointer is to a live handle.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&raw mut raw, flags) })?;
-        Ok(Self { raw, context: context.clone() })
+        Ok(Self { raw, context: context.clone(), launched: AtomicU64::new(0) })
+    }
+
+    /// Kernels, graphs and copies enqueued or captured so far; events are not counted.
+    #[must_use]
+    pub fn launched(&self) -> u64 {
+        self.launched.load(Ordering::Relaxed)
+    }
+
+    /// Counts one of them.
+    pub(super) fn count(&self) {
+        self.launched.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The context it belongs to.
@@ -94,6 +107,7 @@ impl Stream {
         if needed == 0 {
             return Ok(());
         }
+        self.count();
         // SAFETY: both ranges have `needed` bytes; the caller leaves the source alone.
         let got = unsafe {
             sys::cuMemcpyHtoDAsync_v2(to.address(), from.as_ptr().cast(), needed, self.raw)
@@ -121,6 +135,7 @@ impl Stream {
         if needed == 0 {
             return Ok(());
         }
+        self.count();
         // SAFETY: both ranges have `needed` bytes; the caller leaves the target alone.
         let got = unsafe {
             let target = to.bytes_mut().as_mut_ptr().cast();
@@ -162,6 +177,7 @@ impl Stream {
         if needed == 0 {
             return Ok(());
         }
+        self.count();
         // SAFETY: both ranges have `needed` bytes inside live allocations.
         let got =
             unsafe { sys::cuMemcpyDtoDAsync_v2(to.address(), from.address(), needed, self.raw) };
@@ -176,6 +192,7 @@ impl Stream {
         if slice.bytes() == 0 {
             return Ok(());
         }
+        self.count();
         // SAFETY: the range lies in a live allocation.
         let got = unsafe { sys::cuMemsetD8Async(slice.address(), byte, slice.bytes(), self.raw) };
         check("cuMemsetD8Async", got)

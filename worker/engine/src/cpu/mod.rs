@@ -10,7 +10,7 @@ mod run;
 pub(crate) use launch::local_router;
 
 use crate::batch::Batch;
-use crate::executor::{Executor, TableView, Tile};
+use crate::executor::{Collected, DeviceTime, Executor, TableView, Tile};
 use crate::memory::HEAD_ROWS;
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use arena::Arena;
@@ -25,6 +25,7 @@ use ops::moe;
 use ops::paged::{Kv, KvMut, Segment};
 use ops::sample::cuda::SampleRow;
 use run::Step;
+use std::time::{Duration, Instant};
 
 /// Elements of logits held at once, at most (but for one row).
 const MAX_TILE_ELEMENTS: usize = 1 << 23;
@@ -43,6 +44,8 @@ pub(crate) struct Cpu<'w> {
     tile: usize,
     mla_form: MlaForm,
     memory: Memory,
+    /// In the step at hand.
+    spent: Duration,
 }
 
 /// Everything that a step writes.
@@ -117,6 +120,7 @@ impl<'w> Cpu<'w> {
             body_width: lowered.body_width,
             head_width: lowered.head_width,
             mla_form: options.mla_form,
+            spent: Duration::ZERO,
             memory: Memory {
                 arena: Arena::default(),
                 head_arena: Arena::default(),
@@ -193,7 +197,13 @@ fn scratch_len(pool: &ThreadPool, launch: &Launch<'_>, tokens: usize) -> usize {
 }
 
 impl Executor for Cpu<'_> {
-    fn forward(&mut self, batch: &Batch, tables: &TableView<'_>) -> Result<(), CudaError> {
+    fn enqueue(
+        &mut self,
+        batch: &Batch,
+        tables: &TableView<'_>,
+        _: &[Option<SampleRow>],
+    ) -> Result<bool, CudaError> {
+        let began = Instant::now();
         let Self { pool, body, rotations, memory, mla_form, .. } = self;
         let step = Step { pool, rotations, form: *mla_form, ids: &batch.ids };
         let rows = batch.ids.len();
@@ -216,7 +226,8 @@ impl Executor for Cpu<'_> {
             step.run(launch, rows, &batch.positions, &segments, memory, false);
         }
         memory.segments = recycle(segments);
-        Ok(())
+        self.spent = began.elapsed();
+        Ok(false)
     }
 
     fn finish(
@@ -225,6 +236,7 @@ impl Executor for Cpu<'_> {
         wanted: Range<usize>,
         _: &[Option<SampleRow>],
     ) -> Result<Tile<'_>, CudaError> {
+        let began = Instant::now();
         let wanted = &batch.wanted[wanted];
         let Self { pool, head, rotations, memory, mla_form, .. } = self;
         let (from, to) = (self.hidden, self.chosen);
@@ -238,8 +250,18 @@ impl Executor for Cpu<'_> {
         for launch in head.iter() {
             step.run(launch, wanted.len(), &[], &[], memory, true);
         }
+        self.spent += began.elapsed();
         let logits = memory.head_arena.one(self.logits, wanted.len());
         Ok(Tile { logits, drawn: &[] })
+    }
+
+    fn ready(&self) -> Result<bool, CudaError> {
+        Ok(true)
+    }
+
+    fn collect(&mut self) -> Result<Collected<'_>, CudaError> {
+        let time = DeviceTime { run_ns: self.spent.as_nanos() as u64, ..DeviceTime::default() };
+        Ok(Collected { tokens: &[], faults: &[], time })
     }
 
     fn tile(&self) -> usize {

@@ -1,22 +1,30 @@
-//! What a step's kernels read from the host: tokens, positions, segments, tiles, tables. Written into
-//! pinned memory, sent in one copy, found by kernels at addresses that depend on the bucket alone.
+//! What a step's kernels read from the host: tokens, positions, segments, tiles, draws, and what
+//! changed in block tables. Written into pinned memory, sent in one copy, found by kernels at addresses
+//! that depend on the bucket alone. Tables stay on the device, a place for each slot.
 //!
-//! It launches nothing. Invariant: what is sent fits its place, and padding is never looked at,
-//! because the numbers of real rows and tiles are sent with it.
+//! It launches nothing. Invariants: what is sent fits its place, and padding is never looked at,
+//! because the numbers of real rows and tiles are sent with it. Pinned memory is written only after
+//! the copy that reads it, of the step before the last; the device's only by the stream's order.
 
+use super::ahead::most_rows;
 use super::limits::Limits;
 use super::sizes::{Sizes, Spec};
 use crate::batch::Batch;
 use crate::executor::TableView;
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceSlice, Stream, Upload};
-use ids::BLOCK_TOKENS;
+use ids::{BLOCK_TOKENS, SlotGeneration};
 use ops::flash::cuda::{Segment, Tile, max_tiles, tiles};
+use ops::sample::cuda::SampleRow;
+use ops::tokens::NOT_KEPT;
+use ops::tokens::cuda::CHANGE_WORDS;
 use zerocopy::FromBytes;
 
 const OP: &str = "step inputs";
 /// Parts begin on as many words.
 const ALIGN_WORDS: usize = 4;
+/// Of a row's draw.
+const HOW_WORDS: usize = size_of::<SampleRow>() / 4;
 
 /// Where each part lies, in 32-bit words; tables at the end in 64-bit ones.
 #[derive(Clone, Debug)]
@@ -31,10 +39,32 @@ pub(super) struct Layout {
     segments: Vec<Range<usize>>,
     /// Per attention: where the number of tiles is, and the tiles.
     tiles: Vec<(usize, Range<usize>)>,
-    /// First word of the tables.
-    tables: usize,
-    /// Entries of the tables, at most.
-    entries: usize,
+    /// Real rows of each tile of logits that is drawn ahead.
+    heads: Range<usize>,
+    /// How each row is drawn ahead, and for which slot its token is kept.
+    how: Range<usize>,
+    kept: Range<usize>,
+    /// How many changes of tables there are.
+    changed: usize,
+    /// First word of the changes, which are the end.
+    changes: usize,
+    /// Changes, at most.
+    most_changes: usize,
+}
+
+/// Entries of a slot's table in one group: a table may be a block longer than the context.
+fn blocks(limits: &Limits) -> usize {
+    limits.context.div_ceil(BLOCK_TOKENS as usize) + 1
+}
+
+/// Entries of all tables.
+fn entries(sizes: &Sizes, limits: &Limits) -> usize {
+    limits.slots.saturating_mul(sizes.groups).saturating_mul(blocks(limits))
+}
+
+/// Bytes on the device beside what is sent, by part: ids and tables.
+pub(super) fn kept_bytes(sizes: &Sizes, limits: &Limits) -> [usize; 2] {
+    [limits.rows.saturating_mul(4), entries(sizes, limits).saturating_mul(8)]
 }
 
 impl Layout {
@@ -60,9 +90,12 @@ impl Layout {
             (counts + index, part(most * size_of::<Tile>() / 4))
         });
         let tiles = tiles.collect();
-        let tables = part(0).start;
-        // A table may be a block longer than the context.
-        let blocks = limits.context.div_ceil(BLOCK_TOKENS as usize) + 1;
+        let drawn = bucket.min(most_rows(limits));
+        let heads = part(drawn.div_ceil(sizes.tile));
+        let how = part(drawn * HOW_WORDS);
+        let kept = part(drawn);
+        let changed = part(1).start;
+        let changes = part(0).start;
         let [ids, positions, wanted] = rows;
         Self {
             count,
@@ -72,14 +105,18 @@ impl Layout {
             row_tables,
             segments: segments_of,
             tiles,
-            tables,
-            entries: segments.saturating_mul(blocks).saturating_mul(sizes.groups),
+            heads,
+            how,
+            kept,
+            changed,
+            changes,
+            most_changes: segments.saturating_mul(blocks(limits)).saturating_mul(sizes.groups),
         }
     }
 
     /// Bytes of everything.
     pub(super) fn bytes(&self) -> usize {
-        self.entries.saturating_mul(8).saturating_add(self.tables * 4)
+        self.most_changes.saturating_mul(4 * CHANGE_WORDS).saturating_add(self.changes * 4)
     }
 }
 
@@ -95,14 +132,20 @@ pub(super) struct Views {
     pub(super) segments: Vec<DeviceSlice>,
     /// How many, and which.
     pub(super) tiles: Vec<(DeviceSlice, DeviceSlice)>,
+    /// Real rows of each tile of logits.
+    pub(super) heads: Vec<DeviceSlice>,
+    pub(super) how: DeviceSlice,
+    pub(super) kept: DeviceSlice,
+    pub(super) changed: DeviceSlice,
+    pub(super) changes: DeviceSlice,
     pub(super) tables: DeviceSlice,
 }
 
 impl Views {
-    fn new(layout: Layout, bucket: usize, device: &DeviceSlice) -> Self {
+    fn new(layout: Layout, bucket: usize, device: &DeviceSlice, tables: &DeviceSlice) -> Self {
         let words = |range: &Range<usize>| device.slice(range.start * 4..range.end * 4);
         let word = |at: usize| device.slice(at * 4..at * 4 + 4);
-        let tables = layout.tables * 4;
+        let changes = layout.changes * 4;
         Self {
             bucket,
             count: word(layout.count),
@@ -112,7 +155,12 @@ impl Views {
             row_tables: layout.row_tables.iter().map(words).collect(),
             segments: layout.segments.iter().map(words).collect(),
             tiles: layout.tiles.iter().map(|(at, list)| (word(*at), words(list))).collect(),
-            tables: device.slice(tables..tables + layout.entries * 8),
+            heads: layout.heads.clone().map(word).collect(),
+            how: words(&layout.how),
+            kept: words(&layout.kept),
+            changed: word(layout.changed),
+            changes: device.slice(changes..changes + layout.most_changes * 4 * CHANGE_WORDS),
+            tables: tables.clone(),
             layout,
         }
     }
@@ -120,12 +168,53 @@ impl Views {
 
 /// Inputs of steps, staged and on the device.
 pub(super) struct Inputs {
-    upload: Upload,
+    /// Used in turn, so that a step is staged while the one before is copied.
+    uploads: [Upload; 2],
+    turn: usize,
     device: DeviceSlice,
+    /// Tokens of the rows of the step that runs.
+    pub(super) ids: DeviceSlice,
     views: Vec<Views>,
+    sent: Sent,
     specs: Vec<Spec>,
+    tile: usize,
     segments: Vec<Segment>,
     tiles: Vec<Tile>,
+}
+
+/// What the device has of tables.
+struct Sent {
+    groups: usize,
+    blocks: usize,
+    /// Whose tables, by slot.
+    lives: Vec<Option<SlotGeneration>>,
+    /// How many entries, by slot and group.
+    entries: Vec<usize>,
+}
+
+impl Sent {
+    /// First entry of a table.
+    const fn first(&self, slot: usize, group: usize) -> usize {
+        (slot * self.groups + group) * self.blocks
+    }
+
+    /// Counts the first `blocks` entries of a table as sent; returns those that were not.
+    fn grow(
+        &mut self,
+        (slot, group): (usize, usize),
+        life: Option<SlotGeneration>,
+        blocks: usize,
+    ) -> Range<usize> {
+        let all = slot * self.groups..(slot + 1) * self.groups;
+        if self.lives[slot] != life {
+            self.lives[slot] = life;
+            self.entries[all.clone()].fill(0);
+        }
+        let held = &mut self.entries[all][group];
+        let new = *held..blocks.max(*held);
+        *held = new.end;
+        new
+    }
 }
 
 impl Inputs {
@@ -137,14 +226,29 @@ impl Inputs {
     ) -> Result<Self, CudaError> {
         let largest = Layout::new(sizes, limits, limits.rows);
         let device = arena.take(OP, largest.bytes())?;
+        let [ids, tables] = kept_bytes(sizes, limits);
+        let (ids, tables) = (arena.take(OP, ids)?, arena.take("block tables", tables)?);
+        // Places in tables are 32 bits.
+        narrow(entries(sizes, limits))?;
         let most_tiles = largest.tiles.iter().map(|(_, list)| list.len()).max().unwrap_or(0);
-        let view = |bucket| Views::new(Layout::new(sizes, limits, bucket), bucket, &device);
+        let view =
+            |bucket| Views::new(Layout::new(sizes, limits, bucket), bucket, &device, &tables);
+        let upload = || Upload::new(context, largest.bytes());
         Ok(Self {
-            upload: Upload::new(context, largest.bytes())?,
+            uploads: [upload()?, upload()?],
+            turn: 0,
             views: limits.buckets().into_iter().map(view).collect(),
+            sent: Sent {
+                groups: sizes.groups,
+                blocks: blocks(limits),
+                lives: vec![None; limits.slots],
+                entries: vec![0; limits.slots * sizes.groups],
+            },
             specs: sizes.specs.clone(),
+            tile: sizes.tile,
             segments: Vec::with_capacity(limits.slots.min(limits.rows)),
             tiles: Vec::with_capacity(most_tiles),
+            ids,
             device,
         })
     }
@@ -155,20 +259,26 @@ impl Inputs {
         found.ok_or_else(|| refused(format!("{bucket} rows")))
     }
 
-    /// Stages a batch padded to `bucket` and enqueues its copy.
+    /// Stages a batch padded to `bucket` and enqueues its copy. With `draws`, one per wanted row, all
+    /// tokens are drawn ahead.
     pub(super) fn send(
         &mut self,
         stream: &Stream,
         batch: &Batch,
         bucket: usize,
         tables: &TableView<'_>,
+        draws: Option<&[Option<SampleRow>]>,
     ) -> Result<(), CudaError> {
-        let Self { upload, device, views, specs, segments, tiles: list } = self;
+        let Self { uploads, turn, device, views, sent, specs, tile, segments, tiles: list, .. } =
+            self;
         let views = views.iter().find(|views| views.bucket == bucket);
         let layout = &views.ok_or_else(|| refused(format!("{bucket} rows")))?.layout;
-        let (words, entries) = upload.edit()?.split_at_mut(layout.tables * 4);
+        *turn = (*turn + 1) % uploads.len();
+        let upload = &mut uploads[*turn];
+        let (words, changes) = upload.edit()?.split_at_mut(layout.changes * 4);
         let words = <[u32]>::mut_from_bytes(words).map_err(|e| refused(e.to_string()))?;
-        let entries = <[u64]>::mut_from_bytes(&mut entries[..layout.entries * 8])
+        let changes = &mut changes[..layout.most_changes * 4 * CHANGE_WORDS];
+        let changes = <[[u32; CHANGE_WORDS]]>::mut_from_bytes(changes)
             .map_err(|e| refused(e.to_string()))?;
 
         words[layout.count] = narrow(batch.ids.len())?;
@@ -176,18 +286,25 @@ impl Inputs {
         copy(words, &layout.positions, &batch.positions)?;
         let wanted = part(words, &layout.wanted, batch.wanted.len())?;
         wanted.iter_mut().zip(&batch.wanted).for_each(|(to, wanted)| *to = wanted.row);
+        stage_draws(words, layout, batch, *tile, draws)?;
 
-        let mut used = 0;
+        let mut changed = 0;
         for group in 0..layout.segments.len() {
             segments.clear();
             for run in &batch.runs {
                 let table = tables.offsets(run.slot, group);
+                let slot = run.slot.index();
                 // Only what the context covers is read or written.
                 let blocks = run.context.div_ceil(BLOCK_TOKENS as usize).min(table.len());
-                let room = entries.get_mut(used..used + blocks);
-                room.ok_or_else(|| refused(format!("{blocks} more table entries after {used}")))?
-                    .copy_from_slice(&table[..blocks]);
-                let first = narrow(used)?;
+                let start = sent.first(slot, group);
+                for block in sent.grow((slot, group), tables.life(run.slot), blocks) {
+                    let to = changes.get_mut(changed);
+                    let to = to.ok_or_else(|| refused(format!("{changed} changes of tables")))?;
+                    let offset = table[block];
+                    *to = [narrow(start + block)?, offset as u32, (offset >> 32) as u32];
+                    changed += 1;
+                }
+                let first = narrow(start)?;
                 let rows = layout.row_tables[group].start + run.start;
                 words[rows..rows + run.len].fill(first);
                 segments.push(Segment {
@@ -196,12 +313,12 @@ impl Inputs {
                     context: narrow(run.context)?,
                     table: first,
                 });
-                used += blocks;
             }
             let flat = segments.iter().flat_map(|s| [s.start, s.len, s.context, s.table]);
             let to = part(words, &layout.segments[group], segments.len() * 4)?;
             to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
         }
+        words[layout.changed] = narrow(changed)?;
         let prompts = usize::from(has_prompts(batch));
         for (spec, (count, range)) in specs.iter().zip(&layout.tiles) {
             // Groups differ in tables alone, which tiles do not hold.
@@ -211,8 +328,30 @@ impl Inputs {
             let to = part(words, range, list.len() * 2)?;
             to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
         }
-        upload.send(stream, &device.slice(0..layout.tables * 4 + used * 8))
+        upload.send(stream, &device.slice(0..(layout.changes + changed * CHANGE_WORDS) * 4))
     }
+}
+
+/// Stages how tokens are drawn ahead and for whom they are kept; without `draws` none are.
+fn stage_draws(
+    words: &mut [u32],
+    layout: &Layout,
+    batch: &Batch,
+    tile: usize,
+    draws: Option<&[Option<SampleRow>]>,
+) -> Result<(), CudaError> {
+    let draws = draws.unwrap_or_default();
+    for (index, head) in layout.heads.clone().enumerate() {
+        words[head] = narrow(draws.len().saturating_sub(index * tile).min(tile))?;
+    }
+    words[layout.kept.clone()].fill(NOT_KEPT);
+    let kept = part(words, &layout.kept, draws.len())?;
+    kept.iter_mut().zip(&batch.wanted).for_each(|(to, wanted)| *to = wanted.slot.0);
+    let how = part(words, &layout.how, draws.len() * HOW_WORDS)?;
+    for (to, draw) in how.chunks_exact_mut(HOW_WORDS).zip(draws) {
+        to.copy_from_slice(&draw.unwrap_or(SampleRow::GREEDY).words());
+    }
+    Ok(())
 }
 
 /// Whether a batch has segments of several rows, which other kernels serve.

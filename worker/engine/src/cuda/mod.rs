@@ -3,10 +3,13 @@
 //!
 //! Activations, matrices and cache share one element type. No op allocates and none is chosen here;
 //! kernels read the numbers of rows and tiles on the device, so a step of a bucket differs from
-//! another in data alone. Tokens are drawn on the device, but for requests that
-//! need more than their own parameters, whose logits come back to the host. Invariant: a step waits
-//! only for what it drew.
+//! another in data alone. Tokens are drawn on the device and kept there, so that the next step is
+//! enqueued behind this one; but for requests that need more than their own parameters, whose logits
+//! come back to the host, which the next step then waits for. A step that only decodes is a copy, a
+//! launch and a copy back. Invariant: enqueueing waits for nothing but a copy of the step before the
+//! last.
 
+mod ahead;
 mod draw;
 mod facts;
 mod graphs;
@@ -21,8 +24,9 @@ pub use facts::{CudaDevice, cuda_device};
 pub use sizes::{CudaBytes, cuda_bytes};
 
 use crate::batch::Batch;
-use crate::executor::{Executor, TableView, Tile};
+use crate::executor::{Collected, Executor, TableView, Tile};
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
+use ahead::{Ahead, Stretch};
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Download, Stream};
 use draw::Draws;
@@ -35,6 +39,7 @@ use ops::cuda::{Dtype, Gpu, Queue, Rows, Tensor};
 use ops::flash::cuda::Partials;
 use ops::rope::Pairing;
 use ops::sample::cuda::SampleRow;
+use ops::tokens::cuda::{Begin, begin};
 use ops::{embed, mla, moe};
 use run::{Rotation, Scratch, Step};
 use sizes::{ExpertShape, Sizes};
@@ -74,6 +79,7 @@ struct Memory {
     activations: Activations,
     scratch: Scratch,
     cache: DeviceSlice,
+    ahead: Ahead,
     draws: Draws,
     download: Download,
     /// Padded rows of the last forward.
@@ -155,6 +161,7 @@ impl Cuda {
             activations: Activations::take(arena, sizes, &limits)?,
             scratch: Scratch { partials, mla, moe, choices },
             cache,
+            ahead: Ahead::take(&self.context, arena, &limits)?,
             draws: Draws::take(&self.context, arena, sizes)?,
             download: Download::new(&self.context, sizes.logits_bytes())?,
             bucket: 0,
@@ -167,7 +174,7 @@ impl Cuda {
         Ok(())
     }
 
-    /// Captures the body of every step there can be.
+    /// Captures the body of every step there can be, with the draws where it only decodes.
     fn capture(&self, memory: &mut Memory) -> Result<(), CudaError> {
         let mut graphs = Graphs::default();
         for kind in graphs::kinds(&memory.limits) {
@@ -188,7 +195,7 @@ impl Cuda {
         prompts: bool,
     ) -> Result<Step<'a>, CudaError> {
         Ok(Step {
-            on: Queue { gpu: &self.gpu, stream: &self.stream },
+            on: self.queue(),
             rows,
             ids,
             views: memory.inputs.views(memory.bucket)?,
@@ -202,19 +209,53 @@ impl Cuda {
         })
     }
 
-    /// Enqueues the body for a batch whose inputs were sent.
+    fn queue(&self) -> Queue<'_> {
+        Queue { gpu: &self.gpu, stream: &self.stream }
+    }
+
+    /// Enqueues the body for a batch whose inputs were sent, and the draws where it only decodes:
+    /// then no more rows are wanted than there are.
     fn enqueue_body(&self, memory: &Memory, prompts: bool) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
         let rows = Rows { padded: memory.bucket, count: Some(&views.count) };
-        let step = self.step(memory, rows, &views.ids, prompts)?;
-        self.body.iter().try_for_each(|launch| step.run(launch))
+        let operands = Begin {
+            staged: &views.ids,
+            last: &memory.ahead.last,
+            ids: &memory.inputs.ids,
+            changes: &views.changes,
+            changed: &views.changed,
+            tables: &views.tables,
+        };
+        begin(self.queue(), rows, &operands)?;
+        let step = self.step(memory, rows, &memory.inputs.ids, prompts)?;
+        self.body.iter().try_for_each(|launch| step.run(launch))?;
+        if prompts { Ok(()) } else { self.enqueue_draws(memory, memory.bucket, false) }
+    }
+
+    /// Enqueues logits and draws of the first `all` wanted rows, tile by tile. Unless all of them are
+    /// `real`, the device knows how many are.
+    fn enqueue_draws(&self, memory: &Memory, all: usize, real: bool) -> Result<(), CudaError> {
+        let views = memory.inputs.views(memory.bucket)?;
+        for (first, count) in (0..all).step_by(self.sizes.tile).zip(&views.heads) {
+            let padded = self.sizes.tile.min(all - first);
+            let rows = Rows { padded, count: (!real).then_some(count) };
+            self.enqueue_head(memory, first, rows)?;
+            let logits = &memory.activations.at(self.logits, padded);
+            let stretch = Stretch { first, rows, logits };
+            memory.ahead.draw(self.queue(), &stretch, (all, self.sizes.vocab), &views.how)?;
+        }
+        memory.ahead.keep(self.queue(), all, &views.kept)
     }
 
     /// Enqueues the head for some of the wanted rows.
-    fn enqueue_head(&self, memory: &Memory, wanted: &Range<usize>) -> Result<(), CudaError> {
+    fn enqueue_head(
+        &self,
+        memory: &Memory,
+        first: usize,
+        rows: Rows<'_>,
+    ) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
-        let rows = Rows::exactly(wanted.len());
-        let ids = views.wanted.slice(wanted.start * 4..wanted.end * 4);
+        let ids = views.wanted.slice(first * 4..(first + rows.padded) * 4);
         let step = self.step(memory, rows, &ids, false)?;
         // Choosing rows of hidden states is looking them up.
         let hidden = memory.activations.at(self.hidden, memory.bucket);
@@ -224,10 +265,39 @@ impl Cuda {
             table_rows: memory.bucket,
             first_row: 0,
             width: self.chosen.width,
-            out: &memory.activations.at(self.chosen, wanted.len()),
+            out: &memory.activations.at(self.chosen, rows.padded),
         };
         embed::cuda::embed(step.on, rows, &choose)?;
         self.head.iter().try_for_each(|launch| step.run(launch))
+    }
+
+    /// Enqueues a step: inputs, body, and where all `draws` may happen here those and the way back
+    /// of tokens. Returns whether that is so.
+    fn enqueue_step(
+        &self,
+        memory: &mut Memory,
+        batch: &Batch,
+        tables: &TableView<'_>,
+        draws: &[Option<SampleRow>],
+    ) -> Result<bool, CudaError> {
+        let before = self.stream.launched();
+        memory.bucket = memory.limits.bucket(batch.ids.len());
+        let (bucket, prompts) = (memory.bucket, inputs::has_prompts(batch));
+        let here = draws.iter().all(Option::is_some);
+        memory.inputs.send(&self.stream, batch, bucket, tables, here.then_some(draws))?;
+        memory.ahead.begin(&self.stream)?;
+        match memory.graphs.get(Kind { bucket, prompts }) {
+            Some(graph) => graph.launch(&self.stream)?,
+            None => self.enqueue_body(memory, prompts)?,
+        }
+        let wanted = if here { draws.len() } else { 0 };
+        if prompts && wanted > 0 {
+            self.enqueue_draws(memory, wanted, true)?;
+        }
+        let rows = if prompts { wanted } else { bucket };
+        memory.ahead.end(&self.stream, wanted, rows)?;
+        memory.ahead.launched(self.stream.launched() - before);
+        Ok(here)
     }
 
     /// Enqueues the logits of some wanted rows, the draws of those that are drawn here, and the way
@@ -242,16 +312,15 @@ impl Cuda {
         if some {
             memory.draws.send(&self.stream, draws)?;
         }
-        self.enqueue_head(memory, wanted)?;
+        self.enqueue_head(memory, wanted.start, Rows::exactly(wanted.len()))?;
         let logits = memory.activations.at(self.logits, wanted.len());
         if some {
-            let queue = Queue { gpu: &self.gpu, stream: &self.stream };
-            memory.draws.enqueue(queue, &logits, self.sizes.vocab, wanted.len())?;
+            memory.draws.enqueue(self.queue(), &logits, self.sizes.vocab, wanted.len())?;
         }
         if draws.iter().any(Option::is_none) {
             memory.download.start(&self.stream, &logits)?;
         }
-        Ok(())
+        memory.ahead.extend(&self.stream)
     }
 }
 
@@ -261,19 +330,17 @@ fn not_configured() -> CudaError {
 }
 
 impl Executor for Cuda {
-    fn forward(&mut self, batch: &Batch, tables: &TableView<'_>) -> Result<(), CudaError> {
+    fn enqueue(
+        &mut self,
+        batch: &Batch,
+        tables: &TableView<'_>,
+        draws: &[Option<SampleRow>],
+    ) -> Result<bool, CudaError> {
         self.context.enter()?;
         let mut memory = self.memory.take().ok_or_else(not_configured)?;
-        memory.bucket = memory.limits.bucket(batch.ids.len());
-        let sent = memory.inputs.send(&self.stream, batch, memory.bucket, tables);
-        let prompts = inputs::has_prompts(batch);
-        let kind = Kind { bucket: memory.bucket, prompts };
-        let run = sent.and_then(|()| match memory.graphs.get(kind) {
-            Some(graph) => graph.launch(&self.stream),
-            None => self.enqueue_body(&memory, prompts),
-        });
+        let enqueued = self.enqueue_step(&mut memory, batch, tables, draws);
         self.memory = Some(memory);
-        run
+        enqueued
     }
 
     fn finish(
@@ -299,6 +366,15 @@ impl Executor for Cuda {
         let logits = <[f32]>::mut_from_bytes(bytes)
             .map_err(|e| CudaError::Shape { op: "logits", why: e.to_string() })?;
         Ok(Tile { logits, drawn })
+    }
+
+    fn ready(&self) -> Result<bool, CudaError> {
+        self.memory.as_ref().map_or(Ok(true), |memory| memory.ahead.ready())
+    }
+
+    fn collect(&mut self) -> Result<Collected<'_>, CudaError> {
+        self.context.enter()?;
+        self.memory.as_mut().ok_or_else(not_configured)?.ahead.collect()
     }
 
     fn tile(&self) -> usize {

@@ -3,9 +3,9 @@
 //!
 //! Pure arithmetic on a lowered program. Invariant: no step within the limits needs more.
 
-use super::inputs::Layout;
+use super::inputs::{self, Layout};
 use super::limits::Limits;
-use super::weights;
+use super::{ahead, weights};
 use crate::memory::HEAD_ROWS;
 use device::cuda::Arena;
 use model::lower::{BufferId, LocalAttention, Lowered, Op};
@@ -235,7 +235,8 @@ impl Sizes {
             self.draw_bytes(),
             self.drawn_bytes(),
         ];
-        let plain = plain.into_iter().map(Arena::padded).fold(0, usize::saturating_add);
+        let kept = inputs::kept_bytes(self, limits).into_iter().chain(ahead::bytes(limits));
+        let plain = plain.into_iter().chain(kept).map(Arena::padded).fold(0, usize::saturating_add);
         plain.saturating_add(attention).saturating_add(experts)
     }
 }

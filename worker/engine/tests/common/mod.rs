@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
 pub mod agreement;
+pub mod ahead;
 pub mod equalities;
 pub mod goldens;
 pub mod naive;
