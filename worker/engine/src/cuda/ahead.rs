@@ -4,6 +4,7 @@
 //! It launches draws and knows no model. Invariant: what a step left is not overwritten before it was
 //! collected, because no more steps are in flight than there are places.
 
+use super::asked::Lists;
 use super::limits::Limits;
 use crate::executor::{Collected, DeviceTime};
 use crate::flight::MOST_FLIGHTS;
@@ -121,7 +122,7 @@ impl Ahead {
         on: Queue<'_>,
         stretch: &Stretch<'_>,
         (all, vocab): (usize, usize),
-        how: &DeviceSlice,
+        (how, lists): (&DeviceSlice, &Lists),
     ) -> Result<(), CudaError> {
         const HOW: usize = size_of::<SampleRow>();
         let (first, end) = (stretch.first, stretch.first + stretch.rows.padded);
@@ -129,9 +130,9 @@ impl Ahead {
             logits: stretch.logits,
             vocab,
             how: &how.slice(first * HOW..end * HOW),
-            seen: None,
-            bias: None,
-            banned: None,
+            seen: Some(&lists.seen),
+            bias: Some((&lists.bias.0, &lists.bias.1)),
+            banned: Some(&lists.banned),
             tokens: &self.drawn.slice(first * 4..end * 4),
             faults: &self.drawn.slice((all + first) * 4..(all + end) * 4),
         };

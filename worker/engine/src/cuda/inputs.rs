@@ -10,7 +10,7 @@ use super::ahead::most_rows;
 use super::limits::Limits;
 use super::sizes::{Sizes, Spec};
 use crate::batch::Batch;
-use crate::executor::TableView;
+use crate::executor::{RowDraw, TableView};
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceSlice, Stream, Upload};
 use ids::{BLOCK_TOKENS, SlotGeneration};
@@ -267,7 +267,7 @@ impl Inputs {
         batch: &Batch,
         bucket: usize,
         tables: &TableView<'_>,
-        draws: Option<&[Option<SampleRow>]>,
+        draws: Option<&[Option<RowDraw>]>,
     ) -> Result<(), CudaError> {
         let Self { uploads, turn, device, views, sent, specs, tile, segments, tiles: list, .. } =
             self;
@@ -338,7 +338,7 @@ fn stage_draws(
     layout: &Layout,
     batch: &Batch,
     tile: usize,
-    draws: Option<&[Option<SampleRow>]>,
+    draws: Option<&[Option<RowDraw>]>,
 ) -> Result<(), CudaError> {
     let draws = draws.unwrap_or_default();
     for (index, head) in layout.heads.clone().enumerate() {
@@ -349,7 +349,7 @@ fn stage_draws(
     kept.iter_mut().zip(&batch.wanted).for_each(|(to, wanted)| *to = wanted.slot.0);
     let how = part(words, &layout.how, draws.len() * HOW_WORDS)?;
     for (to, draw) in how.chunks_exact_mut(HOW_WORDS).zip(draws) {
-        to.copy_from_slice(&draw.unwrap_or(SampleRow::GREEDY).words());
+        to.copy_from_slice(&draw.map_or(SampleRow::GREEDY, |draw| draw.how).words());
     }
     Ok(())
 }

@@ -4,12 +4,13 @@
 //! Activations, matrices and cache share one element type. No op allocates and none is chosen here;
 //! kernels read the numbers of rows and tiles on the device, so a step of a bucket differs from
 //! another in data alone. Tokens are drawn on the device and kept there, so that the next step is
-//! enqueued behind this one; but for requests that need more than their own parameters, whose logits
-//! come back to the host, which the next step then waits for. A step that only decodes is a copy, a
+//! enqueued behind this one. Where log-probabilities are asked for the next step waits for this one;
+//! logits come back to the host for those of prompts, and for lists longer than their places. A step that only decodes is a copy, a
 //! launch and a copy back. Invariant: enqueueing waits for nothing but a copy of the step before the
 //! last.
 
 mod ahead;
+mod asked;
 mod draw;
 mod facts;
 mod graphs;
@@ -24,9 +25,10 @@ pub use facts::{CudaDevice, cuda_device};
 pub use sizes::{CudaBytes, cuda_bytes};
 
 use crate::batch::Batch;
-use crate::executor::{Collected, Executor, TableView, Tile};
+use crate::executor::{Collected, Executor, RowDraw, TableView, Tile};
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use ahead::{Ahead, Stretch};
+use asked::Asked;
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Download, Stream};
 use draw::Draws;
@@ -38,7 +40,6 @@ use model::lower::Lowered;
 use ops::cuda::{Dtype, Gpu, Queue, Rows, Tensor};
 use ops::flash::cuda::Partials;
 use ops::rope::Pairing;
-use ops::sample::cuda::SampleRow;
 use ops::tokens::cuda::{Begin, begin};
 use ops::{embed, mla, moe};
 use run::{Rotation, Scratch, Step};
@@ -80,6 +81,7 @@ struct Memory {
     scratch: Scratch,
     cache: DeviceSlice,
     ahead: Ahead,
+    asked: Asked,
     draws: Draws,
     download: Download,
     /// Padded rows of the last forward.
@@ -162,6 +164,7 @@ impl Cuda {
             scratch: Scratch { partials, mla, moe, choices },
             cache,
             ahead: Ahead::take(&self.context, arena, &limits)?,
+            asked: Asked::take(&self.context, arena, sizes, &limits)?,
             draws: Draws::take(&self.context, arena, sizes)?,
             download: Download::new(&self.context, sizes.logits_bytes())?,
             bucket: 0,
@@ -236,13 +239,14 @@ impl Cuda {
     /// `real`, the device knows how many are.
     fn enqueue_draws(&self, memory: &Memory, all: usize, real: bool) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
+        let lists = &memory.asked.lists();
         for (first, count) in (0..all).step_by(self.sizes.tile).zip(&views.heads) {
             let padded = self.sizes.tile.min(all - first);
             let rows = Rows { padded, count: (!real).then_some(count) };
             self.enqueue_head(memory, first, rows)?;
             let logits = &memory.activations.at(self.logits, padded);
             let stretch = Stretch { first, rows, logits };
-            memory.ahead.draw(self.queue(), &stretch, (all, self.sizes.vocab), &views.how)?;
+            memory.ahead.draw(self.queue(), &stretch, (all, self.sizes.vocab), (&views.how, lists))?;
         }
         memory.ahead.keep(self.queue(), all, &views.kept)
     }
@@ -278,12 +282,13 @@ impl Cuda {
         memory: &mut Memory,
         batch: &Batch,
         tables: &TableView<'_>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<bool, CudaError> {
         let before = self.stream.launched();
         memory.bucket = memory.limits.bucket(batch.ids.len());
         let (bucket, prompts) = (memory.bucket, inputs::has_prompts(batch));
-        let here = draws.iter().all(Option::is_some);
+        let here = draws.iter().all(|draw| draw.is_some_and(|draw| !draw.describes()));
+        memory.asked.fill(self.queue(), batch, tables, draws)?;
         memory.inputs.send(&self.stream, batch, bucket, tables, here.then_some(draws))?;
         memory.ahead.begin(&self.stream)?;
         match memory.graphs.get(Kind { bucket, prompts }) {
@@ -306,7 +311,7 @@ impl Cuda {
         &self,
         memory: &mut Memory,
         wanted: &Range<usize>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<(), CudaError> {
         let some = draws.iter().any(Option::is_some);
         if some {
@@ -315,7 +320,8 @@ impl Cuda {
         self.enqueue_head(memory, wanted.start, Rows::exactly(wanted.len()))?;
         let logits = memory.activations.at(self.logits, wanted.len());
         if some {
-            memory.draws.enqueue(self.queue(), &logits, self.sizes.vocab, wanted.len())?;
+            let lists = memory.asked.lists();
+            memory.draws.enqueue(self.queue(), &logits, (wanted.len(), self.sizes.vocab), &lists)?;
         }
         if draws.iter().any(Option::is_none) {
             memory.download.start(&self.stream, &logits)?;
@@ -334,7 +340,7 @@ impl Executor for Cuda {
         &mut self,
         batch: &Batch,
         tables: &TableView<'_>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<bool, CudaError> {
         self.context.enter()?;
         let mut memory = self.memory.take().ok_or_else(not_configured)?;
@@ -347,16 +353,17 @@ impl Executor for Cuda {
         &mut self,
         _: &Batch,
         wanted: Range<usize>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<Tile<'_>, CudaError> {
         self.context.enter()?;
         let mut memory = self.memory.take().ok_or_else(not_configured)?;
         let enqueued = self.enqueue_tile(&mut memory, &wanted, draws);
         let memory = self.memory.insert(memory);
         enqueued?;
-        let drawn = match draws.iter().any(Option::is_some) {
+        let described_row = memory.draws.described_row();
+        let (drawn, described) = match draws.iter().any(Option::is_some) {
             true => memory.draws.wait(wanted.len())?,
-            false => &[],
+            false => (&[][..], &[][..]),
         };
         let elements = match draws.iter().all(Option::is_some) {
             true => 0,
@@ -365,7 +372,7 @@ impl Executor for Cuda {
         let bytes = &mut memory.download.wait()?[..elements * 4];
         let logits = <[f32]>::mut_from_bytes(bytes)
             .map_err(|e| CudaError::Shape { op: "logits", why: e.to_string() })?;
-        Ok(Tile { logits, drawn })
+        Ok(Tile { logits, drawn, described, described_row })
     }
 
     fn ready(&self) -> Result<bool, CudaError> {

@@ -5,14 +5,15 @@
 
 use super::inputs::{self, Layout};
 use super::limits::Limits;
-use super::{ahead, weights};
+use super::{ahead, asked, weights};
 use crate::memory::HEAD_ROWS;
 use device::cuda::Arena;
 use model::lower::{BufferId, LocalAttention, Lowered, Op};
 use ops::cuda::Dtype;
 use ops::flash::cuda::{Partials, Variant, splits};
 use ops::paged::KvLayer;
-use ops::sample::cuda::SampleRow;
+use ops::sample::cuda::{SampleRow, TokenLogprob};
+use step::MAX_LOGPROBS;
 use ops::{gqa, mla, moe};
 
 /// Elements of logits held at once, at most (but for one row).
@@ -178,14 +179,15 @@ impl Sizes {
         self.tile * self.vocab * 4
     }
 
-    /// Bytes that say how the rows of a tile are drawn.
+    /// Bytes that say how the rows of a tile are drawn, and what is listed of each.
     pub(super) const fn draw_bytes(&self) -> usize {
-        self.tile * size_of::<SampleRow>()
+        self.tile * (size_of::<SampleRow>() + size_of::<u32>())
     }
 
-    /// Bytes of a tile's tokens, and as many faults.
+    /// Bytes of a tile's tokens, as many faults, and log-probabilities.
     pub(super) const fn drawn_bytes(&self) -> usize {
-        self.tile * 2 * size_of::<u32>()
+        let described = (1 + MAX_LOGPROBS as usize) * size_of::<TokenLogprob>();
+        self.tile * (2 * size_of::<u32>() + described)
     }
 
     /// Bytes of the router's scores.
@@ -236,6 +238,7 @@ impl Sizes {
             self.drawn_bytes(),
         ];
         let kept = inputs::kept_bytes(self, limits).into_iter().chain(ahead::bytes(limits));
+        let kept = kept.chain(asked::bytes(self, limits));
         let plain = plain.into_iter().chain(kept).map(Arena::padded).fold(0, usize::saturating_add);
         plain.saturating_add(attention).saturating_add(experts)
     }

@@ -1,6 +1,7 @@
 //! Steps enqueued before the tokens of those in front of them are known.
 
 use super::{Model, Session, Setup, families, greedy, prompt};
+use ids::{TokenId, Tokens};
 use step::{Outcome, Sampling, StepPlan};
 
 impl Session {
@@ -22,8 +23,21 @@ impl Session {
     }
 }
 
+/// With counts and lists, which steps in flight change and read.
 fn drawn(seed: u64) -> Sampling {
-    Sampling { temperature: 0.9, top_p: 0.95, top_k: 40, seed, ..Sampling::default() }
+    Sampling {
+        temperature: 0.9,
+        top_p: 0.95,
+        top_k: 40,
+        seed,
+        repetition_penalty: 1.2,
+        frequency_penalty: 0.5,
+        presence_penalty: 0.25,
+        logit_bias: [(TokenId(3), 2.0), (TokenId(90), -5.0)].into(),
+        min_tokens: Tokens(3),
+        banned_before_min: [TokenId(7), TokenId(3)].into(),
+        ..Sampling::default()
+    }
 }
 
 /// Requests that come, end in the middle of what was planned, give their slot to another, and need
@@ -57,7 +71,11 @@ pub fn run_ahead_changes_nothing(setup: Setup, runs_ahead: bool) -> Vec<Vec<(u32
         assert_eq!(behind, 0, "{name}: nothing runs ahead");
         for depth in [1, 2] {
             let (outcomes, behind) = run(depth);
-            assert_eq!(behind > 60, runs_ahead, "{name}: {behind} steps were enqueued behind others");
+            assert_eq!(
+                behind > 60,
+                runs_ahead,
+                "{name}: {behind} steps were enqueued behind others"
+            );
             for (at, (one, other)) in alone.iter().zip(&outcomes).enumerate() {
                 assert_eq!(one.sampled, other.sampled, "{name} at {depth}, step {at}");
                 assert_eq!(one.prompt_logprobs, other.prompt_logprobs, "{name}, step {at}");
