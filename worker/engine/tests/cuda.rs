@@ -259,7 +259,7 @@ fn counts_lists_and_log_probabilities_of_the_device_are_the_processors() {
             let [device, processor] = sessions
                 .each_mut()
                 .map(|session| session.complete(&tokens, 1024, 16, sampling.clone()));
-            device.assert_close(&processor, TOLERANCE, &name);
+            device.assert_close(&processor, TOLERANCE, name);
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::executor::{Collected, DeviceTime};
 use crate::flight::MOST_FLIGHTS;
 use device::cuda::{Arena, Context, CudaError, DeviceSlice, Download, Event, Stream};
 use ops::cuda::{Queue, Rows};
-use ops::sample::cuda::{Sample, SampleRow, sample};
+use ops::sample::cuda::{Sample, SampleRow, greedy, sample};
 use ops::tokens::cuda::keep;
 use zerocopy::FromBytes;
 
@@ -55,6 +55,8 @@ pub(super) struct Stretch<'a> {
     pub(super) first: usize,
     pub(super) rows: Rows<'a>,
     pub(super) logits: &'a DeviceSlice,
+    /// Whether all that is drawn is the likeliest.
+    pub(super) greedy: bool,
 }
 
 impl Ahead {
@@ -126,6 +128,11 @@ impl Ahead {
     ) -> Result<(), CudaError> {
         const HOW: usize = size_of::<SampleRow>();
         let (first, end) = (stretch.first, stretch.first + stretch.rows.padded);
+        let tokens = self.drawn.slice(first * 4..end * 4);
+        let faults = self.drawn.slice((all + first) * 4..(all + end) * 4);
+        if stretch.greedy {
+            return greedy(on, stretch.rows, vocab, stretch.logits, (&tokens, &faults));
+        }
         let operands = Sample {
             logits: stretch.logits,
             vocab,
@@ -133,8 +140,8 @@ impl Ahead {
             seen: Some(&lists.seen),
             bias: Some((&lists.bias.0, &lists.bias.1)),
             banned: Some(&lists.banned),
-            tokens: &self.drawn.slice(first * 4..end * 4),
-            faults: &self.drawn.slice((all + first) * 4..(all + end) * 4),
+            tokens: &tokens,
+            faults: &faults,
         };
         sample(on, stretch.rows, &operands)
     }

@@ -278,8 +278,8 @@ impl Inputs {
         let (words, changes) = upload.edit()?.split_at_mut(layout.changes * 4);
         let words = <[u32]>::mut_from_bytes(words).map_err(|e| refused(e.to_string()))?;
         let changes = &mut changes[..layout.most_changes * 4 * CHANGE_WORDS];
-        let changes = <[[u32; CHANGE_WORDS]]>::mut_from_bytes(changes)
-            .map_err(|e| refused(e.to_string()))?;
+        let changes =
+            <[[u32; CHANGE_WORDS]]>::mut_from_bytes(changes).map_err(|e| refused(e.to_string()))?;
 
         words[layout.count] = narrow(batch.ids.len())?;
         copy(words, &layout.ids, &batch.ids)?;

@@ -182,7 +182,7 @@ impl Cuda {
         let mut graphs = Graphs::default();
         for kind in graphs::kinds(&memory.limits) {
             memory.bucket = kind.bucket;
-            let body = |_: &Stream| self.enqueue_body(memory, kind.prompts);
+            let body = |_: &Stream| self.enqueue_body(memory, kind);
             graphs.insert(kind, self.stream.capture(body)?);
         }
         memory.graphs = graphs;
@@ -218,7 +218,7 @@ impl Cuda {
 
     /// Enqueues the body for a batch whose inputs were sent, and the draws where it only decodes:
     /// then no more rows are wanted than there are.
-    fn enqueue_body(&self, memory: &Memory, prompts: bool) -> Result<(), CudaError> {
+    fn enqueue_body(&self, memory: &Memory, kind: Kind) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
         let rows = Rows { padded: memory.bucket, count: Some(&views.count) };
         let operands = Begin {
@@ -230,14 +230,23 @@ impl Cuda {
             tables: &views.tables,
         };
         begin(self.queue(), rows, &operands)?;
-        let step = self.step(memory, rows, &memory.inputs.ids, prompts)?;
+        let step = self.step(memory, rows, &memory.inputs.ids, kind.prompts)?;
         self.body.iter().try_for_each(|launch| step.run(launch))?;
-        if prompts { Ok(()) } else { self.enqueue_draws(memory, memory.bucket, false) }
+        match kind.prompts {
+            true => Ok(()),
+            false => self.enqueue_draws(memory, memory.bucket, false, kind.greedy),
+        }
     }
 
     /// Enqueues logits and draws of the first `all` wanted rows, tile by tile. Unless all of them are
     /// `real`, the device knows how many are.
-    fn enqueue_draws(&self, memory: &Memory, all: usize, real: bool) -> Result<(), CudaError> {
+    fn enqueue_draws(
+        &self,
+        memory: &Memory,
+        all: usize,
+        real: bool,
+        greedy: bool,
+    ) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
         let lists = &memory.asked.lists();
         for (first, count) in (0..all).step_by(self.sizes.tile).zip(&views.heads) {
@@ -245,7 +254,7 @@ impl Cuda {
             let rows = Rows { padded, count: (!real).then_some(count) };
             self.enqueue_head(memory, first, rows)?;
             let logits = &memory.activations.at(self.logits, padded);
-            let stretch = Stretch { first, rows, logits };
+            let stretch = Stretch { first, rows, logits, greedy };
             memory.ahead.draw(self.queue(), &stretch, (all, self.sizes.vocab), (&views.how, lists))?;
         }
         memory.ahead.keep(self.queue(), all, &views.kept)
@@ -291,13 +300,15 @@ impl Cuda {
         memory.asked.fill(self.queue(), batch, tables, draws)?;
         memory.inputs.send(&self.stream, batch, bucket, tables, here.then_some(draws))?;
         memory.ahead.begin(&self.stream)?;
-        match memory.graphs.get(Kind { bucket, prompts }) {
+        let greedy = draws.iter().flatten().all(|draw| draw.how.is_greedy());
+        let kind = Kind { bucket, prompts, greedy: greedy && !prompts };
+        match memory.graphs.get(kind) {
             Some(graph) => graph.launch(&self.stream)?,
-            None => self.enqueue_body(memory, prompts)?,
+            None => self.enqueue_body(memory, kind)?,
         }
         let wanted = if here { draws.len() } else { 0 };
         if prompts && wanted > 0 {
-            self.enqueue_draws(memory, wanted, true)?;
+            self.enqueue_draws(memory, wanted, true, greedy)?;
         }
         let rows = if prompts { wanted } else { bucket };
         memory.ahead.end(&self.stream, wanted, rows)?;

@@ -13,8 +13,8 @@ use ops::cuda::Dtype;
 use ops::flash::cuda::{Partials, Variant, splits};
 use ops::paged::KvLayer;
 use ops::sample::cuda::{SampleRow, TokenLogprob};
-use step::MAX_LOGPROBS;
 use ops::{gqa, mla, moe};
+use step::MAX_LOGPROBS;
 
 /// Elements of logits held at once, at most (but for one row).
 const MAX_TILE_ELEMENTS: usize = 1 << 23;
