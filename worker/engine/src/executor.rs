@@ -4,10 +4,11 @@ use crate::EngineError;
 use crate::batch::Batch;
 use crate::cpu::Cpu;
 use crate::cuda::Cuda;
+use crate::sampler::SamplerState;
 use crate::slots::Slots;
 use core::ops::Range;
 use device::cuda::CudaError;
-use ops::sample::cuda::SampleRow;
+use ops::sample::cuda::{SampleRow, UNWANTED};
 use std::time::Duration;
 use step::StartPhase;
 
@@ -27,10 +28,43 @@ impl<'a> TableView<'a> {
         self.slots.row(slot).generation
     }
 
+    /// What the life in `slot` asks of its draws.
+    pub(crate) fn asked(&self, slot: ids::SlotId) -> Option<Asked<'a>> {
+        let life = self.slots.row(slot).life.as_ref()?;
+        let (tokens, prompt) = (life.tokens.as_slice(), life.prompt.as_usize());
+        Some(Asked { tokens, prompt, state: &life.sampler })
+    }
+
     /// Element offsets of the logical blocks of `slot` in a cache group.
     #[must_use]
     pub fn offsets(&self, slot: ids::SlotId, group: usize) -> &'a [u64] {
         self.slots.row(slot).tables.offsets(group)
+    }
+}
+
+/// What the life in a slot asks of a draw beyond a row of parameters.
+pub(crate) struct Asked<'a> {
+    /// Tokens known at admission, of which the first `prompt` are the client's.
+    pub(crate) tokens: &'a [u32],
+    pub(crate) prompt: usize,
+    pub(crate) state: &'a SamplerState,
+}
+
+/// How a wanted row's token is drawn where that may happen beside the logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowDraw {
+    /// Its parameters; places of lists and counts are those of its slot.
+    pub how: SampleRow,
+    /// How many of the likeliest tokens are listed with the one drawn, with log-probabilities;
+    /// [`UNWANTED`] where none are asked for.
+    pub listed: u32,
+}
+
+impl RowDraw {
+    /// Whether log-probabilities are asked for.
+    #[must_use]
+    pub const fn describes(&self) -> bool {
+        self.listed != UNWANTED
     }
 }
 
@@ -41,6 +75,11 @@ pub struct Tile<'a> {
     /// Tokens, then faults (see [`ops::sample::cuda::fault`]), of rows that were to be drawn; empty
     /// where the executor draws nothing.
     pub drawn: &'a [u32],
+    /// [`ops::sample::cuda::TokenLogprob`] in words, `described_row` of each row: the token drawn, then
+    /// the likeliest; empty where no row asks for them.
+    pub described: &'a [[u32; 3]],
+    /// Entries of a row.
+    pub described_row: usize,
 }
 
 /// What a step took of a device; zeros where nothing is measured.
@@ -82,7 +121,7 @@ pub trait Executor {
         &mut self,
         batch: &Batch,
         tables: &TableView<'_>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<bool, CudaError>;
 
     /// Some of the wanted rows of the last step, whose batch and draws these are; at most
@@ -94,7 +133,7 @@ pub trait Executor {
         &mut self,
         batch: &Batch,
         wanted: Range<usize>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<Tile<'_>, CudaError>;
 
     /// Whether [`Executor::collect`] would not wait.
@@ -155,7 +194,7 @@ impl Executor for Backend<'_> {
         &mut self,
         batch: &Batch,
         tables: &TableView<'_>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<bool, CudaError> {
         match self {
             Self::Cpu(cpu) => cpu.enqueue(batch, tables, draws),
@@ -167,7 +206,7 @@ impl Executor for Backend<'_> {
         &mut self,
         batch: &Batch,
         wanted: Range<usize>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<Tile<'_>, CudaError> {
         match self {
             Self::Cpu(cpu) => cpu.finish(batch, wanted, draws),

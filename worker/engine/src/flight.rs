@@ -6,12 +6,12 @@
 
 use crate::batch::{Batch, Purpose, Wanted};
 use crate::digest::Digest;
+use crate::executor::RowDraw;
 use crate::sampler::Sampler;
 use crate::slots::Slots;
 use crate::{PlanError, StepError};
 use device::cuda::CudaError;
 use ids::{Incarnation, SlotGeneration, StepSeq};
-use ops::sample::cuda::SampleRow;
 use std::time::Instant;
 use step::StepPlan;
 
@@ -26,7 +26,7 @@ pub(crate) struct Flight {
     pub(crate) digest: Digest,
     pub(crate) batch: Batch,
     /// How each wanted row is drawn on a device; `None` where the host has to.
-    pub(crate) draws: Vec<Option<SampleRow>>,
+    pub(crate) draws: Vec<Option<RowDraw>>,
     /// Life of the slot of each wanted row.
     pub(crate) lives: Vec<SlotGeneration>,
     /// Whether the executor draws all tokens and keeps them for the next step. Otherwise no other
@@ -65,7 +65,7 @@ impl Flight {
             let generation = slots.row(*slot).generation;
             let life = slots.life_mut(*slot)?;
             let sampled = *purpose == Purpose::Sample;
-            self.draws.push(sampled.then(|| Sampler::on_device(life)).flatten());
+            self.draws.push(sampled.then(|| Sampler::on_device(life, *slot)).flatten());
             self.lives.push(generation.unwrap_or_default());
         }
         Ok(())

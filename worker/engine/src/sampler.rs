@@ -4,11 +4,19 @@
 //! the row, the request's parameters, what it has seen and the number of its output token, which is
 //! what prompt and output determine, so a preemption changes nothing.
 
+use crate::executor::RowDraw;
 use crate::slots::Life;
-use ids::{TokenId, Tokens};
-use ops::sample::cuda::{SampleRow, fault};
+use ids::{SlotId, TokenId, Tokens};
+use ops::sample::cuda::{SampleRow, UNWANTED, fault};
 use ops::sample::{Fault, LogSoftmax, Params, Seen, Workspace, sample};
 use step::{Logprobs, SampleFault, Sampling, TokenLogprob};
+
+/// Biases that a slot has a place for on a device: as many as the gateway lets through.
+pub(crate) const MOST_BIASES: usize = 1024;
+/// Bans, likewise: stop tokens that a client names, and those of the model.
+const MOST_BANNED: usize = 512;
+/// 32-bit words of a slot's place for both: tokens of biases, their values, bans.
+pub(crate) const LIST_WORDS: usize = 2 * MOST_BIASES + MOST_BANNED;
 
 /// What a request's sampling needs beyond its parameters.
 #[derive(Debug, Default)]
@@ -36,6 +44,21 @@ impl SamplerState {
             bias: sampling.logit_bias.iter().map(|&(token, bias)| (token.0, bias)).collect(),
             banned: sampling.banned_before_min.iter().map(|token| token.0).collect(),
         }
+    }
+
+    /// Whether a slot's place on a device holds the lists.
+    fn fits(&self) -> bool {
+        self.bias.len() <= MOST_BIASES && self.banned.len() <= MOST_BANNED
+    }
+
+    /// Writes the lists as a slot's place has them; what is behind their ends stays.
+    pub(crate) fn write_lists(&self, words: &mut [u32]) {
+        let (tokens, rest) = words.split_at_mut(MOST_BIASES);
+        let (values, banned) = rest.split_at_mut(MOST_BIASES);
+        for ((token, value), (t, v)) in tokens.iter_mut().zip(values).zip(&self.bias) {
+            (*token, *value) = (*t, v.to_bits());
+        }
+        banned.iter_mut().zip(&self.banned).for_each(|(to, token)| *to = *token);
     }
 
     /// Counts a token of the output.
@@ -70,27 +93,33 @@ impl Sampler {
         }
     }
 
-    /// How a request's next token is drawn on a device; `None` where that takes more than its own
-    /// parameters: counts, lists, or the raw row afterwards. It depends on the request and its length
-    /// alone, so batch mates do not change who draws.
-    pub(crate) fn on_device(life: &Life) -> Option<SampleRow> {
+    /// How a request's next token is drawn on a device; `None` where its lists are too long. It depends
+    /// on the request alone, so neither batch mates nor its length change who draws.
+    pub(crate) fn on_device(life: &Life, slot: SlotId) -> Option<RowDraw> {
         let sampling = &*life.sampling;
         let (output, state) = (life.known - life.prompt, &life.sampler);
-        let lists = !state.bias.is_empty()
-            || !banned(&state.banned, output, sampling.min_tokens).is_empty();
-        if sampling.logprobs.is_some() || state.seen.is_some() || lists {
+        if !state.fits() {
             return None;
         }
-        Some(SampleRow {
+        let place = slot.0 * LIST_WORDS as u32;
+        let how = SampleRow {
             seed: sampling.seed,
             temperature: sampling.temperature,
             top_p: sampling.top_p,
             min_p: sampling.min_p,
+            repetition: sampling.repetition_penalty,
+            frequency: sampling.frequency_penalty,
+            presence: sampling.presence_penalty,
             top_k: sampling.top_k,
             choice: sampling.choice,
             position: output.0,
-            ..SampleRow::GREEDY
-        })
+            slot: slot.0,
+            bias_start: place,
+            bias_count: state.bias.len() as u32,
+            banned_start: place,
+            banned_count: banned(&state.banned, output, sampling.min_tokens).len() as u32,
+        };
+        Some(RowDraw { how, listed: sampling.logprobs.map_or(UNWANTED, u32::from) })
     }
 
     /// Draws the next token of a request from its row, which is changed.
@@ -147,6 +176,22 @@ pub(crate) const fn drawn_on_device(token: u32, left: u32) -> Drawn {
         _ => Err(SampleFault::NotANumber),
     };
     Drawn { token, logprobs: None }
+}
+
+/// What a device says of a row of `vocab` tokens of which `listed` are asked for.
+pub(crate) fn described_on_device(
+    entries: &[[u32; 3]],
+    listed: u32,
+    vocab: usize,
+) -> Option<Logprobs> {
+    let convert = |[token, logprob, rank]: [u32; 3]| TokenLogprob {
+        token: TokenId(token),
+        logprob: f32::from_bits(logprob),
+        rank,
+    };
+    let (chosen, top) = entries.split_first()?;
+    let top = top.iter().take(vocab.min(listed as usize));
+    Some(Logprobs { chosen: convert(*chosen), top: top.copied().map(convert).collect() })
 }
 
 fn banned(tokens: &[u32], output: Tokens, min_tokens: Tokens) -> &[u32] {

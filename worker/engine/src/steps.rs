@@ -10,7 +10,7 @@ mod tests;
 use crate::batch::{Purpose, Wanted};
 use crate::executor::{Collected, Executor, TableView, Tile};
 use crate::flight::{Flight, MOST_FLIGHTS};
-use crate::sampler::{Drawn, Sampler, drawn_on_device};
+use crate::sampler::{Drawn, Sampler, described_on_device, drawn_on_device};
 use crate::slots::Slots;
 use crate::{PlanError, StepError};
 use ids::{Incarnation, RequestId, SlotGeneration, SlotId, StepSeq, TokenId, Tokens};
@@ -196,7 +196,7 @@ impl Steps {
         for first in (0..flight.batch.wanted.len()).step_by(most) {
             let range = first..(first + most).min(flight.batch.wanted.len());
             let draws = &flight.draws[range.clone()];
-            let Tile { logits, drawn } = backend
+            let Tile { logits, drawn, described, described_row } = backend
                 .finish(&flight.batch, range.clone(), draws)
                 .map_err(|source| flight.failed("logits and draws", source))?;
             let Self { slots, sampler, vocab, .. } = self;
@@ -214,7 +214,14 @@ impl Steps {
                     }
                     Purpose::Sample => {
                         let drawn = match (draws[at], tokens.get(at), faults.get(at)) {
-                            (Some(_), Some(token), Some(left)) => drawn_on_device(*token, *left),
+                            (Some(draw), Some(token), Some(left)) => {
+                                let mut drawn = drawn_on_device(*token, *left);
+                                if draw.describes() && drawn.token.is_ok() {
+                                    let row = &described[at * described_row..][..described_row];
+                                    drawn.logprobs = described_on_device(row, draw.listed, *vocab);
+                                }
+                                drawn
+                            }
                             _ => sampler.draw(row, life),
                         };
                         let sampled = sampled(slot, *generation, drawn);

@@ -5,10 +5,11 @@
 mod common;
 
 use common::{
-    Model, Setup, agreement, ahead, equalities, families, goldens, greedy, naive, native, origins,
-    poison,
+    Completion, Model, Setup, agreement, ahead, equalities, families, goldens, greedy, naive,
+    native, origins, poison,
 };
 use engine::{CudaError, Device, EngineError, KvDtype};
+use ids::{TokenId, Tokens};
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use step::Sampling;
@@ -222,6 +223,73 @@ fn tokens_drawn_on_the_device_are_the_processors() {
                 |setup| model.session(setup).complete(&tokens, 1024, 16, sampling.clone()).tokens;
             assert_eq!(run(setup), run(Setup::default()), "{name}");
         }
+    }
+}
+
+/// Samplings that ask for more than a row of parameters.
+fn asking() -> [Sampling; 5] {
+    let penalised = Sampling {
+        temperature: 0.8,
+        seed: 3,
+        repetition_penalty: 1.3,
+        frequency_penalty: 0.4,
+        presence_penalty: 0.5,
+        ..Sampling::default()
+    };
+    let listed = Sampling {
+        logit_bias: [(TokenId(5), 3.0), (TokenId(60), 4.0), (TokenId(96), -100.0)].into(),
+        min_tokens: Tokens(6),
+        banned_before_min: [TokenId(60), TokenId(2)].into(),
+        ..Sampling::default()
+    };
+    let both = Sampling {
+        logit_bias: listed.logit_bias.clone(),
+        logprobs: Some(20),
+        top_k: 20,
+        top_p: 0.9,
+        min_p: 0.01,
+        ..penalised.clone()
+    };
+    let greedily = Sampling { temperature: 0.0, logprobs: Some(0), ..penalised.clone() };
+    [penalised, listed, both, greedily, greedy()]
+}
+
+#[test]
+fn counts_lists_and_log_probabilities_of_the_device_are_the_processors() {
+    let Some((setup, _turn)) = cuda() else { return };
+    for (name, config) in families() {
+        let model = Model::new(&config, 12);
+        let tokens = common::prompt(70, 5);
+        let mut sessions = [setup, Setup::default()].map(|setup| model.session(setup));
+        // One after another in one slot, whose place each fills anew.
+        for sampling in asking() {
+            let [device, processor] = sessions
+                .each_mut()
+                .map(|session| session.complete(&tokens, 1024, 16, sampling.clone()));
+            device.assert_close(&processor, TOLERANCE, name);
+        }
+    }
+}
+
+#[test]
+fn counts_are_rebuilt_when_a_request_comes_back() {
+    let Some((setup, _turn)) = cuda() else { return };
+    let (_, config) = families().remove(0);
+    let model = Model::new(&config, 12);
+    let tokens = common::prompt(70, 5);
+    for sampling in asking() {
+        let whole = model.session(setup).complete(&tokens, 1024, 16, sampling.clone());
+        let mut session = model.session(setup);
+        // Another request left its counts in the slot.
+        session.complete(&common::prompt(40, 9), 1024, 8, sampling.clone());
+        let known = [&tokens[..], &whole.tokens[..7]].concat();
+        session.admit(0, &known, tokens.len(), sampling);
+        let mut rest = Completion::default();
+        rest.take(session.step(&[(0, known.len() as u32)]));
+        while rest.tokens.len() < 9 {
+            rest.take(session.step(&[]));
+        }
+        assert_eq!(rest.tokens, whole.tokens[7..]);
     }
 }
 

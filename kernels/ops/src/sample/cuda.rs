@@ -68,6 +68,19 @@ impl SampleRow {
         banned_count: 0,
     };
 
+    /// Whether counts of what was seen matter.
+    #[must_use]
+    pub const fn has_penalties(&self) -> bool {
+        self.repetition != 1.0 || self.frequency != 0.0 || self.presence != 0.0
+    }
+
+    /// Whether [`greedy`] draws the same.
+    #[must_use]
+    pub const fn is_greedy(&self) -> bool {
+        let lists = self.bias_count > 0 || self.banned_count > 0;
+        self.temperature == 0.0 && !lists && !self.has_penalties()
+    }
+
     /// As the device has it, in 32-bit words.
     #[must_use]
     pub const fn words(&self) -> [u32; 16] {

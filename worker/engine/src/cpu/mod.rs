@@ -10,7 +10,7 @@ mod run;
 pub(crate) use launch::local_router;
 
 use crate::batch::Batch;
-use crate::executor::{Collected, DeviceTime, Executor, TableView, Tile};
+use crate::executor::{Collected, DeviceTime, Executor, RowDraw, TableView, Tile};
 use crate::memory::HEAD_ROWS;
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use arena::Arena;
@@ -24,7 +24,6 @@ use launch::{Experts, Launch, Layer, Place, Resolver, Rotation};
 use model::lower::Lowered;
 use ops::moe;
 use ops::paged::{Kv, KvMut, Segment};
-use ops::sample::cuda::SampleRow;
 use run::Step;
 use std::time::{Duration, Instant};
 
@@ -203,7 +202,7 @@ impl Executor for Cpu<'_> {
         &mut self,
         batch: &Batch,
         tables: &TableView<'_>,
-        _: &[Option<SampleRow>],
+        _: &[Option<RowDraw>],
     ) -> Result<bool, CudaError> {
         let began = Instant::now();
         let Self { pool, body, rotations, memory, mla_form, .. } = self;
@@ -236,7 +235,7 @@ impl Executor for Cpu<'_> {
         &mut self,
         batch: &Batch,
         wanted: Range<usize>,
-        _: &[Option<SampleRow>],
+        _: &[Option<RowDraw>],
     ) -> Result<Tile<'_>, CudaError> {
         let began = Instant::now();
         let wanted = &batch.wanted[wanted];
@@ -254,7 +253,7 @@ impl Executor for Cpu<'_> {
         }
         self.spent += began.elapsed();
         let logits = memory.head_arena.one(self.logits, wanted.len());
-        Ok(Tile { logits, drawn: &[] })
+        Ok(Tile { logits, drawn: &[], described: &[], described_row: 0 })
     }
 
     fn ready(&self) -> Result<bool, CudaError> {

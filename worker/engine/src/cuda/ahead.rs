@@ -4,12 +4,13 @@
 //! It launches draws and knows no model. Invariant: what a step left is not overwritten before it was
 //! collected, because no more steps are in flight than there are places.
 
+use super::asked::Lists;
 use super::limits::Limits;
 use crate::executor::{Collected, DeviceTime};
 use crate::flight::MOST_FLIGHTS;
 use device::cuda::{Arena, Context, CudaError, DeviceSlice, Download, Event, Stream};
 use ops::cuda::{Queue, Rows};
-use ops::sample::cuda::{Sample, SampleRow, sample};
+use ops::sample::cuda::{Sample, SampleRow, greedy, sample};
 use ops::tokens::cuda::keep;
 use zerocopy::FromBytes;
 
@@ -54,6 +55,8 @@ pub(super) struct Stretch<'a> {
     pub(super) first: usize,
     pub(super) rows: Rows<'a>,
     pub(super) logits: &'a DeviceSlice,
+    /// Whether all that is drawn is the likeliest.
+    pub(super) greedy: bool,
 }
 
 impl Ahead {
@@ -121,19 +124,24 @@ impl Ahead {
         on: Queue<'_>,
         stretch: &Stretch<'_>,
         (all, vocab): (usize, usize),
-        how: &DeviceSlice,
+        (how, lists): (&DeviceSlice, &Lists),
     ) -> Result<(), CudaError> {
         const HOW: usize = size_of::<SampleRow>();
         let (first, end) = (stretch.first, stretch.first + stretch.rows.padded);
+        let tokens = self.drawn.slice(first * 4..end * 4);
+        let faults = self.drawn.slice((all + first) * 4..(all + end) * 4);
+        if stretch.greedy {
+            return greedy(on, stretch.rows, vocab, stretch.logits, (&tokens, &faults));
+        }
         let operands = Sample {
             logits: stretch.logits,
             vocab,
             how: &how.slice(first * HOW..end * HOW),
-            seen: None,
-            bias: None,
-            banned: None,
-            tokens: &self.drawn.slice(first * 4..end * 4),
-            faults: &self.drawn.slice((all + first) * 4..(all + end) * 4),
+            seen: Some(&lists.seen),
+            bias: Some((&lists.bias.0, &lists.bias.1)),
+            banned: Some(&lists.banned),
+            tokens: &tokens,
+            faults: &faults,
         };
         sample(on, stretch.rows, &operands)
     }

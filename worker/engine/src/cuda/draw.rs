@@ -1,11 +1,13 @@
-//! Tokens drawn on the device: parameters there, tokens and faults back.
+//! Tiles of tokens drawn on the device: parameters there, tokens, faults and log-probabilities back.
 //!
-//! It keeps no state of a request. Invariant: rows that are not to be drawn keep their logits.
+//! It keeps no state of a request. Invariant: logits stay as they are, for whoever draws on the host.
 
+use super::asked::Lists;
 use super::sizes::Sizes;
+use crate::executor::RowDraw;
 use device::cuda::{Arena, Context, CudaError, DeviceSlice, Download, Stream, Upload};
 use ops::cuda::{Queue, Rows};
-use ops::sample::cuda::{Sample, SampleRow, sample};
+use ops::sample::cuda::{Logprobs, Sample, SampleRow, TokenLogprob, UNWANTED, logprobs, sample};
 use zerocopy::FromBytes;
 
 const OP: &str = "sample";
@@ -13,9 +15,12 @@ const OP: &str = "sample";
 /// Memory of a tile's draws.
 pub(super) struct Draws {
     upload: Upload,
+    /// Parameters of rows, then how many tokens are listed of each.
     how: DeviceSlice,
-    /// Tokens, then faults.
+    /// Tokens, then faults, then log-probabilities.
     drawn: DeviceSlice,
+    /// Tokens that a row of the tile lists at most; `None` where no row is described.
+    most: Option<usize>,
     download: Download,
 }
 
@@ -29,6 +34,7 @@ impl Draws {
             upload: Upload::new(context, sizes.draw_bytes())?,
             how: arena.take(OP, sizes.draw_bytes())?,
             drawn: arena.take(OP, sizes.drawn_bytes())?,
+            most: None,
             download: Download::new(context, sizes.drawn_bytes())?,
         })
     }
@@ -38,15 +44,22 @@ impl Draws {
     pub(super) fn send(
         &mut self,
         stream: &Stream,
-        rows: &[Option<SampleRow>],
+        rows: &[Option<RowDraw>],
     ) -> Result<(), CudaError> {
-        let words = <[[u32; 16]]>::mut_from_bytes(self.upload.edit()?).map_err(cast)?;
-        for (to, row) in words.iter_mut().zip(rows) {
-            // The likeliest token is found without touching the row.
-            *to = row.unwrap_or(SampleRow::GREEDY).words();
+        const HOW: usize = size_of::<SampleRow>();
+        let (how, listed) = self.upload.edit()?.split_at_mut(rows.len() * HOW);
+        let how = <[[u32; 16]]>::mut_from_bytes(how).map_err(cast)?;
+        let listed = <[u32]>::mut_from_bytes(&mut listed[..rows.len() * 4]).map_err(cast)?;
+        self.most = None;
+        for ((how, listed), row) in how.iter_mut().zip(listed).zip(rows) {
+            // Of a row that the host draws the likeliest token does no harm.
+            *how = row.map_or(SampleRow::GREEDY, |row| row.how).words();
+            *listed = row.map_or(UNWANTED, |row| row.listed);
+            if *listed != UNWANTED {
+                self.most = self.most.max(Some(*listed as usize));
+            }
         }
-        let bytes = rows.len() * size_of::<SampleRow>();
-        self.upload.send(stream, &self.how.slice(0..bytes))
+        self.upload.send(stream, &self.how.slice(0..rows.len() * (HOW + 4)))
     }
 
     /// Enqueues the draws of `rows` rows of logits and the way back of tokens.
@@ -54,26 +67,48 @@ impl Draws {
         &mut self,
         on: Queue<'_>,
         logits: &DeviceSlice,
-        vocab: usize,
-        rows: usize,
+        (rows, vocab): (usize, usize),
+        lists: &Lists,
     ) -> Result<(), CudaError> {
+        const HOW: usize = size_of::<SampleRow>();
+        let tokens = self.drawn.slice(0..rows * 4);
         let operands = Sample {
             logits,
             vocab,
-            how: &self.how,
-            seen: None,
-            bias: None,
-            banned: None,
-            tokens: &self.drawn.slice(0..rows * 4),
+            how: &self.how.slice(0..rows * HOW),
+            seen: Some(&lists.seen),
+            bias: Some((&lists.bias.0, &lists.bias.1)),
+            banned: Some(&lists.banned),
+            tokens: &tokens,
             faults: &self.drawn.slice(rows * 4..rows * 8),
         };
         sample(on, Rows::exactly(rows), &operands)?;
-        self.download.start(on.stream, &self.drawn.slice(0..rows * 8))
+        let end = rows * (8 + self.described_row() * size_of::<TokenLogprob>());
+        if let Some(most) = self.most {
+            let operands = Logprobs {
+                logits,
+                vocab,
+                chosen: &tokens,
+                wanted: &self.how.slice(rows * HOW..rows * (HOW + 4)),
+                most,
+                out: &self.drawn.slice(rows * 8..end),
+            };
+            logprobs(on, Rows::exactly(rows), &operands)?;
+        }
+        self.download.start(on.stream, &self.drawn.slice(0..end))
     }
 
-    /// Tokens and faults of the last tile, once they are here.
-    pub(super) fn wait(&mut self, rows: usize) -> Result<&[u32], CudaError> {
-        <[u32]>::ref_from_bytes(&self.download.wait()?[..rows * 8]).map_err(cast)
+    /// Entries that describe a row of the last tile that was sent: the token drawn, and the likeliest.
+    pub(super) fn described_row(&self) -> usize {
+        self.most.map_or(0, |most| 1 + most)
+    }
+
+    /// Tokens and faults of the last tile, and what describes its rows, once they are here.
+    pub(super) fn wait(&mut self, rows: usize) -> Result<(&[u32], &[[u32; 3]]), CudaError> {
+        let described = rows * self.described_row() * size_of::<TokenLogprob>();
+        let (drawn, rest) = self.download.wait()?.split_at(rows * 8);
+        let drawn = <[u32]>::ref_from_bytes(drawn).map_err(cast)?;
+        Ok((drawn, <[[u32; 3]]>::ref_from_bytes(&rest[..described]).map_err(cast)?))
     }
 }
 

@@ -14,6 +14,8 @@ pub(super) struct Kind {
     pub(super) bucket: usize,
     /// Whether a segment has several rows.
     pub(super) prompts: bool,
+    /// Whether all tokens that are drawn with it are just the likeliest.
+    pub(super) greedy: bool,
 }
 
 /// Every kind of step within limits. Only requests that decode are a row each, so without prompt
@@ -22,7 +24,14 @@ pub(super) fn kinds(limits: &Limits) -> Vec<Kind> {
     let slots = limits.bucket(limits.slots.min(limits.rows));
     let buckets = limits.buckets().into_iter();
     buckets
-        .flat_map(|bucket| [false, true].map(|prompts| Kind { bucket, prompts }))
+        .flat_map(|bucket| {
+            // Draws behind prompt chunks are not part of the graph.
+            [(false, false), (false, true), (true, false)].map(|(prompts, greedy)| Kind {
+                bucket,
+                prompts,
+                greedy,
+            })
+        })
         .filter(|kind| if kind.prompts { kind.bucket > 1 } else { kind.bucket <= slots })
         .collect()
 }
@@ -53,9 +62,12 @@ mod tests {
         let kinds = kinds(&limits);
         for rows in 1..=limits.rows {
             let bucket = limits.bucket(rows);
-            assert_eq!(kinds.contains(&Kind { bucket, prompts: true }), rows > 1);
-            assert!(rows > limits.slots || kinds.contains(&Kind { bucket, prompts: false }));
+            assert_eq!(kinds.contains(&Kind { bucket, prompts: true, greedy: false }), rows > 1);
+            for greedy in [false, true] {
+                let kind = Kind { bucket, prompts: false, greedy };
+                assert!(rows > limits.slots || kinds.contains(&kind));
+            }
         }
-        assert!(kinds.len() < 40, "{}", kinds.len());
+        assert!(kinds.len() < 50, "{}", kinds.len());
     }
 }

@@ -10,7 +10,7 @@ use super::ahead::most_rows;
 use super::limits::Limits;
 use super::sizes::{Sizes, Spec};
 use crate::batch::Batch;
-use crate::executor::TableView;
+use crate::executor::{RowDraw, TableView};
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceSlice, Stream, Upload};
 use ids::{BLOCK_TOKENS, SlotGeneration, SlotId};
@@ -104,7 +104,7 @@ impl Layout {
         });
         let pieces = pieces.collect();
         let drawn = bucket.min(most_rows(limits));
-        let heads = part(drawn.div_ceil(sizes.tile));
+        let heads = part(drawn.div_ceil(sizes.drawn_tile));
         let how = part(drawn * HOW_WORDS);
         let kept = part(drawn);
         let changed = part(1).start;
@@ -283,7 +283,7 @@ impl Inputs {
                 entries: vec![0; limits.slots * sizes.groups],
             },
             specs: sizes.specs.clone(),
-            tile: sizes.tile,
+            tile: sizes.drawn_tile,
             segments: Vec::with_capacity(limits.slots.min(limits.rows)),
             tiles: Vec::with_capacity(most_tiles),
             decodes: Vec::with_capacity(limits.slots.min(limits.rows)),
@@ -308,7 +308,7 @@ impl Inputs {
         batch: &Batch,
         bucket: usize,
         tables: &TableView<'_>,
-        draws: Option<&[Option<SampleRow>]>,
+        draws: Option<&[Option<RowDraw>]>,
     ) -> Result<(), CudaError> {
         let Self { uploads, turn, device, views, sent, specs, tile, segments, tiles: list, .. } =
             self;
@@ -398,7 +398,7 @@ fn stage_draws(
     layout: &Layout,
     batch: &Batch,
     tile: usize,
-    draws: Option<&[Option<SampleRow>]>,
+    draws: Option<&[Option<RowDraw>]>,
 ) -> Result<(), CudaError> {
     let draws = draws.unwrap_or_default();
     for (index, head) in layout.heads.clone().enumerate() {
@@ -409,7 +409,7 @@ fn stage_draws(
     kept.iter_mut().zip(&batch.wanted).for_each(|(to, wanted)| *to = wanted.slot.0);
     let how = part(words, &layout.how, draws.len() * HOW_WORDS)?;
     for (to, draw) in how.chunks_exact_mut(HOW_WORDS).zip(draws) {
-        to.copy_from_slice(&draw.unwrap_or(SampleRow::GREEDY).words());
+        to.copy_from_slice(&draw.map_or(SampleRow::GREEDY, |draw| draw.how).words());
     }
     Ok(())
 }

@@ -4,12 +4,13 @@
 //! Activations, matrices and cache share one element type. No op allocates and none is chosen here;
 //! kernels read the numbers of rows and tiles on the device, so a step of a bucket differs from
 //! another in data alone. Tokens are drawn on the device and kept there, so that the next step is
-//! enqueued behind this one; but for requests that need more than their own parameters, whose logits
-//! come back to the host, which the next step then waits for. A step that only decodes is a copy, a
-//! launch and a copy back. Invariant: enqueueing waits for nothing but a copy of the step before the
-//! last.
+//! enqueued behind this one. Where log-probabilities are asked for the next step waits for this one;
+//! logits come back to the host for those of prompts, and for lists longer than their places. A step
+//! that only decodes is a copy, a launch and a copy back. Invariant: enqueueing waits for nothing but
+//! a copy of the step before the last.
 
 mod ahead;
+mod asked;
 mod draw;
 mod facts;
 mod fuse;
@@ -25,10 +26,11 @@ pub use facts::{CudaDevice, cuda_device};
 pub use sizes::{CudaBytes, cuda_bytes};
 
 use crate::batch::Batch;
-use crate::executor::{Collected, Executor, TableView, Tile};
+use crate::executor::{Collected, Executor, RowDraw, TableView, Tile};
 use crate::phases::Phases;
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use ahead::{Ahead, Stretch};
+use asked::Asked;
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Download, Stream};
 use draw::Draws;
@@ -40,7 +42,6 @@ use model::lower::Lowered;
 use ops::cuda::{Dtype, Gpu, Queue, Rows, Tensor};
 use ops::flash::cuda::Partials;
 use ops::rope::Pairing;
-use ops::sample::cuda::SampleRow;
 use ops::tokens::cuda::{Begin, begin};
 use ops::{embed, mla, moe};
 use run::{Rotation, Scratch, Step};
@@ -87,6 +88,7 @@ struct Memory {
     scratch: Scratch,
     cache: DeviceSlice,
     ahead: Ahead,
+    asked: Asked,
     draws: Draws,
     download: Download,
     /// Padded rows of the last forward.
@@ -182,8 +184,9 @@ impl Cuda {
             scratch: Scratch { partials, mla, pieces, moe, choices },
             cache,
             ahead: Ahead::take(&self.context, arena, &limits)?,
+            asked: Asked::take(&self.context, arena, sizes, &limits)?,
             draws: Draws::take(&self.context, arena, sizes)?,
-            download: Download::new(&self.context, sizes.logits_bytes())?,
+            download: Download::new(&self.context, sizes.host_bytes())?,
             bucket: 0,
             limits,
         };
@@ -206,7 +209,7 @@ impl Cuda {
         let mut graphs = Graphs::default();
         for kind in graphs::kinds(&memory.limits) {
             memory.bucket = kind.bucket;
-            let body = |_: &Stream| self.enqueue_body(memory, kind.prompts);
+            let body = |_: &Stream| self.enqueue_body(memory, kind);
             graphs.insert(kind, self.stream.capture(body)?);
         }
         memory.graphs = graphs;
@@ -242,7 +245,7 @@ impl Cuda {
 
     /// Enqueues the body for a batch whose inputs were sent, and the draws where it only decodes:
     /// then no more rows are wanted than there are.
-    fn enqueue_body(&self, memory: &Memory, prompts: bool) -> Result<(), CudaError> {
+    fn enqueue_body(&self, memory: &Memory, kind: Kind) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
         let rows = Rows { padded: memory.bucket, count: Some(&views.count) };
         let operands = Begin {
@@ -254,22 +257,37 @@ impl Cuda {
             tables: &views.tables,
         };
         begin(self.queue(), rows, &operands)?;
-        let step = self.step(memory, rows, &memory.inputs.ids, prompts)?;
+        let step = self.step(memory, rows, &memory.inputs.ids, kind.prompts)?;
         self.body.iter().try_for_each(|launch| step.run(launch))?;
-        if prompts { Ok(()) } else { self.enqueue_draws(memory, memory.bucket, false) }
+        match kind.prompts {
+            true => Ok(()),
+            false => self.enqueue_draws(memory, memory.bucket, false, kind.greedy),
+        }
     }
 
     /// Enqueues logits and draws of the first `all` wanted rows, tile by tile. Unless all of them are
     /// `real`, the device knows how many are.
-    fn enqueue_draws(&self, memory: &Memory, all: usize, real: bool) -> Result<(), CudaError> {
+    fn enqueue_draws(
+        &self,
+        memory: &Memory,
+        all: usize,
+        real: bool,
+        greedy: bool,
+    ) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
-        for (first, count) in (0..all).step_by(self.sizes.tile).zip(&views.heads) {
-            let padded = self.sizes.tile.min(all - first);
+        let lists = &memory.asked.lists();
+        for (first, count) in (0..all).step_by(self.sizes.drawn_tile).zip(&views.heads) {
+            let padded = self.sizes.drawn_tile.min(all - first);
             let rows = Rows { padded, count: (!real).then_some(count) };
             self.enqueue_head(memory, first, rows)?;
             let logits = &memory.activations.at(self.logits, padded);
-            let stretch = Stretch { first, rows, logits };
-            memory.ahead.draw(self.queue(), &stretch, (all, self.sizes.vocab), &views.how)?;
+            let stretch = Stretch { first, rows, logits, greedy };
+            memory.ahead.draw(
+                self.queue(),
+                &stretch,
+                (all, self.sizes.vocab),
+                (&views.how, lists),
+            )?;
         }
         memory.ahead.keep(self.queue(), all, &views.kept)
     }
@@ -300,21 +318,24 @@ impl Cuda {
         memory: &mut Memory,
         batch: &Batch,
         tables: &TableView<'_>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<bool, CudaError> {
         let before = self.stream.launched();
         memory.bucket = memory.limits.bucket(batch.ids.len());
         let (bucket, prompts) = (memory.bucket, inputs::has_prompts(batch));
-        let here = draws.iter().all(Option::is_some);
+        let here = draws.iter().all(|draw| draw.is_some_and(|draw| !draw.describes()));
+        memory.asked.fill(self.queue(), batch, tables, draws)?;
         memory.inputs.send(&self.stream, batch, bucket, tables, here.then_some(draws))?;
         memory.ahead.begin(&self.stream)?;
-        match memory.graphs.get(Kind { bucket, prompts }) {
+        let greedy = draws.iter().flatten().all(|draw| draw.how.is_greedy());
+        let kind = Kind { bucket, prompts, greedy: greedy && !prompts };
+        match memory.graphs.get(kind) {
             Some(graph) => graph.launch(&self.stream)?,
-            None => self.enqueue_body(memory, prompts)?,
+            None => self.enqueue_body(memory, kind)?,
         }
         let wanted = if here { draws.len() } else { 0 };
         if prompts && wanted > 0 {
-            self.enqueue_draws(memory, wanted, true)?;
+            self.enqueue_draws(memory, wanted, true, greedy)?;
         }
         let rows = if prompts { wanted } else { bucket };
         memory.ahead.end(&self.stream, wanted, rows)?;
@@ -328,7 +349,7 @@ impl Cuda {
         &self,
         memory: &mut Memory,
         wanted: &Range<usize>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<(), CudaError> {
         let some = draws.iter().any(Option::is_some);
         if some {
@@ -337,7 +358,13 @@ impl Cuda {
         self.enqueue_head(memory, wanted.start, Rows::exactly(wanted.len()))?;
         let logits = memory.activations.at(self.logits, wanted.len());
         if some {
-            memory.draws.enqueue(self.queue(), &logits, self.sizes.vocab, wanted.len())?;
+            let lists = memory.asked.lists();
+            memory.draws.enqueue(
+                self.queue(),
+                &logits,
+                (wanted.len(), self.sizes.vocab),
+                &lists,
+            )?;
         }
         if draws.iter().any(Option::is_none) {
             memory.download.start(&self.stream, &logits)?;
@@ -356,7 +383,7 @@ impl Executor for Cuda {
         &mut self,
         batch: &Batch,
         tables: &TableView<'_>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<bool, CudaError> {
         self.context.enter()?;
         let mut memory = self.memory.take().ok_or_else(not_configured)?;
@@ -369,16 +396,17 @@ impl Executor for Cuda {
         &mut self,
         _: &Batch,
         wanted: Range<usize>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<Tile<'_>, CudaError> {
         self.context.enter()?;
         let mut memory = self.memory.take().ok_or_else(not_configured)?;
         let enqueued = self.enqueue_tile(&mut memory, &wanted, draws);
         let memory = self.memory.insert(memory);
         enqueued?;
-        let drawn = match draws.iter().any(Option::is_some) {
+        let described_row = memory.draws.described_row();
+        let (drawn, described) = match draws.iter().any(Option::is_some) {
             true => memory.draws.wait(wanted.len())?,
-            false => &[],
+            false => (&[][..], &[][..]),
         };
         let elements = match draws.iter().all(Option::is_some) {
             true => 0,
@@ -387,7 +415,7 @@ impl Executor for Cuda {
         let bytes = &mut memory.download.wait()?[..elements * 4];
         let logits = <[f32]>::mut_from_bytes(bytes)
             .map_err(|e| CudaError::Shape { op: "logits", why: e.to_string() })?;
-        Ok(Tile { logits, drawn })
+        Ok(Tile { logits, drawn, described, described_row })
     }
 
     fn ready(&self) -> Result<bool, CudaError> {

@@ -6,18 +6,23 @@
 use super::inputs::{self, Layout};
 use super::launch::Layer;
 use super::limits::Limits;
-use super::{ahead, weights};
+use super::{ahead, asked, weights};
 use crate::memory::HEAD_ROWS;
 use device::cuda::Arena;
 use model::lower::{BufferId, LocalAttention, Lowered, Op};
 use ops::cuda::Dtype;
 use ops::flash::cuda::{Partials, Variant, splits};
 use ops::mla::cuda::decode;
-use ops::sample::cuda::SampleRow;
+use ops::sample::cuda::{SampleRow, TokenLogprob};
 use ops::{gqa, mla, moe};
+use step::MAX_LOGPROBS;
 
 /// Elements of logits held at once, at most (but for one row).
-const MAX_TILE_ELEMENTS: usize = 1 << 23;
+const MAX_TILE_ELEMENTS: usize = 1 << 26;
+/// Rows of logits held at once, at most: the head's weights are read once for so many.
+const MAX_TILE_ROWS: usize = 256;
+/// Elements of logits on their way to the host at once, at most (but for one row).
+const MAX_HOST_ELEMENTS: usize = 1 << 23;
 
 /// Attention as grids see it; layers that look the same share the tiles of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +113,8 @@ pub(super) struct ExpertShape {
 pub(super) struct Sizes {
     pub(super) dtype: Dtype,
     /// Rows of logits computed at once.
+    pub(super) drawn_tile: usize,
+    /// The same, where they may be sent to the host.
     pub(super) tile: usize,
     pub(super) vocab: usize,
     pub(super) groups: usize,
@@ -125,7 +132,8 @@ impl Sizes {
         let vocab = lowered.buffers[lowered.logits.0].width;
         let mut sizes = Self {
             dtype,
-            tile: (MAX_TILE_ELEMENTS / vocab.max(1)).clamp(1, HEAD_ROWS),
+            drawn_tile: (MAX_TILE_ELEMENTS / vocab.max(1)).clamp(1, MAX_TILE_ROWS),
+            tile: (MAX_HOST_ELEMENTS / vocab.max(1)).clamp(1, HEAD_ROWS),
             vocab,
             groups: lowered.groups.len(),
             specs: Vec::new(),
@@ -179,22 +187,28 @@ impl Sizes {
 
     /// Bytes of the head's activations.
     pub(super) const fn head_bytes(&self) -> usize {
-        self.head_width * self.tile * self.dtype.size()
+        self.head_width * self.drawn_tile * self.dtype.size()
     }
 
     /// Bytes of a tile of logits.
     pub(super) const fn logits_bytes(&self) -> usize {
+        self.drawn_tile * self.vocab * 4
+    }
+
+    /// Bytes of logits that are sent to the host at once.
+    pub(super) const fn host_bytes(&self) -> usize {
         self.tile * self.vocab * 4
     }
 
-    /// Bytes that say how the rows of a tile are drawn.
+    /// Bytes that say how the rows of a host's tile are drawn, and what is listed of each.
     pub(super) const fn draw_bytes(&self) -> usize {
-        self.tile * size_of::<SampleRow>()
+        self.tile * (size_of::<SampleRow>() + size_of::<u32>())
     }
 
-    /// Bytes of a tile's tokens, and as many faults.
+    /// Bytes of such a tile's tokens, as many faults, and log-probabilities.
     pub(super) const fn drawn_bytes(&self) -> usize {
-        self.tile * 2 * size_of::<u32>()
+        let described = (1 + MAX_LOGPROBS as usize) * size_of::<TokenLogprob>();
+        self.tile * (2 * size_of::<u32>() + described)
     }
 
     /// Bytes of the router's scores.
@@ -258,6 +272,7 @@ impl Sizes {
             self.drawn_bytes(),
         ];
         let kept = inputs::kept_bytes(self, limits).into_iter().chain(ahead::bytes(limits));
+        let kept = kept.chain(asked::bytes(self, limits));
         let plain = plain.into_iter().chain(kept).map(Arena::padded).fold(0, usize::saturating_add);
         plain.saturating_add(attention).saturating_add(experts)
     }

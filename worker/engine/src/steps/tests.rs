@@ -3,12 +3,11 @@
 
 use super::*;
 use crate::batch::Batch;
-use crate::executor::DeviceTime;
+use crate::executor::{DeviceTime, RowDraw};
 use crate::tables::Carver;
 use core::ops::Range;
 use device::cuda::CudaError;
 use ids::{BlockId, Bytes, GroupId};
-use ops::sample::cuda::SampleRow;
 use ops::tokens::OF_SLOT;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -41,7 +40,7 @@ impl Executor for Memory {
         &mut self,
         batch: &Batch,
         _: &TableView<'_>,
-        draws: &[Option<SampleRow>],
+        draws: &[Option<RowDraw>],
     ) -> Result<bool, CudaError> {
         for run in &batch.runs {
             for row in run.start..run.start + run.len {
@@ -56,7 +55,7 @@ impl Executor for Memory {
             tokens.fold(7_u32, |sum, token| sum.wrapping_mul(31).wrapping_add(token)) % VOCAB
         });
         let drawn: Vec<u32> = drawn.collect();
-        let here = draws.iter().all(Option::is_some);
+        let here = draws.iter().all(|draw| draw.is_some_and(|draw| !draw.describes()));
         if here {
             let kept = batch.wanted.iter().map(|wanted| wanted.slot.0).zip(drawn.iter().copied());
             self.last.extend(kept);
@@ -70,13 +69,13 @@ impl Executor for Memory {
         &mut self,
         _: &Batch,
         wanted: Range<usize>,
-        _: &[Option<SampleRow>],
+        _: &[Option<RowDraw>],
     ) -> Result<Tile<'_>, CudaError> {
         self.logits = vec![0.0; wanted.len() * VOCAB as usize];
         for (row, token) in self.wanted[wanted].iter().enumerate() {
             self.logits[row * VOCAB as usize + *token as usize] = 1.0;
         }
-        Ok(Tile { logits: &mut self.logits, drawn: &[] })
+        Ok(Tile { logits: &mut self.logits, drawn: &[], described: &[], described_row: 0 })
     }
 
     fn ready(&self) -> Result<bool, CudaError> {

@@ -1,6 +1,7 @@
 //! Steps enqueued before the tokens of those in front of them are known.
 
 use super::{Model, Session, Setup, families, greedy, prompt};
+use ids::{TokenId, Tokens};
 use step::{Outcome, Sampling, StepPlan};
 
 impl Session {
@@ -22,8 +23,21 @@ impl Session {
     }
 }
 
+/// With counts and lists, which steps in flight change and read.
 fn drawn(seed: u64) -> Sampling {
-    Sampling { temperature: 0.9, top_p: 0.95, top_k: 40, seed, ..Sampling::default() }
+    Sampling {
+        temperature: 0.9,
+        top_p: 0.95,
+        top_k: 40,
+        seed,
+        repetition_penalty: 1.2,
+        frequency_penalty: 0.5,
+        presence_penalty: 0.25,
+        logit_bias: [(TokenId(3), 2.0), (TokenId(90), -5.0)].into(),
+        min_tokens: Tokens(3),
+        banned_before_min: [TokenId(7), TokenId(3)].into(),
+        ..Sampling::default()
+    }
 }
 
 /// Requests that come, end in the middle of what was planned, give their slot to another, and need
