@@ -12,8 +12,13 @@ use std::io::Read;
 use std::time::Duration;
 
 /// Not fed here; see above.
-const ELSEWHERE: [&str; 3] =
-    ["tokenmill_stalled_clients_total", "tokenmill_build_info", "tokenmill_device_info"];
+const ELSEWHERE: [&str; 5] = [
+    "tokenmill_stalled_clients_total",
+    "tokenmill_build_info",
+    "tokenmill_device_info",
+    "tokenmill_worker_idle_seconds_total",
+    "tokenmill_worker_launches_total",
+];
 /// Gauges are watched while work runs; afterwards they are back where they were.
 const GAUGES: [&str; 6] = [
     "tokenmill_requests_running",

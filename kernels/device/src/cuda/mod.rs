@@ -23,5 +23,5 @@ pub use kernel::{Cubin, Kernel, Kernels};
 pub use launch::{Launch, LaunchShape, Parameters};
 pub use memory::{Arena, DeviceMemory, DeviceSlice, PinnedBuffer};
 pub use staging::{Download, Upload};
-pub use stream::{Event, Stream};
+pub use stream::{Event, Lane, Stream};
 pub use tensor_map::{Swizzle, TensorMap};

@@ -5,10 +5,26 @@ use super::{Context, CudaError, DeviceSlice, Graph, PinnedBuffer};
 use cudarc::driver::sys::{self, CUevent, CUgraph, CUstream, CUstreamCaptureMode};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// Which of the streams that work at the same time a stream is: what kernels of several streams write
+/// beside their operands is one for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// The one that there always is.
+    Main,
+    /// Work beside it.
+    Beside,
+}
+
+impl Lane {
+    /// How many there are.
+    pub const COUNT: usize = 2;
+}
+
 /// An order of work on the device.
 #[derive(Debug)]
 pub struct Stream {
     raw: CUstream,
+    lane: Lane,
     context: Context,
     launched: AtomicU64,
 }
@@ -24,11 +40,26 @@ impl Stream {
     /// # Errors
     /// When the driver refuses.
     pub fn new(context: &Context) -> Result<Self, CudaError> {
+        Self::on(context, Lane::Main)
+    }
+
+    /// A stream of a lane; streams of one lane run nothing at the same time that kernels share memory
+    /// of.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn on(context: &Context, lane: Lane) -> Result<Self, CudaError> {
         let mut raw = std::ptr::null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the pointer is to a live handle.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&raw mut raw, flags) })?;
-        Ok(Self { raw, context: context.clone(), launched: AtomicU64::new(0) })
+        Ok(Self { raw, lane, context: context.clone(), launched: AtomicU64::new(0) })
+    }
+
+    /// Its lane.
+    #[must_use]
+    pub const fn lane(&self) -> Lane {
+        self.lane
     }
 
     /// Kernels, graphs and copies enqueued or captured so far; events are not counted.

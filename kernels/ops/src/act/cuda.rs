@@ -73,5 +73,5 @@ fn launch(
         width: dim(op, width)?,
     };
     let blocks = bytes(op, &[rows.padded, width])?.div_ceil(256 * WIDE).min(BLOCKS);
-    Launch::new(on.kernel(kernel)?, [blocks as u32, 1, 1], 256).on(on.stream, &params)
+    Launch::new(on.kernel(kernel)?, [blocks as u32, 1, 1], 256).dependent().on(on.stream, &params)
 }

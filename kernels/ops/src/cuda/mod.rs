@@ -12,7 +12,7 @@ pub(crate) mod testing;
 mod tests;
 
 use crate::linear;
-use device::cuda::{Context, CudaError, DeviceFacts, DeviceSlice, Kernel, Kernels, Stream};
+use device::cuda::{Context, CudaError, DeviceFacts, DeviceSlice, Kernel, Kernels, Lane, Stream};
 
 pub(crate) use operand::{bytes, dim, need, shape};
 
@@ -130,7 +130,8 @@ pub fn check(facts: &DeviceFacts) -> Result<(), CudaError> {
 pub struct Gpu {
     kernels: Kernels,
     facts: DeviceFacts,
-    shared: linear::cuda::wide::Shared,
+    /// One for each lane of streams.
+    shared: [linear::cuda::wide::Shared; Lane::COUNT],
 }
 
 impl Gpu {
@@ -152,7 +153,8 @@ impl Gpu {
         for name in large.chain(linear::cuda::wide::large()) {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }
-        let shared = linear::cuda::wide::Shared::new(context)?;
+        let shared = || linear::cuda::wide::Shared::new(context);
+        let shared = [shared()?, shared()?];
         Ok(Self { kernels, facts, shared })
     }
 
@@ -184,8 +186,8 @@ impl<'a> Queue<'a> {
     }
 
     /// Where sums of split products meet.
-    pub(crate) const fn shared(&self) -> &'a linear::cuda::wide::Shared {
-        &self.gpu.shared
+    pub(crate) fn shared(&self) -> &'a linear::cuda::wide::Shared {
+        &self.gpu.shared[self.stream.lane() as usize]
     }
 
     /// Multiprocessors of the device.

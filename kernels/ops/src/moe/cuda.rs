@@ -104,7 +104,7 @@ pub fn route(
     let kernel = on.kernel(logits.dtype.pick("route_f32", "route_bf16"))?;
     let grid = [params.rows.div_ceil(WARPS), 1, 1];
     let shared = WARPS * 3 * 4 * params.experts;
-    Launch::new(kernel, grid, 32 * WARPS).shared(shared).on(on.stream, &params)
+    Launch::new(kernel, grid, 32 * WARPS).shared(shared).dependent().on(on.stream, &params)
 }
 
 /// The experts held here.
@@ -227,12 +227,16 @@ struct CombineParams {
     places: u64,
     weights: u64,
     out: u64,
+    beside: u64,
+    residual: u64,
+    norm: u64,
     count: u64,
     rows: u32,
     top_k: u32,
     width: u32,
+    eps: f32,
 }
-// SAFETY: mirrors the kernel's struct; lengths are checked in `experts`.
+// SAFETY: mirrors the kernel's struct; lengths are checked in `combine`.
 unsafe impl Parameters for CombineParams {}
 
 /// Sorts the pairs by expert.
@@ -296,6 +300,23 @@ pub fn experts(
     out: &DeviceSlice,
     scratch: &Scratch,
 ) -> Result<(), CudaError> {
+    results(on, rows, x, routing, weights, scratch)?;
+    let to = Combined { dtype: weights.gate_up.dtype, hidden: weights.hidden, out };
+    combine(on, rows, routing, scratch, &to, None)
+}
+
+/// What the chosen experts make of `x`, left in the scratch for [`combine`].
+///
+/// # Errors
+/// As [`experts`].
+pub fn results(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    x: &DeviceSlice,
+    routing: &Routing<'_>,
+    weights: &ExpertWeights<'_>,
+    scratch: &Scratch,
+) -> Result<(), CudaError> {
     const OP: &str = "experts";
     let ExpertWeights { held, gate_up, hidden, intermediate, .. } = *weights;
     let top_k = routing.top_k;
@@ -307,7 +328,6 @@ pub fn experts(
     let size = dtype.size();
     need(OP, "down", weights.down, &[held, hidden, intermediate], size)?;
     need(OP, "x", x, &[rows.padded, hidden], size)?;
-    need(OP, "out", out, &[rows.padded, hidden], size)?;
     need(OP, "chosen", routing.chosen, &[rows.padded, top_k], 4)?;
     need(OP, "weights", routing.weights, &[rows.padded, top_k], 4)?;
     let pairs = bytes(OP, &[rows.padded, top_k])?;
@@ -369,18 +389,83 @@ pub fn experts(
         };
         products(variant, on, sorted, Tensor::new(x, dtype), weights, scratch, pairs)?;
     }
+    Ok(())
+}
 
-    let combine = CombineParams {
+/// Where the sum over experts goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Combined<'a> {
+    /// Elements of experts' results, and of `out`.
+    pub dtype: Dtype,
+    /// Width of a token.
+    pub hidden: usize,
+    /// `[rows, hidden]`: the sum, or the norm behind it.
+    pub out: &'a DeviceSlice,
+}
+
+/// What follows the sum in the same launch: `residual += sum + beside; out = norm(residual) * weight`.
+#[derive(Clone, Copy, Debug)]
+pub struct Behind<'a> {
+    /// `[rows, hidden]`, of the same type.
+    pub beside: Option<&'a DeviceSlice>,
+    /// `[rows, hidden]`, of the same type.
+    pub residual: &'a DeviceSlice,
+    /// f32 `[hidden]`.
+    pub weight: &'a DeviceSlice,
+    /// Of the norm.
+    pub eps: f32,
+}
+
+/// The weighted sum of what [`results`] left. With `behind` every sum is rounded where the ops one by
+/// one store it, so the bits are theirs.
+///
+/// # Errors
+/// When an operand is too short, or the launch fails.
+pub fn combine(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    routing: &Routing<'_>,
+    scratch: &Scratch,
+    to: &Combined<'_>,
+    behind: Option<&Behind<'_>>,
+) -> Result<(), CudaError> {
+    const OP: &str = "combine";
+    let (Combined { dtype, hidden, out }, top_k) = (*to, routing.top_k);
+    let wide = [rows.padded, hidden];
+    let pairs = bytes(OP, &[rows.padded, top_k])?;
+    need(OP, "out", out, &wide, dtype.size())?;
+    need(OP, "results", &scratch.y, &[pairs, hidden], dtype.size())?;
+    need(OP, "places", &scratch.places, &[pairs], 4)?;
+    need(OP, "weights", routing.weights, &[pairs], 4)?;
+    let mut params = CombineParams {
         y: scratch.y.address(),
         places: scratch.places.address(),
         weights: routing.weights.address(),
         out: out.address(),
+        beside: 0,
+        residual: 0,
+        norm: 0,
         count: rows.count_address(),
-        rows: sorting.rows,
-        top_k: sorting.top_k,
+        rows: dim(OP, rows.padded)?,
+        top_k: dim(OP, top_k)?,
         width: dim(OP, hidden)?,
+        eps: 0.0,
     };
-    let kernel = on.kernel(dtype.pick("combine_f32", "combine_bf16"))?;
-    let parts = combine.width.div_ceil(256 * 8);
-    Launch::new(kernel, [combine.rows, parts, 1], 256).dependent().on(on.stream, &combine)
+    let Some(Behind { beside, residual, weight, eps }) = behind else {
+        let kernel = on.kernel(dtype.pick("combine_f32", "combine_bf16"))?;
+        let parts = params.width.div_ceil(256 * 8);
+        return Launch::new(kernel, [params.rows, parts, 1], 256)
+            .dependent()
+            .on(on.stream, &params);
+    };
+    if let Some(beside) = beside {
+        need(OP, "beside", beside, &wide, dtype.size())?;
+        params.beside = beside.address();
+    }
+    need(OP, "residual", residual, &wide, dtype.size())?;
+    need(OP, "weight", weight, &[hidden], 4)?;
+    (params.residual, params.norm, params.eps) = (residual.address(), weight.address(), *eps);
+    let kernel = on.kernel(dtype.pick("combine_norm_f32", "combine_norm_bf16"))?;
+    // Two streams may meet in front of it.
+    Launch::new(kernel, [params.rows, 1, 1], 256).on(on.stream, &params)
 }

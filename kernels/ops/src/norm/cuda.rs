@@ -89,7 +89,7 @@ fn launch(
         eps,
     };
     let kernel = on.kernel(x.dtype.pick("rms_norm_f32", "rms_norm_bf16"))?;
-    Launch::new(kernel, [params.rows, 1, 1], 256).on(on.stream, &params)
+    Launch::new(kernel, [params.rows, 1, 1], 256).dependent().on(on.stream, &params)
 }
 
 /// Mirrors `HeadNormParams`.
@@ -141,7 +141,7 @@ pub fn head_norm(
     };
     let kernel = on.kernel(x.dtype.pick("head_norm_f32", "head_norm_bf16"))?;
     let blocks = dim(OP, (rows.padded * heads.count).div_ceil(WARPS))?;
-    Launch::new(kernel, [blocks, 1, 1], 32 * WARPS as u32).on(on.stream, &params)
+    Launch::new(kernel, [blocks, 1, 1], 32 * WARPS as u32).dependent().on(on.stream, &params)
 }
 
 /// Heads lie inside rows, rows inside `x`.

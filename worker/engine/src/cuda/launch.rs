@@ -3,6 +3,7 @@
 
 use super::fuse::{self, Block, Found};
 use super::limits::Limits;
+use super::moe_layer::{self, Layer as MoeLayer};
 use super::sizes::{Attention, Sizes, Spec, attention_of};
 use super::weights::{Loaded, Packed};
 use device::cuda::{Arena, CudaError, DeviceSlice};
@@ -171,6 +172,8 @@ pub(super) enum Launch {
         experts: Experts,
         out: Place,
     },
+    /// A layer of experts with what surrounds it.
+    Moe(Box<MoeLayer>),
     /// Latent attention of steps that decode alone, and the launches that others run.
     Block {
         block: Box<Block>,
@@ -245,6 +248,9 @@ impl Resolver<'_> {
                 launches.extend(self.launch(found.projection)?);
                 launches.push(self.block(found)?);
                 rest = &rest[Found::LENGTH..];
+            } else if let Some(found) = moe_layer::find(self.lowered, rest) {
+                launches.push(Launch::Moe(Box::new(self.moe_layer(found)?)));
+                rest = &rest[found.length..];
             } else {
                 launches.extend(self.launch(op)?);
                 rest = after;
@@ -279,6 +285,26 @@ impl Resolver<'_> {
             out: *out,
         };
         Ok(Launch::Block { block: Box::new(block), apart })
+    }
+
+    fn moe_layer(&self, found: moe_layer::Found<'_>) -> Result<MoeLayer, CudaError> {
+        let all = |ops: &[&Op]| -> Result<Vec<Launch>, CudaError> {
+            ops.iter().filter_map(|op| self.launch(op).transpose()).collect()
+        };
+        let shared = found.shared.map(|(ops, out)| {
+            let ops: Vec<&Op> = ops.iter().collect();
+            Ok::<_, CudaError>((all(&ops)?, self.place(out)))
+        });
+        let (
+            Some(Launch::Experts { x, experts, .. }),
+            Some(Launch::AddNorm { residual, weight, eps, out, .. }),
+        ) = (self.launch(found.experts)?, self.launch(found.norm)?)
+        else {
+            let why = "a layer of other ops".to_owned();
+            return Err(CudaError::Shape { op: "experts", why });
+        };
+        let (routing, shared) = (all(&found.routing)?, shared.transpose()?);
+        Ok(MoeLayer { routing, x, experts, shared, residual, weight, eps, out })
     }
 
     fn layer(&self, slot: CacheSlot) -> Layer {

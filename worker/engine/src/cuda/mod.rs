@@ -18,6 +18,7 @@ mod graphs;
 mod inputs;
 mod launch;
 mod limits;
+mod moe_layer;
 mod run;
 mod sizes;
 mod weights;
@@ -44,7 +45,7 @@ use ops::flash::cuda::Partials;
 use ops::rope::Pairing;
 use ops::tokens::cuda::{Begin, begin};
 use ops::{embed, mla, moe};
-use run::{Rotation, Scratch, Step};
+use run::{Beside, Rotation, Scratch, Step};
 use sizes::{ExpertShape, Sizes};
 use std::time::Duration;
 use step::StartPhase;
@@ -75,6 +76,7 @@ pub(crate) struct Cuda {
     memory: Option<Memory>,
     gpu: Gpu,
     stream: Stream,
+    beside: Beside,
     context: Context,
 }
 
@@ -112,6 +114,7 @@ impl Cuda {
         let context = Context::open(ordinal)?;
         phases.end(StartPhase::Device);
         let (gpu, stream) = (Gpu::new(&context)?, Stream::new(&context)?);
+        let beside = Beside::new(&context)?;
         phases.end(StartPhase::Kernels);
         let dtype = dtype_of(options.kv_dtype);
         let sizes = Sizes::new(lowered, dtype);
@@ -140,6 +143,7 @@ impl Cuda {
             sizes,
             gpu,
             stream,
+            beside,
             context,
         })
     }
@@ -226,6 +230,7 @@ impl Cuda {
     ) -> Result<Step<'a>, CudaError> {
         Ok(Step {
             on: self.queue(),
+            beside: &self.beside,
             rows,
             ids,
             views: memory.inputs.views(memory.bucket)?,
@@ -237,6 +242,11 @@ impl Cuda {
             scratch: &memory.scratch,
             cache: &memory.cache,
         })
+    }
+
+    /// Launches on either stream so far.
+    fn launched(&self) -> u64 {
+        self.stream.launched() + self.beside.stream.launched()
     }
 
     fn queue(&self) -> Queue<'_> {
@@ -320,7 +330,7 @@ impl Cuda {
         tables: &TableView<'_>,
         draws: &[Option<RowDraw>],
     ) -> Result<bool, CudaError> {
-        let before = self.stream.launched();
+        let before = self.launched();
         memory.bucket = memory.limits.bucket(batch.ids.len());
         let (bucket, prompts) = (memory.bucket, inputs::has_prompts(batch));
         let here = draws.iter().all(|draw| draw.is_some_and(|draw| !draw.describes()));
@@ -339,7 +349,7 @@ impl Cuda {
         }
         let rows = if prompts { wanted } else { bucket };
         memory.ahead.end(&self.stream, wanted, rows)?;
-        memory.ahead.launched(self.stream.launched() - before);
+        memory.ahead.launched(self.launched() - before);
         Ok(here)
     }
 

@@ -5,8 +5,9 @@ use super::fuse::Block;
 use super::inputs::Views;
 use super::launch::{Activations, Latent, Launch, Layer, Place};
 use super::limits::Limits;
+use super::moe_layer::Layer as MoeLayer;
 use super::sizes::Sizes;
-use device::cuda::{CudaError, DeviceSlice, TensorMap};
+use device::cuda::{Context, CudaError, DeviceSlice, Event, Lane, Stream, TensorMap};
 use ops::cuda::{Queue, Rows, Tensor};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
 use ops::linear::cuda::{Linear, linear};
@@ -32,9 +33,26 @@ pub(super) struct Scratch {
     pub(super) choices: [DeviceSlice; 2],
 }
 
+/// A second stream, for what may run beside a step's own launches.
+pub(super) struct Beside {
+    pub(super) stream: Stream,
+    /// From where on it runs, and what the step waits for.
+    begin: Event,
+    end: Event,
+}
+
+impl Beside {
+    pub(super) fn new(context: &Context) -> Result<Self, CudaError> {
+        let event = || Event::new(context, false);
+        Ok(Self { stream: Stream::on(context, Lane::Beside)?, begin: event()?, end: event()? })
+    }
+}
+
 /// What every launch of a step sees.
+#[derive(Clone, Copy)]
 pub(super) struct Step<'a> {
     pub(super) on: Queue<'a>,
+    pub(super) beside: &'a Beside,
     pub(super) rows: Rows<'a>,
     pub(super) ids: &'a DeviceSlice,
     pub(super) views: &'a Views,
@@ -188,6 +206,7 @@ impl Step<'_> {
                 let weights = experts.weights(dtype);
                 moe::cuda::experts(on, rows, &at(x), &routing, &weights, &at(out), scratch)
             }
+            Launch::Moe(layer) => self.moe(layer),
             Launch::Block { block, apart } => match self.pieces(block.spec) {
                 Some((plan, partials)) if !self.prompts => self.block(block, &plan, partials),
                 _ => apart.iter().try_for_each(|launch| self.run(launch)),
@@ -224,6 +243,31 @@ impl Step<'_> {
             out: &self.at(block.out),
         };
         mla::cuda::block::attention(self.on, self.rows, &block.shape, &operands)
+    }
+
+    /// A layer of experts; shared ones beside the router and the routed ones.
+    fn moe(&self, layer: &MoeLayer) -> Result<(), CudaError> {
+        let MoeLayer { routing, x, experts, shared, residual, weight, eps, out } = layer;
+        let (on, rows, dtype, beside) = (self.on, self.rows, self.sizes.dtype, self.beside);
+        let scratch = self.scratch.moe.as_ref().ok_or_else(|| missing("experts"))?;
+        if let Some((launches, _)) = shared {
+            beside.begin.record(on.stream)?;
+            beside.stream.wait(&beside.begin)?;
+            let step = Step { on: Queue { stream: &beside.stream, ..on }, ..*self };
+            launches.iter().try_for_each(|launch| step.run(launch))?;
+            beside.end.record(&beside.stream)?;
+        }
+        routing.iter().try_for_each(|launch| self.run(launch))?;
+        let routing = self.routing(experts.top_k);
+        moe::cuda::results(on, rows, &self.at(*x), &routing, &experts.weights(dtype), scratch)?;
+        if shared.is_some() {
+            on.stream.wait(&beside.end)?;
+        }
+        let (residual, out) = (&self.at(*residual), &self.at(*out));
+        let shared = shared.as_ref().map(|(_, place)| self.at(*place));
+        let behind = moe::cuda::Behind { beside: shared.as_ref(), residual, weight, eps: *eps };
+        let to = moe::cuda::Combined { dtype, hidden: x.width, out };
+        moe::cuda::combine(on, rows, &routing, scratch, &to, Some(&behind))
     }
 
     fn routing(&self, top_k: usize) -> moe::cuda::Routing<'_> {

@@ -1,7 +1,8 @@
 //! Buffers and where they lie: values whose lives do not overlap share memory.
 //!
 //! Widths are per token, so one plan serves every number of tokens: a buffer lies at
-//! `offset * tokens`. Invariant: two buffers that are alive in the same op are disjoint.
+//! `offset * tokens`. Invariant: two buffers that are alive in the same op are disjoint; and those of
+//! ops that lie between experts and the sum with what lies beside them, so that both may run at once.
 
 use super::{BufferId, Op};
 
@@ -53,6 +54,7 @@ pub(super) fn plan(
             last_use[buffer.0] = at;
         }
     }
+    live_beside_experts(ops, &mut last_use);
     last_use[result.0] = usize::MAX;
 
     let mut live: Vec<BufferId> = Vec::new();
@@ -74,6 +76,26 @@ pub(super) fn plan(
         live.retain(|buffer| last_use[buffer.0] > at);
     }
     width
+}
+
+/// Extends lives from experts to the sum that adds something to their result.
+fn live_beside_experts(ops: &[Op], last_use: &mut [usize]) {
+    let mut experts = None;
+    for (at, op) in ops.iter().enumerate() {
+        match (op, experts) {
+            (Op::Experts { out, .. }, _) => experts = Some((at, *out)),
+            (Op::Add { x, target }, Some((from, sum))) if [*x, *target].contains(&sum) => {
+                for between in &ops[from..at] {
+                    let uses = between.uses();
+                    for buffer in uses.reads.into_iter().chain(uses.writes) {
+                        last_use[buffer.0] = last_use[buffer.0].max(at);
+                    }
+                }
+                experts = None;
+            }
+            _ => {}
+        }
+    }
 }
 
 /// The lowest gap among `live` (sorted by offset) that takes `size`.

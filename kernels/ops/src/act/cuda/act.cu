@@ -1,5 +1,5 @@
 // Element-wise ops: the gated activation and the residual sum.
-#include "cuda/common.cuh"
+#include "cuda/async.cuh"
 
 struct ActParams {
     const void* x;  // gate and up side by side, or what is added
@@ -46,6 +46,8 @@ template <typename T> __device__ bool wide(const ActParams& p) {
 }
 
 template <typename T> __device__ void silu_mul(const ActParams& p) {
+    wait_for_previous();
+    allow_next();
     if (wide<T>(p)) {
         silu_mul_elements<T, kWide<T>>(p);
     } else {
@@ -53,6 +55,8 @@ template <typename T> __device__ void silu_mul(const ActParams& p) {
     }
 }
 template <typename T> __device__ void add(const ActParams& p) {
+    wait_for_previous();
+    allow_next();
     if (wide<T>(p)) {
         add_elements<T, kWide<T>>(p);
     } else {

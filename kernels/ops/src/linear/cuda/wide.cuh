@@ -94,11 +94,14 @@ template <class S> struct Balanced {
         steps = steps_of<S>(p);
         row_tiles = (p.rows + S::kRows - 1) / S::kRows;
         all = (p.outputs + S::kTile - 1) / S::kTile * row_tiles * steps;
-        at = start(blockIdx.x);
-        end = start(blockIdx.x + 1);
+        at = start(number());
+        end = start(number() + 1);
         real = real_rows(p.count, p.rows);
         reused = row_tiles > 1;
     }
+    // Blocks wait for those of higher number, which were dispatched before them: so they end even where
+    // another kernel keeps some multiprocessors.
+    __device__ static uint32_t number() { return gridDim.x - 1 - blockIdx.x; }
     // Of the steps of a block.
     __device__ uint32_t start(uint32_t block) const { return all * block / gridDim.x; }
     __device__ bool any() const { return at < end; }
@@ -296,7 +299,8 @@ template <class S, int N> __device__ __forceinline__ float4* part(const Params& 
 }
 
 template <class S, int N> __device__ __forceinline__ void leave(const Params& p, uint32_t group, float (&d)[S::kSlabs][N / 2]) {
-    float4* to = part<S, N>(p, blockIdx.x, group);
+    const uint32_t number = Balanced<S>::number();
+    float4* to = part<S, N>(p, number, group);
 #pragma unroll
     for (int i = 0; i < S::kSlabs * N / 8; i++) {
         const float* v = &d[i / (N / 8)][i % (N / 8) * 4];
@@ -304,12 +308,12 @@ template <class S, int N> __device__ __forceinline__ void leave(const Params& p,
     }
     group_sync(group);
     if (threadIdx.x % 128 == 0) {
-        asm volatile("st.release.gpu.global.u32 [%0], 1;\n" ::"l"(p.flags + blockIdx.x * S::kGroups + group) : "memory");
+        asm volatile("st.release.gpu.global.u32 [%0], 1;\n" ::"l"(p.flags + number * S::kGroups + group) : "memory");
     }
 }
 
 template <class S, int N> __device__ __forceinline__ void collect(const Params& p, uint32_t group, const Balanced<S>& walk, uint32_t tile_end, float (&d)[S::kSlabs][N / 2]) {
-    const uint32_t first = blockIdx.x + 1;
+    const uint32_t first = Balanced<S>::number() + 1;
     uint32_t end = first;
     while (end < gridDim.x && walk.start(end) < tile_end) end++;
     if (threadIdx.x % 128 < 32) {

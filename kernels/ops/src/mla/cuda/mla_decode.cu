@@ -335,20 +335,35 @@ template <int kQuads, int kAtOnce> __device__ void merge_columns(const MergePara
 }
 
 // Any number of blocks. Rows of many pieces are cut into parts; parts come last, so that blocks skip
-// them together where there are none.
+// them together where there are none. A block looks at as many items at once as it has threads: in
+// steps of prompts hardly any has work.
 __device__ void merge(const MergeParams& p) {
     wait_for_previous();
     allow_next();
-    const uint32_t lines = p.rows * p.heads;
-    for (uint32_t item = blockIdx.x; item < lines * kMergeParts; item += gridDim.x) {
-        const uint32_t part = item / lines, line = item % lines, row = line / p.heads, head = line % p.heads;
-        const uint2 mine = p.slots[row * ((p.heads + kLines - 1) / kLines) + head / kLines];
-        if (mine.y == 0) continue;
-        if (mine.y >= kMergeMany) {
-            merge_columns<kLatent / kMergeParts / 4, 8>(p, mine, row, head, part * (kLatent / kMergeParts));
-        } else if (part == 0) {
-            merge_columns<kLatent / 4, 4>(p, mine, row, head, 0);
+    const uint32_t lines = p.rows * p.heads, all = lines * kMergeParts;
+    __shared__ uint32_t found[kMergeThreads];
+    __shared__ uint32_t count;
+    for (uint32_t base = blockIdx.x; base < all; base += gridDim.x * kMergeThreads) {
+        if (threadIdx.x == 0) count = 0;
+        __syncthreads();
+        const uint32_t mine = base + threadIdx.x * gridDim.x;
+        if (mine < all) {
+            const uint32_t part = mine / lines, row = mine % lines / p.heads, head = mine % p.heads;
+            const uint32_t pieces = p.slots[row * ((p.heads + kLines - 1) / kLines) + head / kLines].y;
+            // The order of items changes no result: each has its own place.
+            if (pieces > 0 && (part == 0 || pieces >= kMergeMany)) found[atomicAdd(&count, 1)] = mine;
         }
+        __syncthreads();
+        for (uint32_t i = 0; i < count; i++) {
+            const uint32_t item = found[i], part = item / lines, line = item % lines, row = line / p.heads, head = line % p.heads;
+            const uint2 pieces = p.slots[row * ((p.heads + kLines - 1) / kLines) + head / kLines];
+            if (pieces.y >= kMergeMany) {
+                merge_columns<kLatent / kMergeParts / 4, 8>(p, pieces, row, head, part * (kLatent / kMergeParts));
+            } else {
+                merge_columns<kLatent / 4, 4>(p, pieces, row, head, 0);
+            }
+        }
+        __syncthreads();
     }
 }
 

@@ -73,29 +73,83 @@ struct CombineParams {
     const uint32_t* places;   // [rows, top_k]
     const float* weights;     // [rows, top_k]
     void* out;                // [rows, width]
+    const void* beside;       // [rows, width] that is added, or null
+    void* residual;           // [rows, width]; null where the sum itself is wanted, not the norm
+    const float* norm;        // [width]
     const uint32_t* count;
     uint32_t rows, top_k, width;
+    float eps;
 };
 
+constexpr uint32_t kChoices = 8;  // reads under way
+
+// Columns `i * N ..` of a row's sum over experts, as stored.
+template <typename T, int N> __device__ Vec<T, N> chosen_sum(const CombineParams& p, uint32_t row, uint32_t i) {
+    using V = Vec<T, N>;
+    const V* y = static_cast<const V*>(p.y);
+    const uint32_t vectors = p.width / N;
+    float sums[N] = {};
+    for (uint32_t first = 0; first < p.top_k; first += kChoices) {
+        V value[kChoices];
+        float weight[kChoices];
+        bool there[kChoices];
+#pragma unroll
+        for (uint32_t j = 0; j < kChoices; ++j) {
+            const uint32_t at = row * p.top_k + min(first + j, p.top_k - 1), place = p.places[at];
+            there[j] = first + j < p.top_k && place != 0xffffffff;
+            weight[j] = p.weights[at];
+            if (there[j]) value[j] = y[uint64_t(place) * vectors + i];
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < kChoices; ++j) {
+            if (!there[j]) continue;
+#pragma unroll
+            for (int e = 0; e < N; ++e) sums[e] += weight[j] * widen(value[j].at[e]);
+        }
+    }
+    V result;
+#pragma unroll
+    for (int e = 0; e < N; ++e) result.at[e] = narrow<T>(sums[e]);
+    return result;
+}
+
+template <typename T, int N> __device__ void add_to(Vec<T, N>& value, const void* from, uint64_t at) {
+    const Vec<T, N> other = static_cast<const Vec<T, N>*>(from)[at];
+#pragma unroll
+    for (int e = 0; e < N; ++e) value.at[e] = narrow<T>(widen(other.at[e]) + widen(value.at[e]));
+}
+
 template <typename T, int N> __device__ void combine_row(const CombineParams& p, uint32_t row) {
+    const uint32_t vectors = p.width / N;
+    Vec<T, N>* out = static_cast<Vec<T, N>*>(p.out) + uint64_t(row) * vectors;
+    for (uint32_t i = blockIdx.y * blockDim.x + threadIdx.x; i < vectors; i += gridDim.y * blockDim.x) {
+        out[i] = chosen_sum<T, N>(p, row, i);
+    }
+}
+
+// One block. Sums are rounded where ops one by one store them.
+template <typename T, int N> __device__ void combine_norm_row(const CombineParams& p, uint32_t row) {
     using V = Vec<T, N>;
     const uint32_t vectors = p.width / N;
-    const V* y = static_cast<const V*>(p.y);
-    V* out = static_cast<V*>(p.out) + uint64_t(row) * vectors;
-    for (uint32_t i = blockIdx.y * blockDim.x + threadIdx.x; i < vectors; i += gridDim.y * blockDim.x) {
-        float sums[N] = {};
-        for (uint32_t j = 0; j < p.top_k; ++j) {
-            const uint32_t place = p.places[row * p.top_k + j];
-            if (place == 0xffffffff) continue;
-            const float weight = p.weights[row * p.top_k + j];
-            const V value = y[uint64_t(place) * vectors + i];
+    const uint64_t begin = uint64_t(row) * vectors;
+    V* residual = static_cast<V*>(p.residual) + begin;
+    V* out = static_cast<V*>(p.out) + begin;
+    float squares = 0.0f;
+    for (uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+        V value = chosen_sum<T, N>(p, row, i);
+        if (p.beside != nullptr) add_to<T, N>(value, p.beside, begin + i);
+        add_to<T, N>(value, p.residual, begin + i);
+        residual[i] = value;
 #pragma unroll
-            for (int e = 0; e < N; ++e) sums[e] += weight * widen(value.at[e]);
-        }
-        V result;
+        for (int e = 0; e < N; ++e) squares += widen(value.at[e]) * widen(value.at[e]);
+    }
+    const float scale = rsqrtf(block_sum(squares) / p.width + p.eps);
+    // Each thread reads back what it wrote itself.
+    for (uint32_t i = threadIdx.x; i < vectors; i += blockDim.x) {
+        V value = residual[i];
 #pragma unroll
-        for (int e = 0; e < N; ++e) result.at[e] = narrow<T>(sums[e]);
-        out[i] = result;
+        for (int e = 0; e < N; ++e) value.at[e] = narrow<T>(widen(value.at[e]) * scale * p.norm[i * N + e]);
+        out[i] = value;
     }
 }
 
@@ -111,9 +165,27 @@ template <typename T> __device__ void combine(const CombineParams& p) {
     }
 }
 
+template <typename T> __device__ void combine_norm(const CombineParams& p) {
+    wait_for_previous();
+    allow_next();
+    const uint32_t row = blockIdx.x;
+    if (row >= real_rows(p.count, p.rows)) return;
+    if (p.width % kWide<T> == 0 && aligned16(p.y) && aligned16(p.out) && aligned16(p.beside) && aligned16(p.residual)) {
+        combine_norm_row<T, kWide<T>>(p, row);
+    } else {
+        combine_norm_row<T, 1>(p, row);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(256) combine_f32(const __grid_constant__ CombineParams p) {
     combine<float>(p);
 }
 extern "C" __global__ void __launch_bounds__(256) combine_bf16(const __grid_constant__ CombineParams p) {
     combine<bf16>(p);
+}
+extern "C" __global__ void __launch_bounds__(256) combine_norm_f32(const __grid_constant__ CombineParams p) {
+    combine_norm<float>(p);
+}
+extern "C" __global__ void __launch_bounds__(256) combine_norm_bf16(const __grid_constant__ CombineParams p) {
+    combine_norm<bf16>(p);
 }

@@ -1,6 +1,6 @@
 // From router logits to experts and weights; one warp per token. Of equal scores the lower number
 // wins, NaN never does.
-#include "cuda/common.cuh"
+#include "cuda/async.cuh"
 
 struct RouteParams {
     const void* logits;       // [rows, experts]
@@ -43,6 +43,8 @@ __device__ uint32_t highest(const float* values, uint32_t n, uint32_t lane) {
 
 template <typename T> __device__ void route(const RouteParams& p) {
     extern __shared__ float memory[];  // scores, order and group scores of every warp
+    wait_for_previous();
+    allow_next();
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint64_t row = uint64_t(blockIdx.x) * (blockDim.x / 32) + warp;
     if (row >= real_rows(p.count, p.rows)) return;

@@ -4,6 +4,7 @@ use super::*;
 use crate::cuda::testing::{DTYPES, Device, assert_near, device, rounded};
 use crate::moe::tests::choose;
 use crate::testing::Random;
+use crate::{act, norm};
 use device::cuda::DeviceMemory;
 
 #[test]
@@ -164,6 +165,47 @@ fn check_experts(device: &Device, case: Case, dtype: Dtype) {
     };
     assert_near(&format!("{dtype:?} {case:?}"), &got[..real * hidden], &expected, tolerance);
     assert!(got[real * hidden..].iter().all(|x| x.is_nan()), "padding is not written");
+    let sorted = (&routing, &scratch);
+    for beside in [false, true] {
+        check_behind(device, rows, (hidden, dtype), sorted, &out, beside);
+    }
+}
+
+/// The sum with what follows it against op by op, bit for bit.
+fn check_behind(
+    device: &Device,
+    rows: Rows<'_>,
+    (hidden, dtype): (usize, Dtype),
+    (routing, scratch): (&Routing<'_>, &Scratch),
+    sum: &DeviceSlice,
+    beside: bool,
+) {
+    let (on, elements) = (device.queue(), rows.padded * hidden);
+    let mut random = Random::new(hidden as u64);
+    let mut vector = || rounded(&random.vector(elements), dtype);
+    let (other, start) = (vector(), vector());
+    let weight = device.send(&random.vector(hidden));
+    let other = device.send_as(&other, dtype);
+    let [apart, together] = [(); 2].map(|()| device.send_as(&start, dtype));
+    let [one, two] = [(); 2].map(|()| device.poisoned(elements * dtype.size()));
+    let total = device.poisoned(elements * dtype.size());
+    device.stream.copy(sum, &total).expect("a copy");
+    if beside {
+        act::cuda::add(on, rows, hidden, Tensor::new(&other, dtype), &total).expect("a launch");
+    }
+    let total = Tensor::new(&total, dtype);
+    let eps = 1e-6;
+    norm::cuda::add_rms_norm(on, rows, hidden, total, &apart, &weight, eps, &one)
+        .expect("a launch");
+    let to = Combined { dtype, hidden, out: &two };
+    let beside = beside.then_some(&other);
+    let behind = Behind { beside, residual: &together, weight: &weight, eps };
+    combine(on, rows, routing, scratch, &to, Some(&behind)).expect("a launch");
+    let bits = |slice: &DeviceSlice| -> Vec<u32> {
+        device.fetch_as(slice, dtype).into_iter().map(f32::to_bits).collect()
+    };
+    assert_eq!(bits(&together), bits(&apart), "sums of {hidden} in {dtype:?}");
+    assert_eq!(bits(&two), bits(&one), "norms of {hidden} in {dtype:?}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 // RMS norm of rows, with a residual sum in front, and inside heads. One block per row; one warp per
 // head. A row's bits depend on the row alone.
-#include "cuda/common.cuh"
+#include "cuda/async.cuh"
 
 struct NormParams {
     const void* x;        // the row, or what is added to the residual
@@ -42,7 +42,18 @@ template <typename T, int N> __device__ void norm_row(const NormParams& p, uint6
     }
 }
 
+// Weights wait for nothing: they are on their way while the kernel in front ends.
+__device__ void fetch_weights(const float* weight, uint32_t width) {
+    constexpr uint32_t kLine = 32;
+    for (uint32_t i = threadIdx.x * kLine; i < width; i += blockDim.x * kLine) {
+        asm volatile("prefetch.global.L2 [%0];\n" ::"l"(weight + i));
+    }
+}
+
 template <typename T> __device__ void norm(const NormParams& p) {
+    fetch_weights(p.weight, p.width);
+    wait_for_previous();
+    allow_next();
     const uint32_t row = blockIdx.x;
     if (row >= real_rows(p.count, p.rows)) return;
     const bool wide = p.width % kWide<T> == 0 && aligned16(p.x) && aligned16(p.residual) && aligned16(p.out);
@@ -69,6 +80,8 @@ struct HeadNormParams {
 };
 
 template <typename T> __device__ void head_norm(const HeadNormParams& p) {
+    wait_for_previous();
+    allow_next();
     const uint32_t item = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t row = item / p.heads, head = item % p.heads;
     if (row >= real_rows(p.count, p.rows)) return;
