@@ -149,7 +149,8 @@ impl Gpu {
         // Attributes are set once, so that launches only launch.
         let pieces = [crate::mla::cuda::decode::DECODE, crate::mla::cuda::block::VALUES];
         let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
-        let large = large.chain(crate::moe::cuda::wide::LARGE).copied();
+        let large =
+            large.chain(crate::moe::cuda::wide::LARGE).chain(linear::cuda::stream::LARGE).copied();
         for name in large.chain(linear::cuda::wide::large()) {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }

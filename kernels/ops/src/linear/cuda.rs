@@ -1,17 +1,19 @@
 //! Launches of products `out = x W^T + b`: which kernel, and its operands.
 //!
-//! Four kernels. [`Variant::Few`] streams the weights once for up to 16 rows; [`Variant::Many`] tiles
-//! both; both want bf16, inputs in multiples of 8, and rows that begin on 16 bytes. [`Variant::Wide`]
-//! does what both do, faster, for one product with outputs in multiples of 8. [`Variant::Any`] takes
-//! everything, slowly. Merged projections are one matrix: parts are laid side by side when
+//! [`Variant::Few`] streams the weights once for up to 16 rows; [`Variant::Many`] tiles both; both want
+//! bf16, inputs in multiples of 8, and rows that begin on 16 bytes. For one product [`Variant::Stream`]
+//! is faster for up to eight rows, and [`Variant::Wide`] for more, where outputs are a multiple of 8.
+//! [`Variant::Any`] takes everything, slowly. Merged projections are one matrix: parts are laid side by side when
 //! weights are loaded. A row's result depends on the variant and the row alone.
 
+pub(crate) mod stream;
 #[cfg(test)]
 mod tests;
 pub(crate) mod wide;
 
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
+pub use stream::takes as streams;
 pub use wide::Tile;
 
 /// Kernels that may have more shared memory than the default.
@@ -20,8 +22,6 @@ pub(crate) const MANY: &[&str] =
 
 /// Rows up to which weights are streamed once.
 pub const FEW_ROWS: usize = 16;
-/// Rows up to which [`Variant::Few`] is taken whatever the shape.
-const LEAST_ROWS: usize = 8;
 /// Elements of 16 bytes.
 const WIDE: usize = 8;
 /// Outputs of a tile of [`Variant::Many`].
@@ -51,6 +51,19 @@ pub enum Variant {
     },
     /// Weights by the copy engine, warpgroups.
     Wide(Tile),
+    /// Rows of weights by the copy engine, for up to eight rows.
+    Stream,
+}
+
+/// What becomes of a product's results; other than the first only [`Variant::Stream`] has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// Stored.
+    Store,
+    /// Added to what is there.
+    Add,
+    /// `w` is `[2, outputs, inputs]`, and `silu(first) * second` is stored.
+    Gate,
 }
 
 impl Variant {
@@ -59,6 +72,7 @@ impl Variant {
     pub const fn tile_rows(self) -> usize {
         match self {
             Self::Any => ANY_TILE,
+            Self::Stream => stream::MOST_ROWS,
             Self::Few { rows, .. } | Self::Many { rows } | Self::Wide(Tile { rows, .. }) => rows,
         }
     }
@@ -66,6 +80,7 @@ impl Variant {
     const fn outputs(self) -> usize {
         match self {
             Self::Any => ANY_TILE,
+            Self::Stream => stream::MOST_ROWS,
             Self::Few { outputs, .. } => outputs,
             Self::Many { .. } => MANY_OUTPUTS,
             Self::Wide(Tile { outputs, .. }) => outputs,
@@ -92,7 +107,7 @@ impl Variant {
             (Self::Many { rows: 128 }, Dtype::Bf16, _) => {
                 output.pick("linear_many_128_f32", "linear_many_128_bf16")
             }
-            (Self::Many { .. } | Self::Wide(_), Dtype::Bf16, _) => return None,
+            (Self::Many { .. } | Self::Wide(_) | Self::Stream, Dtype::Bf16, _) => return None,
         })
     }
 }
@@ -149,6 +164,8 @@ pub struct Linear<'a> {
     pub x_batch: usize,
     /// From one product's `out` to the next one's, in elements.
     pub out_batch: usize,
+    /// What becomes of results.
+    pub then: Then,
 }
 
 impl<'a> Linear<'a> {
@@ -174,6 +191,7 @@ impl<'a> Linear<'a> {
             batch: 1,
             x_batch: 0,
             out_batch: 0,
+            then: Then::Store,
         }
     }
 
@@ -218,7 +236,9 @@ unsafe impl Parameters for Params {}
 /// When an operand is too short, or the launch fails.
 pub fn linear(on: Queue<'_>, rows: Rows<'_>, operands: &Linear<'_>) -> Result<(), CudaError> {
     let Linear { inputs, outputs, batch, .. } = *operands;
-    let variant = if rows.padded > LEAST_ROWS && wide::takes(operands) {
+    let variant = if stream::takes(rows.padded, operands) {
+        Variant::Stream
+    } else if rows.padded > stream::MOST_ROWS && wide::takes(operands) {
         Variant::Wide(Tile::select(rows.padded, outputs, inputs))
     } else {
         select(operands.is_aligned(), rows.padded, outputs, batch, on.multiprocessors())
@@ -238,7 +258,7 @@ pub fn linear_as(
 ) -> Result<(), CudaError> {
     const OP: &str = "linear";
     let Linear { x, x_stride, w, bias, out, out_stride, inputs, outputs, .. } = *operands;
-    let Linear { batch, x_batch, w_batch, out_batch, .. } = *operands;
+    let Linear { batch, x_batch, w_batch, out_batch, then, .. } = *operands;
     if rows.padded == 0 || batch == 0 || outputs == 0 {
         return Ok(());
     }
@@ -253,7 +273,8 @@ pub fn linear_as(
     out.need(OP, "out", &[last(out_stride, out_batch, outputs)?])?;
     let weights = bytes(OP, &[batch - 1, w_batch])?.checked_add(bytes(OP, &[outputs, inputs])?);
     let weights = weights.ok_or_else(|| shape(OP, format!("{operands:?}")))?;
-    need(OP, "w", w, &[weights], x.dtype.size())?;
+    let parts = if then == Then::Gate { 2 } else { 1 };
+    need(OP, "w", w, &[parts, weights], x.dtype.size())?;
     if let Some(bias) = bias {
         need(OP, "bias", bias, &[outputs], 4)?;
     }
@@ -262,6 +283,12 @@ pub fn linear_as(
             OP,
             format!("{inputs} unaligned inputs of {:?} as {variant:?}", x.dtype),
         ));
+    }
+    if variant == Variant::Stream {
+        return stream::launch(on, rows, operands);
+    }
+    if then != Then::Store {
+        return Err(shape(OP, format!("{then:?} behind {variant:?}")));
     }
     if let Variant::Wide(tile) = variant {
         return wide::launch(tile, on, rows, operands);
@@ -350,7 +377,7 @@ fn launch(
     let grid = [params.n.div_ceil(variant.outputs() as u32), dim(op, tiles)?, dim(op, batch)?];
     let shared = match variant {
         Variant::Many { rows } => STAGES * (rows + MANY_OUTPUTS) * STAGE_ROW,
-        Variant::Any | Variant::Few { .. } | Variant::Wide(_) => 0,
+        Variant::Any | Variant::Few { .. } | Variant::Wide(_) | Variant::Stream => 0,
     };
     Launch::new(on.kernel(name)?, grid, 256).shared(shared as u32).on(on.stream, params)
 }

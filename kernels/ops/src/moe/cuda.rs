@@ -6,6 +6,7 @@
 //! between them, the sum; or, in `wide`, a copy by expert before and the activation in the first
 //! product. A token's result does not depend on the others.
 
+pub mod stream;
 #[cfg(test)]
 mod tests;
 pub(crate) mod wide;

@@ -174,6 +174,11 @@ pub(super) enum Launch {
     },
     /// A layer of experts with what surrounds it.
     Moe(Box<MoeLayer>),
+    /// A product and the activation of its results.
+    Gated {
+        product: Box<Launch>,
+        act: Box<Launch>,
+    },
     /// Latent attention of steps that decode alone, and the launches that others run.
     Block {
         block: Box<Block>,
@@ -251,6 +256,15 @@ impl Resolver<'_> {
             } else if let Some(found) = moe_layer::find(self.lowered, rest) {
                 launches.push(Launch::Moe(Box::new(self.moe_layer(found)?)));
                 rest = &rest[found.length..];
+            } else if let [Op::Linear { out, .. }, act @ Op::SiluMul { gate_up, .. }, after @ ..] =
+                rest
+                && out == gate_up
+            {
+                if let (Some(product), Some(act)) = (self.launch(op)?, self.launch(act)?) {
+                    let (product, act) = (Box::new(product), Box::new(act));
+                    launches.push(Launch::Gated { product, act });
+                }
+                rest = after;
             } else {
                 launches.extend(self.launch(op)?);
                 rest = after;

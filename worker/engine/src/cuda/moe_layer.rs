@@ -7,6 +7,7 @@
 use super::launch::{Experts, Launch, Place};
 use device::cuda::DeviceSlice;
 use model::lower::{BufferId, Lowered, Op};
+use ops::moe::cuda::stream::Always;
 
 /// Ops of a layer, in a program's order.
 #[derive(Clone, Copy)]
@@ -106,6 +107,23 @@ pub(super) struct Layer {
     pub(super) weight: DeviceSlice,
     pub(super) eps: f32,
     pub(super) out: Place,
+}
+
+impl Layer {
+    /// Shared experts as experts that every token takes: nothing where there are none, `None` where they
+    /// are more than two products.
+    pub(super) fn always(&self) -> Option<Option<Always<'_>>> {
+        let Some((launches, _)) = &self.shared else { return Some(None) };
+        let [
+            Launch::Linear { w: gate_up, bias: None, .. },
+            Launch::SiluMul { out, .. },
+            Launch::Linear { w: down, bias: None, .. },
+        ] = launches.as_slice()
+        else {
+            return None;
+        };
+        Some(Some(Always { gate_up, down, width: out.width }))
+    }
 }
 
 #[cfg(test)]

@@ -10,8 +10,9 @@ use super::sizes::Sizes;
 use device::cuda::{Context, CudaError, DeviceSlice, Event, Lane, Stream, TensorMap};
 use ops::cuda::{Queue, Rows, Tensor};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
-use ops::linear::cuda::{Linear, linear};
+use ops::linear::cuda::{Linear, Then, Variant, linear, linear_as, streams};
 use ops::mla::cuda::{Core, decode};
+use ops::moe::cuda::stream::Always;
 use ops::rope::Pairing;
 use ops::{act, embed, gqa, mla, moe, norm, paged, rope};
 
@@ -207,6 +208,7 @@ impl Step<'_> {
                 moe::cuda::experts(on, rows, &at(x), &routing, &weights, &at(out), scratch)
             }
             Launch::Moe(layer) => self.moe(layer),
+            Launch::Gated { product, act } => self.gated(product, act),
             Launch::Block { block, apart } => match self.pieces(block.spec) {
                 Some((plan, partials)) if !self.prompts => self.block(block, &plan, partials),
                 _ => apart.iter().try_for_each(|launch| self.run(launch)),
@@ -245,10 +247,49 @@ impl Step<'_> {
         mla::cuda::block::attention(self.on, self.rows, &block.shape, &operands)
     }
 
+    /// A product and its activation, in one launch where rows are few.
+    fn gated(&self, product: &Launch, act: &Launch) -> Result<(), CudaError> {
+        if let (Launch::Linear { x, w, bias: None, .. }, Launch::SiluMul { out, .. }) =
+            (product, act)
+        {
+            let (from, to) = (self.at(*x), self.at(*out));
+            let (from, to) =
+                (Tensor::new(&from, self.sizes.dtype), Tensor::new(&to, self.sizes.dtype));
+            let plain = Linear::plain(from, w, to, x.width, out.width);
+            let gated = Linear { then: Then::Gate, ..plain };
+            if streams(self.rows.padded, &gated) {
+                return linear_as(Variant::Stream, self.on, self.rows, &gated);
+            }
+        }
+        self.run(product)?;
+        self.run(act)
+    }
+
+    /// A layer of experts of few tokens: shared ones with the routed ones.
+    fn few(&self, layer: &MoeLayer, always: Option<&Always<'_>>) -> Result<(), CudaError> {
+        let MoeLayer { routing, x, experts, residual, weight, eps, out, .. } = layer;
+        let (on, rows, dtype) = (self.on, self.rows, self.sizes.dtype);
+        let scratch = self.scratch.moe.as_ref().ok_or_else(|| missing("experts"))?;
+        routing.iter().try_for_each(|launch| self.run(launch))?;
+        let routing = self.routing(experts.top_k);
+        let (residual, weights) = (self.at(*residual), experts.weights(dtype));
+        let sum = moe::cuda::stream::Sum { out: &residual, add: true };
+        let x_at = self.at(*x);
+        moe::cuda::stream::experts(on, rows, &x_at, &routing, &weights, always, &sum, scratch)?;
+        let residual = Tensor::new(&residual, dtype);
+        norm::cuda::rms_norm(on, rows, x.width, residual, weight, *eps, &self.at(*out))
+    }
+
     /// A layer of experts; shared ones beside the router and the routed ones.
     fn moe(&self, layer: &MoeLayer) -> Result<(), CudaError> {
         let MoeLayer { routing, x, experts, shared, residual, weight, eps, out } = layer;
         let (on, rows, dtype, beside) = (self.on, self.rows, self.sizes.dtype, self.beside);
+        if let Some(always) = layer.always() {
+            let (weights, top_k) = (experts.weights(dtype), experts.top_k);
+            if moe::cuda::stream::takes(rows.padded, &weights, top_k, always.as_ref()) {
+                return self.few(layer, always.as_ref());
+            }
+        }
         let scratch = self.scratch.moe.as_ref().ok_or_else(|| missing("experts"))?;
         if let Some((launches, _)) = shared {
             beside.begin.record(on.stream)?;

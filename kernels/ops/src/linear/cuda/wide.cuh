@@ -116,9 +116,6 @@ template <class S> struct Balanced {
 // Which results leave.
 enum class Out { kBf16, kF32, kInner };
 
-__device__ __forceinline__ void barrier_arrive(uint32_t bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(bar) : "memory");
-}
 __device__ __forceinline__ void group_sync(uint32_t group) {
     if (group == 0) {
         asm volatile("bar.sync 1, 128;\n" ::: "memory");

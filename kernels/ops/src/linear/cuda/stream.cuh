@@ -1,0 +1,206 @@
+// Products of up to eight tokens at the speed of memory: warps that send rows of weights through a ring
+// in shared memory, and warps that multiply.
+//
+// A tile is up to eight rows of weights; the warps that multiply share its columns, and their sums meet
+// in shared memory. Weights that are known early are asked for before the kernel in front has ended.
+// The order of every sum is fixed, and a token's does not depend on the others.
+#pragma once
+#include "cuda/async.cuh"
+
+namespace stream {
+
+constexpr int kWarps = 8;    // that multiply
+constexpr int kSenders = 4;  // warps that ask for rows; one instruction asks for one
+constexpr int kThreads = (kWarps + kSenders) * 32;
+constexpr int kTile = 8;  // rows of weights
+constexpr int kTokens = 8;
+constexpr int kMostStages = 16;
+constexpr int kAhead = 4;  // reads of shared memory under way
+
+struct alignas(128) Shared {
+    float sums[2][kWarps][kTokens][kTile];
+    uint64_t weights_full[kMostStages], x_full[kMostStages], empty[kMostStages], x_ready;
+};
+
+// How the ring lies in shared memory, as the host found it fits. Rows of a stage lie `pitch` bytes
+// apart, an odd number of half banks, so that two rows are read at once without conflict; after those
+// of weights come those of tokens, where they come with every stage.
+struct Ring {
+    uint32_t stages, pitch, stage_bytes;
+    uint32_t step;     // columns of a stage
+    uint32_t x_pitch;  // bytes from token to token where tokens stay
+};
+
+// Rows of weights that are multiplied by the same tokens. In pairs, odd rows lie `up` elements after the
+// even ones.
+struct Rows {
+    const bf16* w;
+    uint64_t up;
+    uint32_t pairs, count, columns;
+    __device__ const bf16* row(uint32_t i) const { return w + uint64_t(i >> pairs) * columns + (i & pairs) * up; }
+};
+
+__device__ __forceinline__ void multipliers_meet() { asm volatile("bar.sync 1, %0;\n" ::"n"(kWarps * 32) : "memory"); }
+
+__device__ __forceinline__ uint4 load_shared16(uint32_t at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+
+// Walks the stages of a ring.
+struct Place {
+    uint32_t stage = 0, parity = 0;
+    __device__ void next(uint32_t stages) {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// By one lane of every warp that sends.
+template <class Job> struct Sender {
+    const Job& job;
+    Shared& s;
+    const Ring& ring;
+    uint32_t ring_at, sender;
+
+    __device__ uint32_t at(uint32_t stage) const { return ring_at + stage * ring.stage_bytes; }
+    __device__ void weights(uint32_t stage, const Rows& rows, uint32_t column, uint32_t columns) const {
+        const uint32_t bar = shared_address(&s.weights_full[stage]);
+        if (sender == 0) barrier_expect(bar, rows.count * columns * 2);
+        for (uint32_t i = sender; i < rows.count; i += kSenders) bulk_load(at(stage) + i * ring.pitch, rows.row(i) + column, columns * 2, bar);
+    }
+    __device__ void tokens(uint32_t stage, uint32_t tile, uint32_t group, uint32_t column, uint32_t columns) const {
+        const uint32_t bar = shared_address(&s.x_full[stage]), mask = job.tokens_of(tile, group), to = at(stage) + kTile * ring.pitch;
+        if (sender == 0) barrier_expect(bar, __popc(mask) * columns * 2);
+        for (uint32_t token = sender; token < kTokens; token += kSenders) {
+            if (mask >> token & 1) bulk_load(to + token * ring.pitch, job.x_row(tile, group, token) + column, columns * 2, bar);
+        }
+    }
+    // As many stages of weights as are known and fit; returns how many.
+    __device__ uint32_t early() const {
+        uint32_t sent = 0;
+        for (uint32_t tile = 0; tile < job.early_tiles(); tile++) {
+            for (uint32_t group = 0; group < job.early_groups(); group++) {
+                const Rows rows = job.rows(tile, group);
+                for (uint32_t column = 0; column < rows.columns; column += ring.step) {
+                    if (sent == ring.stages) return sent;
+                    weights(sent++, rows, column, min(ring.step, rows.columns - column));
+                }
+            }
+            // What follows in the tile is not known.
+            if (Job::kLater) break;
+        }
+        return sent;
+    }
+    __device__ void all(uint32_t early) const {
+        Place place;
+        uint32_t sent = 0;
+        for (uint32_t tile = 0; tile < job.tiles(); tile++) {
+            for (uint32_t group = 0; group < job.groups(); group++) {
+                const Rows rows = job.rows(tile, group);
+                for (uint32_t column = 0; column < rows.columns; column += ring.step) {
+                    const uint32_t columns = min(ring.step, rows.columns - column);
+                    if (sent >= ring.stages) barrier_wait(shared_address(&s.empty[place.stage]), place.parity ^ 1);
+                    if (sent >= early) weights(place.stage, rows, column, columns);
+                    if (Job::kStaged) tokens(place.stage, tile, group, column, columns);
+                    sent++;
+                    place.next(ring.stages);
+                }
+            }
+        }
+    }
+};
+
+// What a job says:
+//   kStaged                     whether tokens come with every stage; else they lie at `x_at`
+//   early_tiles, early_groups   weights known before the kernel in front has ended
+//   kLater                      whether groups of an early tile are not among them
+//   learn()                     by all threads, after it has: what else there is
+//   tiles(), groups(), rows(tile, group), tokens_of(tile, group), x_row(tile, group, token),
+//   weight(tile, group, token)
+//   finish(tile, token, row, sum), by the threads of two warps
+template <class Job> __device__ void run(Job& job, Shared& s, const Ring& ring, uint32_t x_at, uint32_t ring_at) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 0; i < ring.stages; i++) {
+            barrier_init(shared_address(&s.weights_full[i]), 1);
+            barrier_init(shared_address(&s.x_full[i]), 1);
+            barrier_init(shared_address(&s.empty[i]), kWarps);
+        }
+        barrier_init(shared_address(&s.x_ready), 1);
+        fence_barrier_init();
+    }
+    __syncthreads();
+    allow_next();
+    const Sender<Job> sender{job, s, ring, ring_at, uint32_t(warp - kWarps)};
+    uint32_t early = 0;
+    if (warp >= kWarps && lane == 0) early = sender.early();
+    __syncwarp();
+    wait_for_previous();
+    job.learn();
+    if (warp >= kWarps) {
+        if (lane == 0) sender.all(early);
+        return;
+    }
+    if constexpr (!Job::kStaged) {
+        const uint32_t bar = shared_address(&s.x_ready), mask = job.tokens_of(0, 0), bytes = job.x_columns() * 2;
+        if (threadIdx.x == 0) barrier_expect(bar, __popc(mask) * bytes);
+        if (lane == 0 && (mask >> warp & 1)) bulk_load(x_at + warp * ring.x_pitch, job.x_row(0, 0, warp), bytes, bar);
+        barrier_wait(bar, 0);
+    }
+    const uint32_t g = lane / 4, t = lane % 4;
+    Place place;
+    for (uint32_t tile = 0; tile < job.tiles(); tile++) {
+        const uint32_t round = tile % 2;
+        float total[2] = {};
+        for (uint32_t group = 0; group < job.groups(); group++) {
+            const Rows rows = job.rows(tile, group);
+            const bool mine = job.tokens_of(tile, group) >> g & 1;
+            float d[2][4] = {};
+            for (uint32_t column = 0; column < rows.columns; column += ring.step) {
+                const uint32_t columns = min(ring.step, rows.columns - column);
+                barrier_wait(shared_address(&s.weights_full[place.stage]), place.parity);
+                if constexpr (Job::kStaged) barrier_wait(shared_address(&s.x_full[place.stage]), place.parity);
+                const uint32_t base = ring_at + place.stage * ring.stage_bytes;
+                const uint32_t w_at = base + g * ring.pitch + t * 16;
+                const uint32_t x_from = Job::kStaged ? base + (kTile + g) * ring.pitch + t * 16 : x_at + g * ring.x_pitch + column * 2 + t * 16;
+                for (uint32_t begin = warp * 32; begin < columns; begin += kWarps * 32 * kAhead) {
+                    uint4 w[kAhead], x[kAhead];
+#pragma unroll
+                    for (int j = 0; j < kAhead; j++) {
+                        const uint32_t at = begin + j * kWarps * 32;
+                        // Rows beyond the last hold anything; nobody reads their sums.
+                        const bool there = at + t * 8 < columns;
+                        w[j] = there ? load_shared16(w_at + at * 2) : uint4{0, 0, 0, 0};
+                        x[j] = there && mine ? load_shared16(x_from + at * 2) : uint4{0, 0, 0, 0};
+                    }
+#pragma unroll
+                    for (int j = 0; j < kAhead; j++) {
+                        mma_16816(d[0], x[j].x, 0, x[j].y, 0, w[j].x, w[j].y);
+                        mma_16816(d[1], x[j].z, 0, x[j].w, 0, w[j].z, w[j].w);
+                    }
+                }
+                __syncwarp();
+                if (lane == 0) barrier_arrive(shared_address(&s.empty[place.stage]));
+                place.next(ring.stages);
+            }
+            if (mine) {
+                const float by = job.weight(tile, group, g);
+                total[0] += by * (d[0][0] + d[1][0]);
+                total[1] += by * (d[0][1] + d[1][1]);
+            }
+        }
+        *reinterpret_cast<float2*>(&s.sums[round][warp][g][t * 2]) = {total[0], total[1]};
+        multipliers_meet();
+        // Two warps at a time, in turn.
+        if (warp / 2 == int(tile % (kWarps / 2))) {
+            const uint32_t token = threadIdx.x % 64 / kTile, row = threadIdx.x % kTile;
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < kWarps; w++) sum += s.sums[round][w][token][row];
+            job.finish(tile, token, row, sum);
+        }
+    }
+}
+
+}  // namespace stream

@@ -1,0 +1,164 @@
+//! Products of up to eight rows, whose time is the reading of weights: rows of them go through a ring in
+//! shared memory, asked for by warps that do nothing else.
+//!
+//! Small products leave half of a multiprocessor's memory to the kernel that follows, which fills its
+//! ring meanwhile. A launch begins before the one in front has ended, and reads weights before waiting
+//! for it: no kernel right in front may write those. Invariant: rings fit what kernels assume in
+//! `stream.cuh`.
+
+#[cfg(test)]
+mod tests;
+
+use super::{Linear, Then};
+use crate::cuda::{Dtype, Queue, Rows, bytes, dim, shape};
+use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
+
+/// Most rows.
+pub(crate) const MOST_ROWS: usize = 8;
+/// Kernels that have more shared memory than the default.
+pub(crate) const LARGE: &[&str] =
+    &["linear_stream", "linear_stream_staged", "moe_stream_up", "moe_stream_down"];
+/// Threads of a block.
+pub(crate) const THREADS: u32 = 384;
+/// Bytes of `stream::Shared`.
+const SHARED: usize = 4608;
+/// Shared memory of a block that has a multiprocessor to itself, and of one that does not.
+const WHOLE: usize = 226 * 1024;
+const HALF: usize = 113 * 1024;
+/// Bytes of weights up to which a product leaves half of it.
+const SMALL: usize = 24 << 20;
+/// Stages, and columns of one, at most.
+const MOST_STAGES: usize = 16;
+const MOST_COLUMNS: usize = 2048;
+/// Fewest stages with which reading goes on while one is multiplied.
+const LEAST_STAGES: usize = 2;
+/// Bytes of rows of tokens beyond which they come with every stage.
+const MOST_STAYING: usize = 130_000;
+/// Rows of weights of a stage.
+const TILE: usize = 8;
+
+/// Mirrors `stream::Ring`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ring {
+    stages: u32,
+    pitch: u32,
+    stage_bytes: u32,
+    step: u32,
+    x_pitch: u32,
+}
+
+/// What lies in shared memory beside the stages of a ring.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Beside {
+    /// Bytes of the kernel's own.
+    pub(crate) own: usize,
+    /// Elements of a token, where tokens stay; they come with every stage otherwise.
+    pub(crate) staying: Option<usize>,
+    /// Whether another block may have the other half.
+    pub(crate) half: bool,
+}
+
+/// The least number of bytes, an odd multiple of 64, that holds so many.
+const fn odd(bytes: usize) -> usize {
+    (bytes + 63) / 128 * 128 + 64
+}
+
+impl Ring {
+    /// For `tokens` rows and weights of up to `columns` columns; the ring, and bytes of shared memory.
+    pub(crate) fn fit(columns: usize, tokens: usize, beside: Beside) -> Option<(Self, u32)> {
+        let parts = columns.div_ceil(MOST_COLUMNS).max(1);
+        let step = columns.div_ceil(parts).next_multiple_of(32);
+        let pitch = odd(2 * step);
+        let x_pitch = beside.staying.map_or(0, |elements| odd(2 * elements));
+        let coming = if beside.staying.is_some() { 0 } else { tokens };
+        let stage_bytes = (pitch * (TILE + coming)).next_multiple_of(128);
+        let fixed = beside.own + (tokens * x_pitch).next_multiple_of(128);
+        let within = |memory: usize| (memory.saturating_sub(fixed) / stage_bytes).min(MOST_STAGES);
+        let half = if beside.half { within(HALF) } else { 0 };
+        let stages = if half > LEAST_STAGES { half } else { within(WHOLE) };
+        let narrow = |n: usize| u32::try_from(n).ok();
+        let ring = Self {
+            stages: narrow(stages)?,
+            pitch: narrow(pitch)?,
+            stage_bytes: narrow(stage_bytes)?,
+            step: narrow(step)?,
+            x_pitch: narrow(x_pitch)?,
+        };
+        (stages >= LEAST_STAGES).then_some((ring, narrow(fixed + stages * stage_bytes)?))
+    }
+}
+
+/// Mirrors `StreamParams`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Params {
+    x: u64,
+    w: u64,
+    bias: u64,
+    out: u64,
+    count: u64,
+    x_stride: u64,
+    out_stride: u64,
+    tokens: u32,
+    columns: u32,
+    outputs: u32,
+    pairs: u32,
+    add: u32,
+    out_f32: u32,
+    ring: Ring,
+    pad: u32,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `linear_as`.
+unsafe impl Parameters for Params {}
+
+/// Whether the kernels take the operands: one product of bf16 with whole 16-byte units along the
+/// inputs, of few rows.
+#[must_use]
+pub fn takes(rows: usize, operands: &Linear<'_>) -> bool {
+    operands.is_aligned()
+        && operands.batch == 1
+        && operands.inputs > 0
+        && (1..=MOST_ROWS).contains(&rows)
+        && (operands.then == Then::Store || operands.out.dtype == Dtype::Bf16)
+}
+
+/// The product; lengths are checked by the caller.
+pub(super) fn launch(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    operands: &Linear<'_>,
+) -> Result<(), CudaError> {
+    const OP: &str = "linear";
+    let Linear { x, x_stride, w, bias, out, out_stride, inputs, outputs, then, .. } = *operands;
+    let refused = || shape(OP, format!("{operands:?} as a stream"));
+    if !takes(rows.padded, operands) {
+        return Err(refused());
+    }
+    let staged = rows.padded * odd(2 * inputs) > MOST_STAYING;
+    let pairs = then == Then::Gate;
+    let weights = bytes(OP, &[outputs, inputs, if pairs { 4 } else { 2 }])?;
+    let beside =
+        Beside { own: SHARED, staying: (!staged).then_some(inputs), half: weights <= SMALL };
+    let (ring, shared) = Ring::fit(inputs, rows.padded, beside).ok_or_else(refused)?;
+    let params = Params {
+        x: x.address(),
+        w: w.address(),
+        bias: bias.map_or(0, DeviceSlice::address),
+        out: out.address(),
+        count: rows.count_address(),
+        x_stride: x_stride as u64,
+        out_stride: out_stride as u64,
+        tokens: dim(OP, rows.padded)?,
+        columns: dim(OP, inputs)?,
+        outputs: dim(OP, outputs)?,
+        pairs: u32::from(pairs),
+        add: u32::from(then == Then::Add),
+        out_f32: u32::from(out.dtype == Dtype::F32),
+        ring,
+        pad: 0,
+    };
+    let kernel = on.kernel(if staged { "linear_stream_staged" } else { "linear_stream" })?;
+    let blocks = dim(OP, outputs.min(on.multiprocessors()))?;
+    Launch::new(kernel, [blocks, 1, 1], THREADS).shared(shared).dependent().on(on.stream, &params)
+}
