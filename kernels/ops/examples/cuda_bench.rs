@@ -230,7 +230,9 @@ fn small(bench: &Bench, rows: usize) -> Outcome {
     };
     let routing = moe::cuda::Routing { chosen: &b, weights: &c, top_k: TOP_K };
     bench.time("route", rows * EXPERTS * 4, |on, _| {
-        moe::cuda::route(on, all, Tensor::new(&a, Dtype::F32), &router, None, &routing)
+        let logits = Tensor::new(&a, Dtype::F32);
+        let scores = moe::cuda::Scores { logits, router: &router, correction: None };
+        moe::cuda::route(on, all, &scores, &routing)
     })
 }
 

@@ -13,7 +13,7 @@ pub(crate) mod wide;
 
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
-pub use stream::takes as streams;
+pub use stream::{takes as streams, takes_both as streams_both};
 pub use wide::Tile;
 
 /// Kernels that may have more shared memory than the default.
@@ -246,16 +246,23 @@ pub fn linear(on: Queue<'_>, rows: Rows<'_>, operands: &Linear<'_>) -> Result<()
     linear_as(variant, on, rows, operands)
 }
 
-/// As [`linear`], on a given variant.
+/// Two products of the same rows that [`streams_both`], in one launch.
 ///
 /// # Errors
-/// As [`linear`], or when the variant does not take the operands.
-pub fn linear_as(
-    variant: Variant,
+/// As [`linear`], or when they are not such.
+pub fn both(
     on: Queue<'_>,
     rows: Rows<'_>,
-    operands: &Linear<'_>,
+    first: &Linear<'_>,
+    second: &Linear<'_>,
 ) -> Result<(), CudaError> {
+    check(rows, first)?;
+    check(rows, second)?;
+    stream::launch(on, rows, first, Some(second))
+}
+
+/// Whether operands hold what they say.
+fn check(rows: Rows<'_>, operands: &Linear<'_>) -> Result<(), CudaError> {
     const OP: &str = "linear";
     let Linear { x, x_stride, w, bias, out, out_stride, inputs, outputs, .. } = *operands;
     let Linear { batch, x_batch, w_batch, out_batch, then, .. } = *operands;
@@ -278,6 +285,26 @@ pub fn linear_as(
     if let Some(bias) = bias {
         need(OP, "bias", bias, &[outputs], 4)?;
     }
+    Ok(())
+}
+
+/// As [`linear`], on a given variant.
+///
+/// # Errors
+/// As [`linear`], or when the variant does not take the operands.
+pub fn linear_as(
+    variant: Variant,
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    operands: &Linear<'_>,
+) -> Result<(), CudaError> {
+    const OP: &str = "linear";
+    let Linear { x, x_stride, w, bias, out, out_stride, inputs, outputs, .. } = *operands;
+    let Linear { batch, x_batch, w_batch, out_batch, then, .. } = *operands;
+    if rows.padded == 0 || batch == 0 || outputs == 0 {
+        return Ok(());
+    }
+    check(rows, operands)?;
     if variant != Variant::Any && !operands.is_aligned() {
         return Err(shape(
             OP,
@@ -285,7 +312,7 @@ pub fn linear_as(
         ));
     }
     if variant == Variant::Stream {
-        return stream::launch(on, rows, operands);
+        return stream::launch(on, rows, operands, None);
     }
     if then != Then::Store {
         return Err(shape(OP, format!("{then:?} behind {variant:?}")));

@@ -20,7 +20,7 @@ use wide::{Products, Wide};
 
 /// Mirrors `RouteParams`.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct RouteParams {
     logits: u64,
     correction: u64,
@@ -37,7 +37,7 @@ struct RouteParams {
     norm_topk: u32,
     scale: f32,
 }
-// SAFETY: mirrors the kernel's struct; lengths are checked in `route`.
+// SAFETY: mirrors the kernel's struct; lengths are checked in `new`.
 unsafe impl Parameters for RouteParams {}
 
 /// The choices of a step, on the device.
@@ -51,58 +51,73 @@ pub struct Routing<'a> {
     pub top_k: usize,
 }
 
-/// Chooses for every token: `logits` is `[rows, experts]`. `router.correction` is not looked at; its
-/// device copy, f32 `[experts]`, is `correction`.
+/// What experts are chosen by.
+#[derive(Clone, Copy, Debug)]
+pub struct Scores<'a> {
+    /// `[rows, experts]`.
+    pub logits: Tensor<'a>,
+    /// Its correction is not looked at.
+    pub router: &'a Router<'a>,
+    /// The correction's device copy, f32 `[experts]`.
+    pub correction: Option<&'a DeviceSlice>,
+}
+
+impl RouteParams {
+    fn new(rows: Rows<'_>, scores: &Scores<'_>, routing: &Routing<'_>) -> Result<Self, CudaError> {
+        const OP: &str = "route";
+        let Scores { logits, router, correction } = *scores;
+        let Router { experts, top_k, scoring, limit, norm_topk, scale, .. } = *router;
+        let (groups, open, sum_top2) = limit.map_or((0, 0, false), |limit: GroupLimit| {
+            (limit.groups, limit.chosen, limit.score == GroupScore::SumTop2)
+        });
+        let grouped = limit.is_none()
+            || groups > 0
+                && experts.is_multiple_of(groups)
+                && open <= groups
+                && experts / groups * open >= top_k;
+        let counts = experts <= MAX_EXPERTS && (1..=experts).contains(&top_k);
+        if !grouped || !counts || routing.top_k != top_k {
+            return Err(shape(OP, format!("{router:?}")));
+        }
+        logits.need(OP, "logits", &[rows.padded, experts])?;
+        need(OP, "chosen", routing.chosen, &[rows.padded, top_k], 4)?;
+        need(OP, "weights", routing.weights, &[rows.padded, top_k], 4)?;
+        if let Some(correction) = correction {
+            need(OP, "correction", correction, &[experts], 4)?;
+        }
+        Ok(Self {
+            logits: logits.address(),
+            correction: correction.map_or(0, DeviceSlice::address),
+            chosen: routing.chosen.address(),
+            weights: routing.weights.address(),
+            count: rows.count_address(),
+            rows: dim(OP, rows.padded)?,
+            experts: dim(OP, experts)?,
+            top_k: dim(OP, top_k)?,
+            sigmoid: u32::from(scoring == Scoring::Sigmoid),
+            groups: dim(OP, groups)?,
+            open_groups: dim(OP, open)?,
+            sum_top2: u32::from(sum_top2),
+            norm_topk: u32::from(norm_topk),
+            scale,
+        })
+    }
+}
+
+/// Chooses for every token.
 ///
 /// # Errors
 /// When the router makes no sense, an operand is too short, or the launch fails.
 pub fn route(
     on: Queue<'_>,
     rows: Rows<'_>,
-    logits: Tensor<'_>,
-    router: &Router<'_>,
-    correction: Option<&DeviceSlice>,
+    scores: &Scores<'_>,
     routing: &Routing<'_>,
 ) -> Result<(), CudaError> {
-    const OP: &str = "route";
-    let Router { experts, top_k, scoring, limit, norm_topk, scale, .. } = *router;
-    let (groups, open, sum_top2) = limit.map_or((0, 0, false), |limit: GroupLimit| {
-        (limit.groups, limit.chosen, limit.score == GroupScore::SumTop2)
-    });
-    let grouped = limit.is_none()
-        || groups > 0
-            && experts.is_multiple_of(groups)
-            && open <= groups
-            && experts / groups * open >= top_k;
-    let counts = experts <= MAX_EXPERTS && (1..=experts).contains(&top_k);
-    if !grouped || !counts || routing.top_k != top_k {
-        return Err(shape(OP, format!("{router:?}")));
-    }
-    logits.need(OP, "logits", &[rows.padded, experts])?;
-    need(OP, "chosen", routing.chosen, &[rows.padded, top_k], 4)?;
-    need(OP, "weights", routing.weights, &[rows.padded, top_k], 4)?;
-    if let Some(correction) = correction {
-        need(OP, "correction", correction, &[experts], 4)?;
-    }
-    let params = RouteParams {
-        logits: logits.address(),
-        correction: correction.map_or(0, DeviceSlice::address),
-        chosen: routing.chosen.address(),
-        weights: routing.weights.address(),
-        count: rows.count_address(),
-        rows: dim(OP, rows.padded)?,
-        experts: dim(OP, experts)?,
-        top_k: dim(OP, top_k)?,
-        sigmoid: u32::from(scoring == Scoring::Sigmoid),
-        groups: dim(OP, groups)?,
-        open_groups: dim(OP, open)?,
-        sum_top2: u32::from(sum_top2),
-        norm_topk: u32::from(norm_topk),
-        scale,
-    };
+    let params = RouteParams::new(rows, scores, routing)?;
     /// Three arrays of a warp; four warps of the most experts fit the default of 48 KiB.
     const WARPS: u32 = 4;
-    let kernel = on.kernel(logits.dtype.pick("route_f32", "route_bf16"))?;
+    let kernel = on.kernel(scores.logits.dtype.pick("route_f32", "route_bf16"))?;
     let grid = [params.rows.div_ceil(WARPS), 1, 1];
     let shared = WARPS * 3 * 4 * params.experts;
     Launch::new(kernel, grid, 32 * WARPS).shared(shared).dependent().on(on.stream, &params)

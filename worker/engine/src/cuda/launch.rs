@@ -174,6 +174,8 @@ pub(super) enum Launch {
     },
     /// A layer of experts with what surrounds it.
     Moe(Box<MoeLayer>),
+    /// Two products of the same rows.
+    Both([Box<Launch>; 2]),
     /// A product and the activation of its results.
     Gated {
         product: Box<Launch>,
@@ -250,7 +252,13 @@ impl Resolver<'_> {
         let mut rest = ops;
         while let [op, after @ ..] = rest {
             if let Some(found) = fuse::find(self.lowered, rest, self.sizes.dtype) {
-                launches.extend(self.launch(found.projection)?);
+                let projection = self.launch(found.projection)?;
+                match (launches.pop(), projection) {
+                    (Some(first @ Launch::Linear { .. }), Some(second)) => {
+                        launches.push(Launch::Both([first, second].map(Box::new)));
+                    }
+                    (first, second) => launches.extend(first.into_iter().chain(second)),
+                }
                 launches.push(self.block(found)?);
                 rest = &rest[Found::LENGTH..];
             } else if let Some(found) = moe_layer::find(self.lowered, rest) {
@@ -309,16 +317,36 @@ impl Resolver<'_> {
             let ops: Vec<&Op> = ops.iter().collect();
             Ok::<_, CudaError>((all(&ops)?, self.place(out)))
         });
+        let [score, route] = found.routing;
         let (
+            Some(score),
+            Some(Launch::Route { logits, router, correction }),
             Some(Launch::Experts { x, experts, .. }),
             Some(Launch::AddNorm { residual, weight, eps, out, .. }),
-        ) = (self.launch(found.experts)?, self.launch(found.norm)?)
+        ) = (
+            self.launch(score)?,
+            self.launch(route)?,
+            self.launch(found.experts)?,
+            self.launch(found.norm)?,
+        )
         else {
             let why = "a layer of other ops".to_owned();
             return Err(CudaError::Shape { op: "experts", why });
         };
-        let (routing, shared) = (all(&found.routing)?, shared.transpose()?);
-        Ok(MoeLayer { routing, x, experts, shared, residual, weight, eps, out })
+        let shared = shared.transpose()?;
+        Ok(MoeLayer {
+            score,
+            logits,
+            router,
+            correction,
+            x,
+            experts,
+            shared,
+            residual,
+            weight,
+            eps,
+            out,
+        })
     }
 
     fn layer(&self, slot: CacheSlot) -> Layer {

@@ -7,6 +7,7 @@
 use super::launch::{Experts, Launch, Place};
 use device::cuda::DeviceSlice;
 use model::lower::{BufferId, Lowered, Op};
+use ops::moe::Router;
 use ops::moe::cuda::stream::Always;
 
 /// Ops of a layer, in a program's order.
@@ -98,7 +99,11 @@ fn shared<'a>(lowered: &Lowered, ops: &'a [Op], x: BufferId, sum: BufferId) -> O
 
 /// A layer resolved.
 pub(super) struct Layer {
-    pub(super) routing: Vec<Launch>,
+    /// Makes `logits`.
+    pub(super) score: Launch,
+    pub(super) logits: Place,
+    pub(super) router: Router<'static>,
+    pub(super) correction: Option<DeviceSlice>,
     pub(super) x: Place,
     pub(super) experts: Experts,
     /// Launches of shared experts, and their result.

@@ -10,7 +10,7 @@ use super::sizes::Sizes;
 use device::cuda::{Context, CudaError, DeviceSlice, Event, Lane, Stream, TensorMap};
 use ops::cuda::{Queue, Rows, Tensor};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
-use ops::linear::cuda::{Linear, Then, Variant, linear, linear_as, streams};
+use ops::linear::cuda::{Linear, Then, Variant, both, linear, linear_as, streams, streams_both};
 use ops::mla::cuda::{Core, decode};
 use ops::moe::cuda::stream::Always;
 use ops::rope::Pairing;
@@ -155,11 +155,9 @@ impl Step<'_> {
             }
             Launch::Linear { x, w, bias, out } => {
                 let (from, to) = (at(x), at(out));
-                let from = Tensor::new(&from, dtype);
-                let to = Tensor::new(&to, self.activations.dtype(*out));
-                let plain = Linear::plain(from, w, to, x.width, out.width);
-                linear(on, rows, &Linear { bias: bias.as_ref(), ..plain })
+                linear(on, rows, &self.product((*x, &from), w, bias.as_ref(), (*out, &to)))
             }
+            Launch::Both([first, second]) => self.both(first, second),
             Launch::WriteKv { rows: x, layer } => {
                 let to = paged::cuda::Destination {
                     arena: cache,
@@ -197,9 +195,9 @@ impl Step<'_> {
             }
             Launch::Route { logits, router, correction } => {
                 let from = at(logits);
-                let from = Tensor::new(&from, self.activations.dtype(*logits));
-                let routing = self.routing(router.top_k);
-                moe::cuda::route(on, rows, from, router, correction.as_ref(), &routing)
+                let logits = Tensor::new(&from, self.activations.dtype(*logits));
+                let scores = moe::cuda::Scores { logits, router, correction: correction.as_ref() };
+                moe::cuda::route(on, rows, &scores, &self.routing(router.top_k))
             }
             Launch::Experts { x, experts, out } => {
                 let scratch = self.scratch.moe.as_ref().ok_or_else(|| missing("experts"))?;
@@ -247,15 +245,43 @@ impl Step<'_> {
         mla::cuda::block::attention(self.on, self.rows, &block.shape, &operands)
     }
 
+    fn product<'a>(
+        &self,
+        (x, from): (Place, &'a DeviceSlice),
+        w: &'a DeviceSlice,
+        bias: Option<&'a DeviceSlice>,
+        (out, to): (Place, &'a DeviceSlice),
+    ) -> Linear<'a> {
+        let from = Tensor::new(from, self.activations.dtype(x));
+        let to = Tensor::new(to, self.activations.dtype(out));
+        Linear { bias, ..Linear::plain(from, w, to, x.width, out.width) }
+    }
+
+    /// Two products, in one launch where they are of the same few rows.
+    fn both(&self, first: &Launch, second: &Launch) -> Result<(), CudaError> {
+        if let (
+            Launch::Linear { x, w, bias, out },
+            Launch::Linear { x: x2, w: w2, bias: bias2, out: out2 },
+        ) = (first, second)
+        {
+            let [from, to, from2, to2] = [x, out, x2, out2].map(|place| self.at(*place));
+            let one = self.product((*x, &from), w, bias.as_ref(), (*out, &to));
+            let other = self.product((*x2, &from2), w2, bias2.as_ref(), (*out2, &to2));
+            if streams_both(self.rows.padded, &one, &other) {
+                return both(self.on, self.rows, &one, &other);
+            }
+        }
+        self.run(first)?;
+        self.run(second)
+    }
+
     /// A product and its activation, in one launch where rows are few.
     fn gated(&self, product: &Launch, act: &Launch) -> Result<(), CudaError> {
         if let (Launch::Linear { x, w, bias: None, .. }, Launch::SiluMul { out, .. }) =
             (product, act)
         {
             let (from, to) = (self.at(*x), self.at(*out));
-            let (from, to) =
-                (Tensor::new(&from, self.sizes.dtype), Tensor::new(&to, self.sizes.dtype));
-            let plain = Linear::plain(from, w, to, x.width, out.width);
+            let plain = self.product((*x, &from), w, None, (*out, &to));
             let gated = Linear { then: Then::Gate, ..plain };
             if streams(self.rows.padded, &gated) {
                 return linear_as(Variant::Stream, self.on, self.rows, &gated);
@@ -265,24 +291,42 @@ impl Step<'_> {
         self.run(act)
     }
 
+    fn scores<'a>(&self, layer: &'a MoeLayer, logits: &'a DeviceSlice) -> moe::cuda::Scores<'a> {
+        moe::cuda::Scores {
+            logits: Tensor::new(logits, self.activations.dtype(layer.logits)),
+            router: &layer.router,
+            correction: layer.correction.as_ref(),
+        }
+    }
+
     /// A layer of experts of few tokens: shared ones with the routed ones.
     fn few(&self, layer: &MoeLayer, always: Option<&Always<'_>>) -> Result<(), CudaError> {
-        let MoeLayer { routing, x, experts, residual, weight, eps, out, .. } = layer;
+        let MoeLayer { x, experts, residual, weight, eps, out, .. } = layer;
         let (on, rows, dtype) = (self.on, self.rows, self.sizes.dtype);
         let scratch = self.scratch.moe.as_ref().ok_or_else(|| missing("experts"))?;
-        routing.iter().try_for_each(|launch| self.run(launch))?;
+        let logits = self.at(layer.logits);
+        let scores = self.scores(layer, &logits);
+        self.run(&layer.score)?;
+        // A simple choice is made where it is used.
+        let here = moe::cuda::stream::chooses(&scores);
+        if !here {
+            moe::cuda::route(on, rows, &scores, &self.routing(experts.top_k))?;
+        }
+        let scores = here.then_some(&scores);
         let routing = self.routing(experts.top_k);
         let (residual, weights) = (self.at(*residual), experts.weights(dtype));
         let sum = moe::cuda::stream::Sum { out: &residual, add: true };
         let x_at = self.at(*x);
-        moe::cuda::stream::experts(on, rows, &x_at, &routing, &weights, always, &sum, scratch)?;
+        moe::cuda::stream::experts(
+            on, rows, &x_at, &routing, scores, &weights, always, &sum, scratch,
+        )?;
         let residual = Tensor::new(&residual, dtype);
         norm::cuda::rms_norm(on, rows, x.width, residual, weight, *eps, &self.at(*out))
     }
 
     /// A layer of experts; shared ones beside the router and the routed ones.
     fn moe(&self, layer: &MoeLayer) -> Result<(), CudaError> {
-        let MoeLayer { routing, x, experts, shared, residual, weight, eps, out } = layer;
+        let MoeLayer { x, experts, shared, residual, weight, eps, out, .. } = layer;
         let (on, rows, dtype, beside) = (self.on, self.rows, self.sizes.dtype, self.beside);
         if let Some(always) = layer.always() {
             let (weights, top_k) = (experts.weights(dtype), experts.top_k);
@@ -298,8 +342,9 @@ impl Step<'_> {
             launches.iter().try_for_each(|launch| step.run(launch))?;
             beside.end.record(&beside.stream)?;
         }
-        routing.iter().try_for_each(|launch| self.run(launch))?;
-        let routing = self.routing(experts.top_k);
+        let (logits, routing) = (self.at(layer.logits), self.routing(experts.top_k));
+        self.run(&layer.score)?;
+        moe::cuda::route(on, rows, &self.scores(layer, &logits), &routing)?;
         moe::cuda::results(on, rows, &self.at(*x), &routing, &experts.weights(dtype), scratch)?;
         if shared.is_some() {
             on.stream.wait(&beside.end)?;

@@ -1,5 +1,5 @@
 // out = x w^T + bias, or silu(gate) * up of it, for up to eight tokens, added to what lies in `out` where
-// asked; see stream.cuh.
+// asked, and a second product of the same tokens; see stream.cuh.
 #include "linear/cuda/stream.cuh"
 
 struct StreamParams {
@@ -9,32 +9,36 @@ struct StreamParams {
     void* out;
     const uint32_t* count;
     uint64_t x_stride, out_stride;
-    uint32_t tokens, columns, outputs;
+    const bf16* second_w;  // of the outputs from `split` on
+    void* second_out;
+    uint64_t second_stride;
+    uint32_t tokens, columns, outputs, split;
     uint32_t pairs, add, out_f32;
     stream::Ring ring;
-    uint32_t pad;
 };
 
 static_assert(sizeof(stream::Shared) == 4608, "as stream.rs says");
 
 template <bool Staged> struct Product {
-    static constexpr bool kStaged = Staged, kLater = false;
+    static constexpr bool kStaged = Staged, kAhead = true;
     const StreamParams& p;
-    uint32_t first, last, per, tokens = 0;
+    uint32_t first, last, per, tokens;
     __device__ explicit Product(const StreamParams& params)
         : p(params),
           first(uint32_t(uint64_t(p.outputs) * blockIdx.x / gridDim.x)),
           last(uint32_t(uint64_t(p.outputs) * (blockIdx.x + 1) / gridDim.x)),
-          per(stream::kTile >> p.pairs) {}
-    __device__ void learn() { tokens = min(real_rows(p.count, p.tokens), uint32_t(stream::kTokens)); }
+          per(stream::kTile >> p.pairs),
+          tokens(min(real_rows(p.count, p.tokens), uint32_t(stream::kTokens))) {}
+    __device__ void learn() { allow_next(); }
     __device__ uint32_t tiles() const { return (last - first + per - 1) / per; }
     __device__ uint32_t groups() const { return 1; }
     __device__ uint32_t early_tiles() const { return tiles(); }
-    __device__ uint32_t early_groups() const { return 1; }
     __device__ uint32_t x_columns() const { return p.columns; }
     __device__ stream::Rows rows(uint32_t tile, uint32_t) const {
-        const uint32_t at = first + tile * per;
-        return {p.w + uint64_t(at) * p.columns, uint64_t(p.outputs) * p.columns, p.pairs, min(last - at, per) << p.pairs, p.columns};
+        const uint32_t at = first + tile * per, count = min(last - at, per) << p.pairs;
+        if (at >= p.split) return {p.second_w + uint64_t(at - p.split) * p.columns, 0, 0, count, p.columns};
+        const uint64_t up = uint64_t(p.outputs) * p.columns;
+        return {p.w + uint64_t(at) * p.columns, up, p.pairs, count, p.columns, (p.split - at) << p.pairs, p.second_w};
     }
     __device__ uint32_t tokens_of(uint32_t, uint32_t) const { return (1u << tokens) - 1; }
     __device__ const bf16* x_row(uint32_t, uint32_t, uint32_t token) const { return p.x + token * p.x_stride; }
@@ -49,6 +53,10 @@ template <bool Staged> struct Product {
             if (row & 1) return;
         }
         if (token >= tokens || at >= last) return;
+        if (at >= p.split) {
+            static_cast<bf16*>(p.second_out)[token * p.second_stride + at - p.split] = narrow<bf16>(sum);
+            return;
+        }
         if (p.bias != nullptr) sum += p.bias[at];
         const uint64_t to = token * p.out_stride + at;
         if (p.out_f32) {

@@ -32,12 +32,17 @@ struct Ring {
 };
 
 // Rows of weights that are multiplied by the same tokens. In pairs, odd rows lie `up` elements after the
-// even ones.
+// even ones. Rows from `cut` on lie at `then`.
 struct Rows {
     const bf16* w;
     uint64_t up;
     uint32_t pairs, count, columns;
-    __device__ const bf16* row(uint32_t i) const { return w + uint64_t(i >> pairs) * columns + (i & pairs) * up; }
+    uint32_t cut = kTile;
+    const bf16* then = nullptr;
+    __device__ const bf16* row(uint32_t i) const {
+        if (i >= cut) return then + uint64_t(i - cut) * columns;
+        return w + uint64_t(i >> pairs) * columns + (i & pairs) * up;
+    }
 };
 
 __device__ __forceinline__ void multipliers_meet() { asm volatile("bar.sync 1, %0;\n" ::"n"(kWarps * 32) : "memory"); }
@@ -80,15 +85,13 @@ template <class Job> struct Sender {
     __device__ uint32_t early() const {
         uint32_t sent = 0;
         for (uint32_t tile = 0; tile < job.early_tiles(); tile++) {
-            for (uint32_t group = 0; group < job.early_groups(); group++) {
+            for (uint32_t group = 0; group < job.groups(); group++) {
                 const Rows rows = job.rows(tile, group);
                 for (uint32_t column = 0; column < rows.columns; column += ring.step) {
                     if (sent == ring.stages) return sent;
                     weights(sent++, rows, column, min(ring.step, rows.columns - column));
                 }
             }
-            // What follows in the tile is not known.
-            if (Job::kLater) break;
         }
         return sent;
     }
@@ -113,9 +116,9 @@ template <class Job> struct Sender {
 
 // What a job says:
 //   kStaged                     whether tokens come with every stage; else they lie at `x_at`
-//   early_tiles, early_groups   weights known before the kernel in front has ended
-//   kLater                      whether groups of an early tile are not among them
-//   learn()                     by all threads, after it has: what else there is
+//   early_tiles()               tiles whose weights are known before the kernel in front has ended
+//   kAhead                      whether it learns before that
+//   learn()                     by all threads: what there is; lets the next kernel begin
 //   tiles(), groups(), rows(tile, group), tokens_of(tile, group), x_row(tile, group, token),
 //   weight(tile, group, token)
 //   finish(tile, token, row, sum), by the threads of two warps
@@ -131,23 +134,23 @@ template <class Job> __device__ void run(Job& job, Shared& s, const Ring& ring, 
         fence_barrier_init();
     }
     __syncthreads();
-    allow_next();
+    if constexpr (Job::kAhead) job.learn();
     const Sender<Job> sender{job, s, ring, ring_at, uint32_t(warp - kWarps)};
     uint32_t early = 0;
     if (warp >= kWarps && lane == 0) early = sender.early();
     __syncwarp();
     wait_for_previous();
-    job.learn();
+    if constexpr (!Job::kStaged) {
+        const uint32_t bar = shared_address(&s.x_ready), mask = job.tokens_of(0, 0), bytes = job.x_columns() * 2;
+        if (threadIdx.x == 0) barrier_expect(bar, __popc(mask) * bytes);
+        if (warp < kTokens && lane == 0 && (mask >> warp & 1)) bulk_load(x_at + warp * ring.x_pitch, job.x_row(0, 0, warp), bytes, bar);
+    }
+    if constexpr (!Job::kAhead) job.learn();
     if (warp >= kWarps) {
         if (lane == 0) sender.all(early);
         return;
     }
-    if constexpr (!Job::kStaged) {
-        const uint32_t bar = shared_address(&s.x_ready), mask = job.tokens_of(0, 0), bytes = job.x_columns() * 2;
-        if (threadIdx.x == 0) barrier_expect(bar, __popc(mask) * bytes);
-        if (lane == 0 && (mask >> warp & 1)) bulk_load(x_at + warp * ring.x_pitch, job.x_row(0, 0, warp), bytes, bar);
-        barrier_wait(bar, 0);
-    }
+    if constexpr (!Job::kStaged) barrier_wait(shared_address(&s.x_ready), 0);
     const uint32_t g = lane / 4, t = lane % 4;
     Place place;
     for (uint32_t tile = 0; tile < job.tiles(); tile++) {

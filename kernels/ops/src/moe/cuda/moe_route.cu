@@ -1,23 +1,5 @@
-// From router logits to experts and weights; one warp per token. Of equal scores the lower number
-// wins, NaN never does.
-#include "cuda/async.cuh"
-
-struct RouteParams {
-    const void* logits;       // [rows, experts]
-    const float* correction;  // [experts] or null
-    uint32_t* chosen;         // [rows, top_k]
-    float* weights;           // [rows, top_k]
-    const uint32_t* count;
-    uint32_t rows, experts, top_k;
-    uint32_t sigmoid;         // else softmax
-    uint32_t groups;          // 0: no limit
-    uint32_t open_groups;
-    uint32_t sum_top2;        // else the best of a group is its score
-    uint32_t norm_topk;
-    float scale;
-};
-
-constexpr uint32_t kNone = 0xffffffff;
+// From router logits to experts and weights; one warp per token.
+#include "moe/cuda/route.cuh"
 
 // The first of the highest of `n` values; 0 where there is none.
 __device__ uint32_t highest(const float* values, uint32_t n, uint32_t lane) {
@@ -49,6 +31,14 @@ template <typename T> __device__ void route(const RouteParams& p) {
     const uint64_t row = uint64_t(blockIdx.x) * (blockDim.x / 32) + warp;
     if (row >= real_rows(p.count, p.rows)) return;
     const uint32_t n = p.experts;
+    if (p.groups == 0 && p.top_k <= kMostChosen && n <= kMostInRegisters) {
+        const Choice mine = choose<T>(p, row, lane);
+        if (lane < p.top_k) {
+            p.chosen[row * p.top_k + lane] = mine.expert;
+            p.weights[row * p.top_k + lane] = mine.weight;
+        }
+        return;
+    }
     float* scores = memory + warp * 3 * n;
     float* order = scores + n;
     float* group_scores = order + n;

@@ -1,8 +1,10 @@
 // The experts of up to eight tokens, and beside them experts that every token takes: the products with
 // gate and up, then the one with down as a single sum over all experts of a token; see
 // linear/cuda/stream.cuh. Experts that every token takes are known before the router has chosen, so
-// their weights come first.
+// their weights come first. Where the router is a simple one every block of the first kernel chooses by
+// itself, and the second reads choices, and weights of experts, before the first has ended.
 #include "linear/cuda/stream.cuh"
+#include "moe/cuda/route.cuh"
 
 struct MoeStreamParams {
     const bf16* x;               // [tokens, hidden]
@@ -12,14 +14,15 @@ struct MoeStreamParams {
     const bf16* always_down;     // [hidden, always] or null
     bf16* h;                     // [tokens * top_k, inner]
     bf16* always_h;              // [tokens, always]
-    const uint32_t* chosen;      // [tokens, top_k]
-    const float* weights;        // [tokens, top_k]
+    uint32_t* chosen;            // [tokens, top_k]
+    float* weights;              // [tokens, top_k]
     bf16* out;                   // [tokens, hidden]
     const uint32_t* count;
     uint32_t tokens, hidden, inner, always;
     uint32_t top_k, first, held, add;
     stream::Ring ring;
     uint32_t pad;
+    RouteParams route;           // its logits are null where the choice is made already
 };
 
 constexpr uint32_t kMostHeld = 512, kMostPairs = 128, kTokens = stream::kTokens;
@@ -46,22 +49,26 @@ static_assert(sizeof(MoeShared) == 13952, "as stream.rs says");
 struct Experts {
     const MoeStreamParams& p;
     Touched& t;
-    uint32_t tokens = 0;
-    __device__ Experts(const MoeStreamParams& params, Touched& touched) : p(params), t(touched) {
+    uint32_t tokens;
+    __device__ Experts(const MoeStreamParams& params, Touched& touched)
+        : p(params), t(touched), tokens(min(real_rows(p.count, p.tokens), kTokens)) {
         for (uint32_t i = threadIdx.x; i < p.held; i += stream::kThreads) t.flag[i] = 0;
+        __syncthreads();
     }
     __device__ uint32_t every_token() const { return (1u << tokens) - 1; }
-    // By all threads. No warp leaves before every other is there.
-    __device__ void learn() {
+    __device__ void take(uint32_t pair, uint32_t number, float weight) {
+        const uint32_t expert = number - p.first;
+        t.chosen[pair] = expert;
+        t.weights[pair] = weight;
+        if (expert < p.held) t.flag[expert] = 1;
+    }
+    // The choices that are made.
+    __device__ void read() {
+        for (uint32_t i = threadIdx.x; i < tokens * p.top_k; i += stream::kThreads) take(i, __ldcg(p.chosen + i), __ldcg(p.weights + i));
+    }
+    // By all threads, which all wait for each other at its end.
+    __device__ void list() {
         const uint32_t lane = threadIdx.x % 32;
-        tokens = min(real_rows(p.count, p.tokens), kTokens);
-        const uint32_t pairs = tokens * p.top_k;
-        for (uint32_t i = threadIdx.x; i < pairs; i += stream::kThreads) {
-            const uint32_t expert = p.chosen[i] - p.first;
-            t.chosen[i] = expert;
-            t.weights[i] = p.weights[i];
-            if (expert < p.held) t.flag[expert] = 1;
-        }
         __syncthreads();
         if (threadIdx.x < 32) {
             uint32_t count = 0;
@@ -103,7 +110,7 @@ struct Experts {
 
 // silu(gate x) * up x of every expert that is touched.
 struct Up : Experts {
-    static constexpr bool kStaged = false, kLater = false;
+    static constexpr bool kStaged = false, kAhead = false;
     static constexpr uint32_t kOut = stream::kTile / 2;
     uint32_t always_first, always_tiles, first = 0, routed = 0;
     __device__ Up(const MoeStreamParams& params, Touched& touched) : Experts(params, touched) {
@@ -112,7 +119,22 @@ struct Up : Experts {
         always_tiles = uint32_t(all * (blockIdx.x + 1) / gridDim.x) - always_first;
     }
     __device__ void learn() {
-        Experts::learn();
+        const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        if (p.route.logits == nullptr) {
+            read();
+        } else if (warp < tokens) {
+            const Choice mine = choose<float>(p.route, warp, lane);
+            const uint32_t pair = warp * p.top_k + lane;
+            if (lane < p.top_k) take(pair, mine.expert, mine.weight);
+            if (lane < p.top_k && blockIdx.x == 0) {
+                p.chosen[pair] = mine.expert;
+                p.weights[pair] = mine.weight;
+                __threadfence();
+            }
+        }
+        list();
+        // The second kernel may look at choices from here on.
+        allow_next();
         const uint64_t all = uint64_t(t.count) * (p.inner / kOut);
         first = uint32_t(all * blockIdx.x / gridDim.x);
         routed = uint32_t(all * (blockIdx.x + 1) / gridDim.x) - first;
@@ -120,7 +142,6 @@ struct Up : Experts {
     __device__ uint32_t tiles() const { return always_tiles + routed; }
     __device__ uint32_t groups() const { return 1; }
     __device__ uint32_t early_tiles() const { return always_tiles; }
-    __device__ uint32_t early_groups() const { return 1; }
     __device__ uint32_t x_columns() const { return p.hidden; }
     __device__ uint32_t place(uint32_t tile) const { return (first + tile - always_tiles) / (p.inner / kOut); }
     __device__ uint32_t output(uint32_t tile) const {
@@ -151,17 +172,22 @@ struct Up : Experts {
 
 // The sum over a token's experts of weight * down h.
 struct Down : Experts {
-    static constexpr bool kStaged = true, kLater = true;
+    static constexpr bool kStaged = true, kAhead = true;
     uint32_t first, last, always;
     __device__ Down(const MoeStreamParams& params, Touched& touched)
         : Experts(params, touched),
           first(uint32_t(uint64_t(p.hidden) * blockIdx.x / gridDim.x)),
           last(uint32_t(uint64_t(p.hidden) * (blockIdx.x + 1) / gridDim.x)),
           always(p.always != 0) {}
+    // Choices were made when the kernel in front let this one begin.
+    __device__ void learn() {
+        read();
+        list();
+        allow_next();
+    }
     __device__ uint32_t tiles() const { return (last - first + stream::kTile - 1) / stream::kTile; }
     __device__ uint32_t groups() const { return always + t.count; }
     __device__ uint32_t early_tiles() const { return tiles(); }
-    __device__ uint32_t early_groups() const { return always; }
     __device__ uint32_t x_columns() const { return 0; }
     __device__ stream::Rows rows(uint32_t tile, uint32_t group) const {
         const uint32_t at = first + tile * stream::kTile, count = min(last - at, uint32_t(stream::kTile));

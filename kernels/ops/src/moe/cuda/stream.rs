@@ -7,7 +7,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::{ExpertWeights, Routing, Scratch};
+use super::{ExpertWeights, RouteParams, Routing, Scores, Scratch};
 use crate::cuda::{Dtype, Queue, Rows, dim, need, shape};
 use crate::linear::cuda::stream::{Beside, MOST_ROWS, Ring, THREADS};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
@@ -66,9 +66,21 @@ struct Params {
     add: u32,
     ring: Ring,
     pad: u32,
+    route: RouteParams,
 }
 // SAFETY: mirrors the kernel's struct; lengths are checked in `experts`.
 unsafe impl Parameters for Params {}
+
+/// Whether the first kernel can choose by such scores itself: a simple router, in registers.
+#[must_use]
+pub fn chooses(scores: &Scores<'_>) -> bool {
+    const MOST_CHOSEN: usize = 32;
+    let router = scores.router;
+    scores.logits.dtype == Dtype::F32
+        && router.limit.is_none()
+        && router.top_k <= MOST_CHOSEN
+        && router.experts <= MOST_HELD
+}
 
 /// The rings of both products, and bytes of shared memory.
 fn rings(rows: usize, hidden: usize, inner: usize, always: usize) -> Option<[(Ring, u32); 2]> {
@@ -103,16 +115,17 @@ pub fn takes(
 
 /// `sum_j weight_j * down_j(silu(gate_j x) * up_j x)` over the chosen experts, and the same of those
 /// that every token takes with weight 1; `x` is `[rows, hidden]`. Experts that live elsewhere add
-/// nothing.
+/// nothing. With `scores` the choice is made here, and left in `routing`.
 ///
 /// # Errors
-/// When [`takes`] does not hold, an operand is too short, or a launch fails.
+/// When [`takes`] does not hold, or [`chooses`] of scores that are given, an operand is too short, or a launch fails.
 #[allow(clippy::too_many_arguments, reason = "the operands of the op")]
 pub fn experts(
     on: Queue<'_>,
     rows: Rows<'_>,
     x: &DeviceSlice,
     routing: &Routing<'_>,
+    scores: Option<&Scores<'_>>,
     weights: &ExpertWeights<'_>,
     always: Option<&Always<'_>>,
     sum: &Sum<'_>,
@@ -122,9 +135,13 @@ pub fn experts(
     let (padded, top_k) = (rows.padded, routing.top_k);
     let width = always.map_or(0, |always| always.width);
     let refused = || shape(OP, format!("{padded} rows of {hidden}, {held} experts, {top_k} each"));
-    if !takes(padded, weights, top_k, always) {
+    if !takes(padded, weights, top_k, always) || scores.is_some_and(|scores| !chooses(scores)) {
         return Err(refused());
     }
+    let route = match scores {
+        Some(scores) => RouteParams::new(rows, scores, routing)?,
+        None => RouteParams::default(),
+    };
     need(OP, "x", x, &[padded, hidden], 2)?;
     gate_up.need(OP, "gate_up", &[held, 2, intermediate, hidden])?;
     need(OP, "down", down, &[held, hidden, intermediate], 2)?;
@@ -160,6 +177,7 @@ pub fn experts(
         add: u32::from(sum.add),
         ring: up.0,
         pad: 0,
+        route,
     };
     let tiles = (held.min(padded * top_k) * intermediate + width).div_ceil(TILE);
     let blocks = [tiles.max(1), hidden].map(|most| most.min(on.multiprocessors()));

@@ -10,7 +10,7 @@ use device::cuda::DeviceMemory;
 #[test]
 fn every_kind_of_router_chooses_what_sorting_chooses() {
     let Some(device) = device() else { return };
-    for (experts, groups, open) in [(24, 6, 3), (64, 8, 3), (256, 8, 4)] {
+    for (experts, groups, open) in [(24, 6, 3), (64, 8, 3), (128, 8, 3), (256, 8, 4), (512, 8, 4)] {
         let mut random = Random::new(21);
         let bias: Vec<f32> = random.vector(experts).iter().map(|x| x * 0.4).collect();
         let group = |score| Some(GroupLimit { groups, chosen: open, score });
@@ -41,8 +41,8 @@ fn check_router(device: &Device, router: &Router<'_>, bias: &DeviceSlice) {
     let routing = Routing { chosen: &chosen, weights: &weights, top_k: router.top_k };
     let rows = Rows { padded, count: Some(&count) };
     let correction = router.correction.map(|_| bias);
-    let logits_sent = Tensor::new(&sent, Dtype::F32);
-    route(device.queue(), rows, logits_sent, router, correction, &routing).expect("a launch");
+    let scores = Scores { logits: Tensor::new(&sent, Dtype::F32), router, correction };
+    route(device.queue(), rows, &scores, &routing).expect("a launch");
     let (chosen, weights) = (device.fetch(&chosen, 0_u32), device.fetch(&weights, 0.0_f32));
     let expected: Vec<(u32, f64)> = logits
         .chunks_exact(router.experts)
@@ -74,8 +74,9 @@ fn ties_go_to_the_lower_number_and_nan_stays_in_range() {
     let (chosen, weights) = (device.poisoned(24), device.poisoned(24));
     let routing = Routing { chosen: &chosen, weights: &weights, top_k: 3 };
     let rows = Rows::exactly(2);
-    route(device.queue(), rows, Tensor::new(&sent, Dtype::F32), &router, None, &routing)
-        .expect("a launch");
+    let scores =
+        Scores { logits: Tensor::new(&sent, Dtype::F32), router: &router, correction: None };
+    route(device.queue(), rows, &scores, &routing).expect("a launch");
     let chosen = device.fetch(&chosen, 0_u32);
     assert_eq!(chosen[..3], [0, 1, 2]);
     assert!(chosen[3..].iter().all(|c| *c < 40));

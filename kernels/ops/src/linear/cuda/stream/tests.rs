@@ -109,6 +109,32 @@ fn streamed_products_agree_with_f64() {
 }
 
 #[test]
+fn two_products_of_the_same_rows_are_those_apart() {
+    let Some(device) = device() else { return };
+    for (inputs, outputs, more) in [(2048, 577, 64), (264, 3, 1), (512, 1, 700)] {
+        let [first, second] = [outputs, more].map(|outputs| Case::new((inputs, outputs, 4, 3), 1));
+        let x = device.send_as(&first.x, Dtype::Bf16);
+        let x = Tensor::new(&x, Dtype::Bf16);
+        let w = [&first, &second].map(|case| device.send_as(&case.w, Dtype::Bf16));
+        let out = [(); 4].map(|()| device.poisoned(4 * outputs.max(more) * 2));
+        let count = device.send(&[3_u32]);
+        let (on, rows) = (device.queue(), Rows { padded: 4, count: Some(&count) });
+        let to = |at: usize| Tensor::new(&out[at], Dtype::Bf16);
+        let one = |at| Linear::plain(x, &w[0], to(at), inputs, outputs);
+        let other = |at| Linear::plain(x, &w[1], to(at), inputs, more);
+        linear_as(Variant::Stream, on, rows, &one(0)).expect("a launch");
+        linear_as(Variant::Stream, on, rows, &other(1)).expect("a launch");
+        crate::linear::cuda::both(on, rows, &one(2), &other(3)).expect("a launch");
+        for (apart, together, width) in [(0, 2, outputs), (1, 3, more)] {
+            let [apart, together] =
+                [apart, together].map(|at| device.fetch_as(&out[at], Dtype::Bf16));
+            assert_eq!(apart[..3 * width], together[..3 * width], "{inputs} {outputs} {more}");
+            assert!(together[3 * width..].iter().all(|x| x.is_nan()), "padding is left alone");
+        }
+    }
+}
+
+#[test]
 fn a_streamed_row_has_the_same_bits_in_every_batch() {
     let Some(device) = device() else { return };
     for (inputs, outputs) in [(1000, 300), (12_288, 140)] {

@@ -3,6 +3,8 @@
 use super::*;
 use crate::cuda::testing::{Device, assert_near, device, rounded};
 use crate::cuda::{Rows, Tensor};
+use crate::moe::tests::choose;
+use crate::moe::{Router, Scoring};
 use crate::testing::Random;
 use device::cuda::{Arena, DeviceMemory};
 
@@ -58,6 +60,17 @@ impl Data {
     }
 
     fn run(&self, device: &Device, case: Case, add: bool) -> Vec<f32> {
+        self.run_by(device, case, add, None)
+    }
+
+    /// With choices by `logits` where there are some.
+    fn run_by(
+        &self,
+        device: &Device,
+        case: Case,
+        add: bool,
+        logits: Option<(&DeviceSlice, &Router<'_>)>,
+    ) -> Vec<f32> {
         let Case { padded, real, hidden, inner, always, first, held, top_k, .. } = case;
         let send = |values: &[f32]| device.send_as(values, Dtype::Bf16);
         let (x, gate_up, down) = (send(&self.x), send(&self.gate_up), send(&self.down));
@@ -85,7 +98,16 @@ impl Data {
         let rows = Rows { padded, count: Some(&count) };
         let routing = Routing { chosen: &chosen, weights: &weights, top_k };
         let sum = Sum { out: &out, add };
-        experts(device.queue(), rows, &x, &routing, &experts_here, always, &sum, &scratch)
+        let scores = logits.map(|(logits, router)| Scores {
+            logits: Tensor::new(logits, Dtype::F32),
+            router,
+            correction: None,
+        });
+        if scores.is_some() {
+            device.stream.fill(&chosen, 0xFF).expect("a fill");
+        }
+        let (scores, on) = (scores.as_ref(), device.queue());
+        experts(on, rows, &x, &routing, scores, &experts_here, always, &sum, &scratch)
             .expect("a launch");
         device.fetch_as(&out, Dtype::Bf16)
     }
@@ -154,6 +176,34 @@ fn streamed_experts_agree_with_f64() {
             assert_near(&format!("{case:?}"), here, &expected, 1e-2);
             let before = &data.before[case.real * case.hidden..];
             assert!(padding == before || padding.iter().all(|x| x.is_nan()), "padding: {case:?}");
+        }
+    }
+}
+
+#[test]
+fn experts_are_chosen_on_the_way_as_before() {
+    let Some(device) = device() else { return };
+    for (experts, top_k, scoring) in [(24, 6, Scoring::Softmax), (300, 8, Scoring::Sigmoid)] {
+        let case = Case { held: experts, all: experts, top_k, ..case(8, 7, 264, 56, 112) };
+        let mut data = Data::new(case);
+        let router = Router {
+            experts,
+            top_k,
+            scoring,
+            limit: None,
+            correction: None,
+            norm_topk: true,
+            scale: 1.5,
+        };
+        let logits: Vec<f32> = Random::new(9).vector(8 * experts).iter().map(|x| x * 3.0).collect();
+        let chosen = logits.chunks(experts).flat_map(|row| choose(row, &router));
+        (data.chosen, data.weights) = chosen.map(|(id, weight)| (id, weight as f32)).unzip();
+        let apart = data.run(&device, case, true);
+        let sent = device.send(&logits);
+        let together = data.run_by(&device, case, true, Some((&sent, &router)));
+        let expected = data.expected(case, true);
+        for got in [&apart, &together] {
+            assert_near(&format!("{case:?}"), &got[..7 * 264], &expected, 1e-2);
         }
     }
 }
