@@ -18,6 +18,9 @@ use crate::linear::cuda::{self as linear, Grouped, Variant};
 use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters};
 use wide::{Products, Wide};
 
+/// Experts of a token, at most: each in a lane of a warp.
+const LANES: usize = 32;
+
 /// Mirrors `RouteParams`.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -75,7 +78,7 @@ impl RouteParams {
                 && experts.is_multiple_of(groups)
                 && open <= groups
                 && experts / groups * open >= top_k;
-        let counts = experts <= MAX_EXPERTS && (1..=experts).contains(&top_k);
+        let counts = experts <= MAX_EXPERTS && (1..=experts.min(LANES)).contains(&top_k);
         if !grouped || !counts || routing.top_k != top_k {
             return Err(shape(OP, format!("{router:?}")));
         }
@@ -151,6 +154,8 @@ pub struct Scratch {
     gate_up: DeviceSlice,
     inner: DeviceSlice,
     y: DeviceSlice,
+    /// What few tokens touch.
+    list: DeviceSlice,
 }
 
 /// Bytes of a `RowTile`.
@@ -167,11 +172,12 @@ impl Scratch {
         held: usize,
         hidden: usize,
         intermediate: usize,
-    ) -> [usize; 7] {
+    ) -> [usize; 8] {
         let pairs = rows * top_k;
         let tiles = held + pairs / LEAST_TILE;
         let wide = pairs * intermediate * dtype.size();
-        [4 * pairs, 4 * pairs, tiles * TILE, 8, 2 * wide, wide, pairs * hidden * dtype.size()]
+        let y = pairs * hidden * dtype.size();
+        [4 * pairs, 4 * pairs, tiles * TILE, 8, 2 * wide, wide, y, stream::LIST]
     }
 
     /// Bytes of device memory, for the memory plan.
@@ -212,6 +218,7 @@ impl Scratch {
             gate_up: take()?,
             inner: take()?,
             y: take()?,
+            list: take()?,
         })
     }
 }

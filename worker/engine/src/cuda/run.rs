@@ -304,19 +304,17 @@ impl Step<'_> {
         let MoeLayer { x, experts, residual, weight, eps, out, .. } = layer;
         let (on, rows, dtype) = (self.on, self.rows, self.sizes.dtype);
         let scratch = self.scratch.moe.as_ref().ok_or_else(|| missing("experts"))?;
-        let logits = self.at(layer.logits);
-        let scores = self.scores(layer, &logits);
         self.run(&layer.score)?;
+        let (logits, routing) = (self.at(layer.logits), self.routing(experts.top_k));
+        let (weights, scores) = (experts.weights(dtype), self.scores(layer, &logits));
         // A simple choice is made where it is used.
         let here = moe::cuda::stream::chooses(&scores);
         if !here {
-            moe::cuda::route(on, rows, &scores, &self.routing(experts.top_k))?;
+            moe::cuda::route(on, rows, &scores, &routing)?;
         }
         let scores = here.then_some(&scores);
-        let routing = self.routing(experts.top_k);
-        let (residual, weights) = (self.at(*residual), experts.weights(dtype));
+        let (x_at, residual) = (self.at(*x), self.at(*residual));
         let sum = moe::cuda::stream::Sum { out: &residual, add: true };
-        let x_at = self.at(*x);
         moe::cuda::stream::experts(
             on, rows, &x_at, &routing, scores, &weights, always, &sum, scratch,
         )?;

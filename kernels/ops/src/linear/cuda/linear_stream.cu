@@ -15,6 +15,7 @@ struct StreamParams {
     uint32_t tokens, columns, outputs, split;
     uint32_t pairs, add, out_f32;
     stream::Ring ring;
+    uint32_t pad;
 };
 
 static_assert(sizeof(stream::Shared) == 4608, "as stream.rs says");
@@ -29,10 +30,12 @@ template <bool Staged> struct Product {
           last(uint32_t(uint64_t(p.outputs) * (blockIdx.x + 1) / gridDim.x)),
           per(stream::kTile >> p.pairs),
           tokens(min(real_rows(p.count, p.tokens), uint32_t(stream::kTokens))) {}
-    __device__ void learn() { allow_next(); }
+    template <class Wait> __device__ void learn(Wait) {}
+    __device__ void settle() {}
     __device__ uint32_t tiles() const { return (last - first + per - 1) / per; }
     __device__ uint32_t groups() const { return 1; }
-    __device__ uint32_t early_tiles() const { return tiles(); }
+    __device__ uint32_t early_tiles() const { return 0; }
+    __device__ uint32_t at_once() const { return 1; }
     __device__ uint32_t x_columns() const { return p.columns; }
     __device__ stream::Rows rows(uint32_t tile, uint32_t) const {
         const uint32_t at = first + tile * per, count = min(last - at, per) << p.pairs;

@@ -28,7 +28,8 @@ struct alignas(128) Shared {
 struct Ring {
     uint32_t stages, pitch, stage_bytes;
     uint32_t step;     // columns of a stage
-    uint32_t x_pitch;  // bytes from token to token where tokens stay
+    uint32_t x_pitch;    // bytes from token to token where tokens stay
+    uint32_t under_way;  // stages of weights at once, early
 };
 
 // Rows of weights that are multiplied by the same tokens. In pairs, odd rows lie `up` elements after the
@@ -61,18 +62,29 @@ struct Place {
     }
 };
 
-// By one lane of every warp that sends.
+// By one lane of every warp that sends. Until it is known what there is, no more is under way than keeps
+// memory busy: whoever reads something small meanwhile would wait for all of it.
 template <class Job> struct Sender {
     const Job& job;
     Shared& s;
     const Ring& ring;
     uint32_t ring_at, sender;
+    Place place, landed;
+    uint32_t sent = 0;
+    bool early = true;
 
     __device__ uint32_t at(uint32_t stage) const { return ring_at + stage * ring.stage_bytes; }
-    __device__ void weights(uint32_t stage, const Rows& rows, uint32_t column, uint32_t columns) const {
-        const uint32_t bar = shared_address(&s.weights_full[stage]);
+    __device__ void weights(const Rows& rows, uint32_t column, uint32_t columns) {
+        if (sent >= ring.stages) barrier_wait(shared_address(&s.empty[place.stage]), place.parity ^ 1);
+        if (early && sent >= ring.under_way) {
+            barrier_wait(shared_address(&s.weights_full[landed.stage]), landed.parity);
+            landed.next(ring.stages);
+        }
+        const uint32_t bar = shared_address(&s.weights_full[place.stage]);
         if (sender == 0) barrier_expect(bar, rows.count * columns * 2);
-        for (uint32_t i = sender; i < rows.count; i += kSenders) bulk_load(at(stage) + i * ring.pitch, rows.row(i) + column, columns * 2, bar);
+        for (uint32_t i = sender; i < rows.count; i += kSenders) bulk_load(at(place.stage) + i * ring.pitch, rows.row(i) + column, columns * 2, bar);
+        place.next(ring.stages);
+        sent++;
     }
     __device__ void tokens(uint32_t stage, uint32_t tile, uint32_t group, uint32_t column, uint32_t columns) const {
         const uint32_t bar = shared_address(&s.x_full[stage]), mask = job.tokens_of(tile, group), to = at(stage) + kTile * ring.pitch;
@@ -81,44 +93,82 @@ template <class Job> struct Sender {
             if (mask >> token & 1) bulk_load(to + token * ring.pitch, job.x_row(tile, group, token) + column, columns * 2, bar);
         }
     }
-    // As many stages of weights as are known and fit; returns how many.
-    __device__ uint32_t early() const {
-        uint32_t sent = 0;
-        for (uint32_t tile = 0; tile < job.early_tiles(); tile++) {
-            for (uint32_t group = 0; group < job.groups(); group++) {
+    // Calls `send(tile, group, rows, column, columns)` for stages of tiles and groups, until it says no.
+    template <class Send> __device__ static void walk(const Job& job, const Ring& ring, uint32_t first, uint32_t end, uint32_t groups, Send send) {
+        for (uint32_t tile = first; tile < end; tile++) {
+            for (uint32_t group = 0; group < groups; group++) {
                 const Rows rows = job.rows(tile, group);
                 for (uint32_t column = 0; column < rows.columns; column += ring.step) {
-                    if (sent == ring.stages) return sent;
-                    weights(sent++, rows, column, min(ring.step, rows.columns - column));
-                }
-            }
-        }
-        return sent;
-    }
-    __device__ void all(uint32_t early) const {
-        Place place;
-        uint32_t sent = 0;
-        for (uint32_t tile = 0; tile < job.tiles(); tile++) {
-            for (uint32_t group = 0; group < job.groups(); group++) {
-                const Rows rows = job.rows(tile, group);
-                for (uint32_t column = 0; column < rows.columns; column += ring.step) {
-                    const uint32_t columns = min(ring.step, rows.columns - column);
-                    if (sent >= ring.stages) barrier_wait(shared_address(&s.empty[place.stage]), place.parity ^ 1);
-                    if (sent >= early) weights(place.stage, rows, column, columns);
-                    if (Job::kStaged) tokens(place.stage, tile, group, column, columns);
-                    sent++;
-                    place.next(ring.stages);
+                    if (!send(tile, group, rows, column, min(ring.step, rows.columns - column))) return;
                 }
             }
         }
     }
 };
 
+// Threads that send and that multiply, when it is known what there is.
+__device__ __forceinline__ void all_know() { asm volatile("bar.sync 2, %0;\n" ::"n"(kThreads) : "memory"); }
+__device__ __forceinline__ void tell() { asm volatile("bar.arrive 2, %0;\n" ::"n"(kThreads) : "memory"); }
+
+// By the warps that send. Weights wait for nothing but to be known and for room.
+template <class Job> __device__ void send(Job& job, Shared& s, const Ring& ring, uint32_t ring_at) {
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Sender<Job> to{job, s, ring, ring_at, warp - kWarps, {}, {}};
+    const auto weights = [&](uint32_t, uint32_t, const Rows& rows, uint32_t column, uint32_t columns) {
+        to.weights(rows, column, columns);
+        return true;
+    };
+    if constexpr (!Job::kStaged) {
+        if (lane == 0) Sender<Job>::walk(job, ring, 0, job.early_tiles(), 1, weights);
+        __syncwarp();
+        all_know();
+        allow_next();
+        job.settle();
+        to.early = false;
+        if (lane == 0) Sender<Job>::walk(job, ring, job.early_tiles(), job.tiles(), 1, weights);
+    } else {
+        // A stage of tokens follows its weights as soon as there are some.
+        uint32_t skip = 0;
+        const auto while_room = [&](uint32_t, uint32_t, const Rows& rows, uint32_t column, uint32_t columns) {
+            if (skip > 0) return skip--, true;
+            if (to.sent == ring.stages) return false;
+            to.weights(rows, column, columns);
+            return true;
+        };
+        if (lane == 0) Sender<Job>::walk(job, ring, 0, 1, job.at_once(), while_room);
+        __syncwarp();
+        all_know();
+        allow_next();
+        job.settle();
+        to.early = false;
+        if (lane == 0) {
+            skip = to.sent;
+            Sender<Job>::walk(job, ring, 0, job.tiles(), job.groups(), while_room);
+            wait_for_previous();
+            Place place;
+            skip = to.sent;
+            Sender<Job>::walk(job, ring, 0, job.tiles(), job.groups(), [&](uint32_t tile, uint32_t group, const Rows& rows, uint32_t column, uint32_t columns) {
+                if (skip > 0) {
+                    skip--;
+                } else {
+                    to.weights(rows, column, columns);
+                }
+                to.tokens(place.stage, tile, group, column, columns);
+                place.next(ring.stages);
+                return true;
+            });
+        }
+    }
+}
+
 // What a job says:
 //   kStaged                     whether tokens come with every stage; else they lie at `x_at`
-//   early_tiles()               tiles whose weights are known before the kernel in front has ended
-//   kAhead                      whether it learns before that
-//   learn()                     by all threads: what there is; lets the next kernel begin
+//   kAhead                      whether it learns before the kernel in front has ended
+//   early_tiles()               tiles whose weights are known before it learns, where tokens stay
+//   at_once()                   groups of the first tile that are, where they do not
+//   learn(wait)                 by the threads that multiply: what there is; waits for the kernel in front
+//                               where it does not learn ahead
+//   settle()                    by each thread after that
 //   tiles(), groups(), rows(tile, group), tokens_of(tile, group), x_row(tile, group, token),
 //   weight(tile, group, token)
 //   finish(tile, token, row, sum), by the threads of two warps
@@ -134,22 +184,23 @@ template <class Job> __device__ void run(Job& job, Shared& s, const Ring& ring, 
         fence_barrier_init();
     }
     __syncthreads();
-    if constexpr (Job::kAhead) job.learn();
-    const Sender<Job> sender{job, s, ring, ring_at, uint32_t(warp - kWarps)};
-    uint32_t early = 0;
-    if (warp >= kWarps && lane == 0) early = sender.early();
-    __syncwarp();
-    wait_for_previous();
-    if constexpr (!Job::kStaged) {
-        const uint32_t bar = shared_address(&s.x_ready), mask = job.tokens_of(0, 0), bytes = job.x_columns() * 2;
-        if (threadIdx.x == 0) barrier_expect(bar, __popc(mask) * bytes);
-        if (warp < kTokens && lane == 0 && (mask >> warp & 1)) bulk_load(x_at + warp * ring.x_pitch, job.x_row(0, 0, warp), bytes, bar);
-    }
-    if constexpr (!Job::kAhead) job.learn();
     if (warp >= kWarps) {
-        if (lane == 0) sender.all(early);
+        send(job, s, ring, ring_at);
         return;
     }
+    const auto wait = [&] {
+        wait_for_previous();
+        if constexpr (Job::kStaged) return;
+        const uint32_t bar = shared_address(&s.x_ready), mask = job.tokens_of(0, 0), bytes = job.x_columns() * 2;
+        if (threadIdx.x == 0) barrier_expect(bar, __popc(mask) * bytes);
+        if (lane == 0 && (mask >> warp & 1)) bulk_load(x_at + warp * ring.x_pitch, job.x_row(0, 0, warp), bytes, bar);
+    };
+    job.learn(wait);
+    tell();
+    // What was learned lies in memory for the next kernel too.
+    allow_next();
+    job.settle();
+    if constexpr (Job::kAhead) wait();
     if constexpr (!Job::kStaged) barrier_wait(shared_address(&s.x_ready), 0);
     const uint32_t g = lane / 4, t = lane % 4;
     Place place;

@@ -34,6 +34,8 @@ const MOST_COLUMNS: usize = 2048;
 const LEAST_STAGES: usize = 2;
 /// Bytes of rows of tokens beyond which they come with every stage.
 const MOST_STAYING: usize = 130_000;
+/// Bytes of weights under way to a multiprocessor before a kernel knows what else it reads.
+const UNDER_WAY: usize = 104 << 10;
 /// Rows of weights of a stage.
 const TILE: usize = 8;
 
@@ -46,6 +48,7 @@ pub(crate) struct Ring {
     stage_bytes: u32,
     step: u32,
     x_pitch: u32,
+    under_way: u32,
 }
 
 /// What lies in shared memory beside the stages of a ring.
@@ -84,6 +87,7 @@ impl Ring {
             stage_bytes: narrow(stage_bytes)?,
             step: narrow(step)?,
             x_pitch: narrow(x_pitch)?,
+            under_way: narrow((UNDER_WAY / (pitch * TILE)).clamp(2, MOST_STAGES))?,
         };
         (stages >= LEAST_STAGES).then_some((ring, narrow(fixed + stages * stage_bytes)?))
     }
@@ -111,6 +115,7 @@ struct Params {
     add: u32,
     out_f32: u32,
     ring: Ring,
+    pad: u32,
 }
 // SAFETY: mirrors the kernel's struct; lengths are checked in `linear_as`.
 unsafe impl Parameters for Params {}
@@ -179,6 +184,7 @@ pub(super) fn launch(
         add: u32::from(then == Then::Add),
         out_f32: u32::from(out.dtype == Dtype::F32),
         ring,
+        pad: 0,
     };
     let kernel = on.kernel(if staged { "linear_stream_staged" } else { "linear_stream" })?;
     let blocks = dim(OP, all.min(on.multiprocessors()))?;

@@ -23,23 +23,10 @@ __device__ uint32_t highest(const float* values, uint32_t n, uint32_t lane) {
     return at == kNone ? 0 : at;
 }
 
-template <typename T> __device__ void route(const RouteParams& p) {
-    extern __shared__ float memory[];  // scores, order and group scores of every warp
-    wait_for_previous();
-    allow_next();
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint64_t row = uint64_t(blockIdx.x) * (blockDim.x / 32) + warp;
-    if (row >= real_rows(p.count, p.rows)) return;
+// One token by one warp; `scores` is room for three numbers per expert.
+template <typename T> __device__ Choice route_row(const RouteParams& p, uint64_t row, float* scores, uint32_t lane) {
     const uint32_t n = p.experts;
-    if (p.groups == 0 && p.top_k <= kMostChosen && n <= kMostInRegisters) {
-        const Choice mine = choose<T>(p, row, lane);
-        if (lane < p.top_k) {
-            p.chosen[row * p.top_k + lane] = mine.expert;
-            p.weights[row * p.top_k + lane] = mine.weight;
-        }
-        return;
-    }
-    float* scores = memory + warp * 3 * n;
+    if (p.groups == 0 && n <= kMostInRegisters) return choose<T>(p, row, lane);
     float* order = scores + n;
     float* group_scores = order + n;
     const T* logits = static_cast<const T*>(p.logits) + row * n;
@@ -89,19 +76,30 @@ template <typename T> __device__ void route(const RouteParams& p) {
     }
 
     float sum = 1e-20f;
+    Choice mine = {};
     for (uint32_t j = 0; j < p.top_k; ++j) {
         const uint32_t best = highest(order, n, lane);
         sum += scores[best];
+        if (lane == j) mine = {best, scores[best]};
         __syncwarp();
-        if (lane == 0) {
-            order[best] = -INFINITY;
-            p.chosen[row * p.top_k + j] = best;
-        }
+        if (lane == 0) order[best] = -INFINITY;
         __syncwarp();
     }
-    const float factor = p.norm_topk ? p.scale / sum : p.scale;
-    for (uint32_t j = lane; j < p.top_k; j += 32) {
-        p.weights[row * p.top_k + j] = scores[p.chosen[row * p.top_k + j]] * factor;
+    mine.weight *= p.norm_topk ? p.scale / sum : p.scale;
+    return mine;
+}
+
+template <typename T> __device__ void route(const RouteParams& p) {
+    extern __shared__ float memory[];
+    wait_for_previous();
+    allow_next();
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint64_t row = uint64_t(blockIdx.x) * (blockDim.x / 32) + warp;
+    if (row >= real_rows(p.count, p.rows)) return;
+    const Choice mine = route_row<T>(p, row, memory + warp * 3 * p.experts, lane);
+    if (lane < p.top_k) {
+        p.chosen[row * p.top_k + lane] = mine.expert;
+        p.weights[row * p.top_k + lane] = mine.weight;
     }
 }
 

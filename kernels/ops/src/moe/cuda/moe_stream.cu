@@ -2,7 +2,7 @@
 // gate and up, then the one with down as a single sum over all experts of a token; see
 // linear/cuda/stream.cuh. Experts that every token takes are known before the router has chosen, so
 // their weights come first. Where the router is a simple one every block of the first kernel chooses by
-// itself, and the second reads choices, and weights of experts, before the first has ended.
+// itself; and the second reads what is chosen, and weights of it, before the first has ended.
 #include "linear/cuda/stream.cuh"
 #include "moe/cuda/route.cuh"
 
@@ -16,96 +16,40 @@ struct MoeStreamParams {
     bf16* always_h;              // [tokens, always]
     uint32_t* chosen;            // [tokens, top_k]
     float* weights;              // [tokens, top_k]
+    TouchedList* list;           // by the first kernel, for the second
     bf16* out;                   // [tokens, hidden]
     const uint32_t* count;
     uint32_t tokens, hidden, inner, always;
     uint32_t top_k, first, held, add;
     stream::Ring ring;
-    uint32_t pad;
     RouteParams route;           // its logits are null where the choice is made already
 };
 
-constexpr uint32_t kMostHeld = 512, kMostPairs = 128, kTokens = stream::kTokens;
+constexpr uint32_t kTokens = stream::kTokens;
+static_assert(kTokens == kFewTokens, "of one list");
 
-// The experts that are touched, in order of their numbers, so that a token's sum is the same whatever
-// the others choose.
 struct Touched {
     uint32_t count;
-    uint32_t chosen[kMostPairs];
-    float weights[kMostPairs];
-    uint32_t flag[kMostHeld];
+    uint32_t held[kMostHeld / 32];  // a bit for every expert
     uint32_t expert[kMostPairs];
     uint32_t mask[kMostPairs];
-    uint8_t pair[kMostPairs][kTokens];
-    float weight[kMostPairs][kTokens];
+    alignas(16) uint8_t pair[kMostPairs][kTokens];
+    alignas(16) float weight[kMostPairs][kTokens];
 };
 
 struct MoeShared {
     stream::Shared common;
     alignas(128) Touched touched;
 };
-static_assert(sizeof(MoeShared) == 13952, "as stream.rs says");
+static_assert(sizeof(MoeShared) == 10880 && sizeof(TouchedList) == 6160, "as stream.rs says");
 
 struct Experts {
     const MoeStreamParams& p;
     Touched& t;
     uint32_t tokens;
     __device__ Experts(const MoeStreamParams& params, Touched& touched)
-        : p(params), t(touched), tokens(min(real_rows(p.count, p.tokens), kTokens)) {
-        for (uint32_t i = threadIdx.x; i < p.held; i += stream::kThreads) t.flag[i] = 0;
-        __syncthreads();
-    }
+        : p(params), t(touched), tokens(min(real_rows(p.count, p.tokens), kTokens)) {}
     __device__ uint32_t every_token() const { return (1u << tokens) - 1; }
-    __device__ void take(uint32_t pair, uint32_t number, float weight) {
-        const uint32_t expert = number - p.first;
-        t.chosen[pair] = expert;
-        t.weights[pair] = weight;
-        if (expert < p.held) t.flag[expert] = 1;
-    }
-    // The choices that are made.
-    __device__ void read() {
-        for (uint32_t i = threadIdx.x; i < tokens * p.top_k; i += stream::kThreads) take(i, __ldcg(p.chosen + i), __ldcg(p.weights + i));
-    }
-    // By all threads, which all wait for each other at its end.
-    __device__ void list() {
-        const uint32_t lane = threadIdx.x % 32;
-        __syncthreads();
-        if (threadIdx.x < 32) {
-            uint32_t count = 0;
-            for (uint32_t begin = 0; begin < p.held; begin += 32) {
-                const bool touched = begin + lane < p.held && t.flag[begin + lane] != 0;
-                const uint32_t all = __ballot_sync(0xffffffff, touched);
-                if (touched) t.expert[count + __popc(all & ((1u << lane) - 1))] = begin + lane;
-                count += __popc(all);
-            }
-            if (lane == 0) t.count = count;
-        }
-        __syncthreads();
-        const uint32_t all = t.count * kTokens;
-        for (uint32_t i = threadIdx.x; i < (all + 31) / 32 * 32; i += stream::kThreads) {
-            const uint32_t place = i / kTokens, token = i % kTokens;
-            bool there = false;
-            float weight = 0;
-            uint32_t pair = 0;
-            if (i < all && token < tokens) {
-                const uint32_t expert = t.expert[place];
-                for (uint32_t j = 0; j < p.top_k; j++) {
-                    if (t.chosen[token * p.top_k + j] == expert) {
-                        if (!there) pair = j;
-                        there = true;
-                        weight += t.weights[token * p.top_k + j];
-                    }
-                }
-            }
-            const uint32_t mask = __ballot_sync(0xffffffff, there);
-            if (i < all) {
-                t.pair[place][token] = pair;
-                t.weight[place][token] = weight;
-                if (token == 0) t.mask[place] = mask >> (lane / kTokens * kTokens) & 0xff;
-            }
-        }
-        __syncthreads();
-    }
 };
 
 // silu(gate x) * up x of every expert that is touched.
@@ -118,23 +62,73 @@ struct Up : Experts {
         always_first = uint32_t(all * blockIdx.x / gridDim.x);
         always_tiles = uint32_t(all * (blockIdx.x + 1) / gridDim.x) - always_first;
     }
-    __device__ void learn() {
+    // A warp has a token. All of it runs twice, first on what lies there before the kernel in front has
+    // ended: otherwise everybody would wait for instructions to be fetched.
+    template <class Wait> __device__ void learn(Wait wait) {
         const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        if (p.route.logits == nullptr) {
-            read();
-        } else if (warp < tokens) {
-            const Choice mine = choose<float>(p.route, warp, lane);
+#pragma unroll 1
+        for (uint32_t pass = 0; pass < 2; pass++) {
+            if (threadIdx.x < kMostHeld / 32) t.held[threadIdx.x] = 0;
+            if (threadIdx.x < kMostPairs) t.mask[threadIdx.x] = 0;
+            stream::multipliers_meet();
+            if (pass == 1) wait();
+            Choice mine = {};
             const uint32_t pair = warp * p.top_k + lane;
-            if (lane < p.top_k) take(pair, mine.expert, mine.weight);
-            if (lane < p.top_k && blockIdx.x == 0) {
-                p.chosen[pair] = mine.expert;
-                p.weights[pair] = mine.weight;
-                __threadfence();
+            const bool chooses = warp < tokens && lane < p.top_k;
+            if (p.route.logits != nullptr) {
+                if (warp < tokens) mine = choose<float>(p.route, warp, lane);
+            } else if (chooses) {
+                mine = {__ldcg(p.chosen + pair), __ldcg(p.weights + pair)};
             }
+            const uint32_t own = chooses ? mine.expert - p.first : kNone;
+            if (own < p.held) atomicOr(&t.held[own / 32], 1u << own % 32);
+            stream::multipliers_meet();
+            // An expert for each lane, in the order of their numbers.
+            uint32_t count = 0;
+            for (uint32_t word = 0; word < (p.held + 31) / 32; word++) {
+                const uint32_t bits = t.held[word], expert = word * 32 + lane;
+                const uint32_t place = count + __popc(bits & ((1u << lane) - 1));
+                count += __popc(bits);
+                float weight = 0;
+                uint32_t which = kNone;
+                for (uint32_t j = 0; j < p.top_k; j++) {
+                    const uint32_t other = __shfl_sync(0xffffffff, own, j);
+                    const float more = __shfl_sync(0xffffffff, mine.weight, j);
+                    if (other != expert) continue;
+                    if (which == kNone) which = j;
+                    weight += more;
+                }
+                if (!(bits >> lane & 1)) continue;
+                if (warp == 0) t.expert[place] = expert;
+                t.pair[place][warp] = which;
+                t.weight[place][warp] = weight;
+                if (which != kNone) atomicOr(&t.mask[place], 1u << warp);
+            }
+            if (threadIdx.x == 0) t.count = count;
+            stream::multipliers_meet();
+            if (pass == 1 && blockIdx.x == 0) tell_next(mine, pair, chooses);
         }
-        list();
-        // The second kernel may look at choices from here on.
-        allow_next();
+    }
+    __device__ void tell_next(Choice mine, uint32_t pair, bool chooses) {
+        const uint32_t i = threadIdx.x;
+        if (chooses && p.route.logits != nullptr) {
+            p.chosen[pair] = mine.expert;
+            p.weights[pair] = mine.weight;
+        }
+        if (i == 0) p.list->count = t.count;
+        if (i < t.count) {
+            p.list->expert[i] = t.expert[i];
+            p.list->mask[i] = t.mask[i];
+            *reinterpret_cast<uint2*>(p.list->pair[i]) = *reinterpret_cast<const uint2*>(t.pair[i]);
+            const float4* from = reinterpret_cast<const float4*>(t.weight[i]);
+            float4* to = reinterpret_cast<float4*>(p.list->weight[i]);
+            to[0] = from[0], to[1] = from[1];
+        }
+        __threadfence();
+        stream::multipliers_meet();
+    }
+    // Of the tiles of all touched experts, those of this block.
+    __device__ void settle() {
         const uint64_t all = uint64_t(t.count) * (p.inner / kOut);
         first = uint32_t(all * blockIdx.x / gridDim.x);
         routed = uint32_t(all * (blockIdx.x + 1) / gridDim.x) - first;
@@ -179,15 +173,27 @@ struct Down : Experts {
           first(uint32_t(uint64_t(p.hidden) * blockIdx.x / gridDim.x)),
           last(uint32_t(uint64_t(p.hidden) * (blockIdx.x + 1) / gridDim.x)),
           always(p.always != 0) {}
-    // Choices were made when the kernel in front let this one begin.
-    __device__ void learn() {
-        read();
-        list();
-        allow_next();
+    // The list was there when the kernel in front let this one begin.
+    template <class Wait> __device__ void learn(Wait) {
+        const uint32_t i = threadIdx.x;
+        if (i == 0) t.count = __ldcg(&p.list->count);
+        // As much as there can be of it at once.
+        if (i < tokens * p.top_k) {
+            const uint2 pair = __ldcg(reinterpret_cast<const uint2*>(p.list->pair[i]));
+            const float4* from = reinterpret_cast<const float4*>(p.list->weight[i]);
+            const float4 low = __ldcg(from), high = __ldcg(from + 1);
+            t.expert[i] = __ldcg(&p.list->expert[i]);
+            t.mask[i] = __ldcg(&p.list->mask[i]);
+            *reinterpret_cast<uint2*>(t.pair[i]) = pair;
+            reinterpret_cast<float4*>(t.weight[i])[0] = low;
+            reinterpret_cast<float4*>(t.weight[i])[1] = high;
+        }
+        stream::multipliers_meet();
     }
+    __device__ void settle() {}
     __device__ uint32_t tiles() const { return (last - first + stream::kTile - 1) / stream::kTile; }
     __device__ uint32_t groups() const { return always + t.count; }
-    __device__ uint32_t early_tiles() const { return tiles(); }
+    __device__ uint32_t at_once() const { return always; }
     __device__ uint32_t x_columns() const { return 0; }
     __device__ stream::Rows rows(uint32_t tile, uint32_t group) const {
         const uint32_t at = first + tile * stream::kTile, count = min(last - at, uint32_t(stream::kTile));

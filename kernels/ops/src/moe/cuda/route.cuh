@@ -20,6 +20,17 @@ struct RouteParams {
 
 constexpr uint32_t kNone = 0xffffffff;
 
+// What few tokens touch of the experts held here, in the order of their numbers, so that a token's sum
+// is the same whatever the others choose.
+constexpr uint32_t kMostHeld = 512, kMostPairs = 128, kFewTokens = 8;
+struct TouchedList {
+    uint32_t count, pad[3];
+    uint32_t expert[kMostPairs];
+    uint32_t mask[kMostPairs];             // which tokens take it
+    uint8_t pair[kMostPairs][kFewTokens];  // and which of their choices it is
+    float weight[kMostPairs][kFewTokens];
+};
+
 // What a lane has after a choice: where it is below `top_k`, the expert in that place and its weight.
 struct Choice {
     uint32_t expert;
@@ -33,7 +44,7 @@ __device__ __forceinline__ uint32_t rank_of(float x) {
     return bits & 0x80000000 ? ~bits : bits | 0x80000000;
 }
 
-// Up to `32 * kEach` experts, of which up to 32 are chosen. All lanes take part.
+// Up to `32 * kEach` experts, of which at most as many as lanes are chosen. All lanes take part.
 template <typename T, int kEach> __device__ Choice choose(const RouteParams& p, uint64_t row, uint32_t lane) {
     const T* logits = static_cast<const T*>(p.logits) + row * p.experts;
     float scores[kEach];
@@ -86,7 +97,7 @@ template <typename T, int kEach> __device__ Choice choose(const RouteParams& p, 
     return mine;
 }
 
-constexpr uint32_t kMostChosen = 32, kMostInRegisters = 512;
+constexpr uint32_t kMostInRegisters = 512;
 
 template <typename T> __device__ __forceinline__ Choice choose(const RouteParams& p, uint64_t row, uint32_t lane) {
     if (p.experts <= 64) return choose<T, 2>(p, row, lane);

@@ -17,7 +17,9 @@ const OP: &str = "experts";
 const MOST_HELD: usize = 512;
 const MOST_PAIRS: usize = 128;
 /// Bytes of `MoeShared`.
-const SHARED: usize = 13_952;
+const SHARED: usize = 10_880;
+/// Bytes of `TouchedList`.
+pub(super) const LIST: usize = 6_160;
 /// Outputs of a tile of the first product, each of gate and up.
 const TILE: usize = 4;
 
@@ -54,6 +56,7 @@ struct Params {
     always_h: u64,
     chosen: u64,
     weights: u64,
+    list: u64,
     out: u64,
     count: u64,
     tokens: u32,
@@ -65,21 +68,16 @@ struct Params {
     held: u32,
     add: u32,
     ring: Ring,
-    pad: u32,
     route: RouteParams,
 }
 // SAFETY: mirrors the kernel's struct; lengths are checked in `experts`.
 unsafe impl Parameters for Params {}
 
-/// Whether the first kernel can choose by such scores itself: a simple router, in registers.
+/// Whether the first kernel chooses by such scores itself: a router without groups, in registers.
 #[must_use]
 pub fn chooses(scores: &Scores<'_>) -> bool {
-    const MOST_CHOSEN: usize = 32;
     let router = scores.router;
-    scores.logits.dtype == Dtype::F32
-        && router.limit.is_none()
-        && router.top_k <= MOST_CHOSEN
-        && router.experts <= MOST_HELD
+    scores.logits.dtype == Dtype::F32 && router.limit.is_none() && router.experts <= MOST_HELD
 }
 
 /// The rings of both products, and bytes of shared memory.
@@ -148,6 +146,7 @@ pub fn experts(
     need(OP, "out", sum.out, &[padded, hidden], 2)?;
     need(OP, "chosen", routing.chosen, &[padded, top_k], 4)?;
     need(OP, "weights", routing.weights, &[padded, top_k], 4)?;
+    need(OP, "list", &scratch.list, &[LIST], 1)?;
     need(OP, "scratch", &scratch.inner, &[padded, top_k, intermediate], 2)?;
     need(OP, "scratch beside", &scratch.gate_up, &[padded, width], 2)?;
     if let Some(always) = always {
@@ -165,6 +164,7 @@ pub fn experts(
         always_h: scratch.gate_up.address(),
         chosen: routing.chosen.address(),
         weights: routing.weights.address(),
+        list: scratch.list.address(),
         out: sum.out.address(),
         count: rows.count_address(),
         tokens: dim(OP, padded)?,
@@ -176,7 +176,6 @@ pub fn experts(
         held: dim(OP, held)?,
         add: u32::from(sum.add),
         ring: up.0,
-        pad: 0,
         route,
     };
     let tiles = (held.min(padded * top_k) * intermediate + width).div_ceil(TILE);

@@ -29,8 +29,15 @@ struct Data {
     down: Vec<f32>,
     always_gate_up: Vec<f32>,
     always_down: Vec<f32>,
+    logits: Vec<f32>,
     chosen: Vec<u32>,
     weights: Vec<f32>,
+}
+
+/// The scale makes weights about one, so that experts matter beside those of every token.
+fn router(experts: usize, top_k: usize) -> Router<'static> {
+    let (scoring, scale) = (Scoring::Softmax, 2.0);
+    Router { experts, top_k, scoring, limit: None, correction: None, norm_topk: true, scale }
 }
 
 impl Data {
@@ -41,12 +48,12 @@ impl Data {
             let size = (3.0 / inputs.max(1) as f32).sqrt();
             rounded(&random.vector(len).iter().map(|w| w * size).collect::<Vec<_>>(), Dtype::Bf16)
         };
-        let mut chosen = Vec::new();
-        for token in 0..padded {
-            // The last token takes what the first does.
-            let start = if token + 1 == padded { 0 } else { random.below(all) };
-            chosen.extend((0..top_k).map(|j| ((start + j * 3) % all) as u32));
-        }
+        // The last token takes what the first does.
+        let mut logits: Vec<f32> = random.vector(padded * all).iter().map(|x| x * 3.0).collect();
+        logits.copy_within(0..all, (padded - 1) * all);
+        let router = router(all, top_k);
+        let made = logits.chunks(all).flat_map(|row| choose(row, &router));
+        let (chosen, weights) = made.map(|(id, weight)| (id, weight as f32)).unzip();
         Self {
             x: scaled(&mut random, padded * hidden, 3),
             before: scaled(&mut random, padded * hidden, 3),
@@ -54,28 +61,25 @@ impl Data {
             down: scaled(&mut random, held * hidden * inner, inner),
             always_gate_up: scaled(&mut random, 2 * always * hidden, hidden),
             always_down: scaled(&mut random, hidden * always, always),
+            logits,
             chosen,
-            weights: random.vector(padded * top_k).iter().map(|w| w.abs()).collect(),
+            weights,
         }
     }
 
     fn run(&self, device: &Device, case: Case, add: bool) -> Vec<f32> {
-        self.run_by(device, case, add, None)
+        let together = self.run_by(device, case, add, true);
+        assert_eq!(bits(&self.run_by(device, case, add, false)), bits(&together), "{case:?}");
+        together
     }
 
-    /// With choices by `logits` where there are some.
-    fn run_by(
-        &self,
-        device: &Device,
-        case: Case,
-        add: bool,
-        logits: Option<(&DeviceSlice, &Router<'_>)>,
-    ) -> Vec<f32> {
-        let Case { padded, real, hidden, inner, always, first, held, top_k, .. } = case;
+    /// With the choice made on the way, or apart.
+    fn run_by(&self, device: &Device, case: Case, add: bool, here: bool) -> Vec<f32> {
+        let Case { padded, real, hidden, inner, always, first, held, all, top_k } = case;
         let send = |values: &[f32]| device.send_as(values, Dtype::Bf16);
         let (x, gate_up, down) = (send(&self.x), send(&self.gate_up), send(&self.down));
         let beside = [&self.always_gate_up, &self.always_down].map(|values| send(values));
-        let (chosen, weights) = (device.send(&self.chosen), device.send(&self.weights));
+        let [chosen, weights] = [(); 2].map(|()| device.poisoned(padded * top_k * 4));
         let out = if add { send(&self.before) } else { device.poisoned(padded * hidden * 2) };
         let room = 2 * (always.div_ceil(inner) + top_k) * inner;
         let bytes = Scratch::bytes(Dtype::Bf16, padded, top_k, held, hidden, room);
@@ -84,7 +88,7 @@ impl Data {
         let mut arena = Arena::new(memory);
         let scratch = Scratch::take(&mut arena, Dtype::Bf16, padded, top_k, held, hidden, room);
         let scratch = scratch.expect("an arena of that size");
-        let experts_here = ExpertWeights {
+        let weights_here = ExpertWeights {
             first,
             held,
             gate_up: Tensor::new(&gate_up, Dtype::Bf16),
@@ -97,18 +101,18 @@ impl Data {
         let count = device.send(&[real as u32]);
         let rows = Rows { padded, count: Some(&count) };
         let routing = Routing { chosen: &chosen, weights: &weights, top_k };
-        let sum = Sum { out: &out, add };
-        let scores = logits.map(|(logits, router)| Scores {
-            logits: Tensor::new(logits, Dtype::F32),
-            router,
-            correction: None,
-        });
-        if scores.is_some() {
-            device.stream.fill(&chosen, 0xFF).expect("a fill");
+        let (on, sum) = (device.queue(), Sum { out: &out, add });
+        let logits = device.send(&self.logits);
+        let router = router(all, top_k);
+        let logits = Tensor::new(&logits, Dtype::F32);
+        let scores = Scores { logits, router: &router, correction: None };
+        if !here {
+            crate::moe::cuda::route(on, rows, &scores, &routing).expect("a launch");
         }
-        let (scores, on) = (scores.as_ref(), device.queue());
-        experts(on, rows, &x, &routing, scores, &experts_here, always, &sum, &scratch)
+        let scores = here.then_some(&scores);
+        experts(on, rows, &x, &routing, scores, &weights_here, always, &sum, &scratch)
             .expect("a launch");
+        assert_eq!(device.fetch(&chosen, 0_u32)[..real * top_k], self.chosen[..real * top_k]);
         device.fetch_as(&out, Dtype::Bf16)
     }
 
@@ -147,6 +151,10 @@ impl Data {
     }
 }
 
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
 const fn case(padded: usize, real: usize, hidden: usize, inner: usize, always: usize) -> Case {
     Case { padded, real, hidden, inner, always, first: 0, held: 24, all: 24, top_k: 6 }
 }
@@ -176,34 +184,6 @@ fn streamed_experts_agree_with_f64() {
             assert_near(&format!("{case:?}"), here, &expected, 1e-2);
             let before = &data.before[case.real * case.hidden..];
             assert!(padding == before || padding.iter().all(|x| x.is_nan()), "padding: {case:?}");
-        }
-    }
-}
-
-#[test]
-fn experts_are_chosen_on_the_way_as_before() {
-    let Some(device) = device() else { return };
-    for (experts, top_k, scoring) in [(24, 6, Scoring::Softmax), (300, 8, Scoring::Sigmoid)] {
-        let case = Case { held: experts, all: experts, top_k, ..case(8, 7, 264, 56, 112) };
-        let mut data = Data::new(case);
-        let router = Router {
-            experts,
-            top_k,
-            scoring,
-            limit: None,
-            correction: None,
-            norm_topk: true,
-            scale: 1.5,
-        };
-        let logits: Vec<f32> = Random::new(9).vector(8 * experts).iter().map(|x| x * 3.0).collect();
-        let chosen = logits.chunks(experts).flat_map(|row| choose(row, &router));
-        (data.chosen, data.weights) = chosen.map(|(id, weight)| (id, weight as f32)).unzip();
-        let apart = data.run(&device, case, true);
-        let sent = device.send(&logits);
-        let together = data.run_by(&device, case, true, Some((&sent, &router)));
-        let expected = data.expected(case, true);
-        for got in [&apart, &together] {
-            assert_near(&format!("{case:?}"), &got[..7 * 264], &expected, 1e-2);
         }
     }
 }
