@@ -147,7 +147,8 @@ impl Gpu {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }
         // Attributes are set once, so that launches only launch.
-        let pieces = [crate::mla::cuda::decode::DECODE, crate::mla::cuda::block::VALUES];
+        use crate::mla::cuda::{block, decode, expand};
+        let pieces = [decode::DECODE, block::VALUES, expand::EXPANDED];
         let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
         let large =
             large.chain(crate::moe::cuda::wide::LARGE).chain(linear::cuda::stream::LARGE).copied();

@@ -1,11 +1,12 @@
 //! Launches of latent attention in the absorbed form, for any number of rows.
 //!
 //! Queries go to latent space by the transposed key half of `kv_b`, head by head; attention runs over
-//! the latents as they lie in the cache; the sums come back through the value half. The expanded form
-//! is not here yet: prompts run absorbed, right and slower than they could be.
+//! the latents as they lie in the cache; the sums come back through the value half. Prompts that lie in
+//! a step as a whole can run in the expanded form, in `expand`.
 
 pub mod block;
 pub mod decode;
+pub mod expand;
 #[cfg(test)]
 mod tests;
 

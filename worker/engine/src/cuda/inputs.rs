@@ -16,6 +16,7 @@ use device::cuda::{Arena, Context, CudaError, DeviceSlice, Stream, Upload};
 use ids::{BLOCK_TOKENS, SlotGeneration, SlotId};
 use ops::flash::cuda::{Segment, Tile, max_tiles, tiles};
 use ops::mla::cuda::decode::{Cut, Piece};
+use ops::mla::cuda::expand;
 use ops::sample::cuda::SampleRow;
 use ops::tokens::NOT_KEPT;
 use ops::tokens::cuda::CHANGE_WORDS;
@@ -42,6 +43,11 @@ pub(super) struct Layout {
     tiles: Vec<(usize, Range<usize>)>,
     /// Per attention: pieces of decoding rows, and their slots; empty where there are none.
     pieces: Vec<[Range<usize>; 2]>,
+    /// Per attention: tiles of prompts that lie in the step as a whole, behind their number; empty where
+    /// they are not told apart.
+    whole: Vec<Range<usize>>,
+    /// Rows up to the last one of any other segment.
+    absorbed: usize,
     /// Real rows of each tile of logits that is drawn ahead.
     heads: Range<usize>,
     /// How each row is drawn ahead, and for which slot its token is kept.
@@ -103,6 +109,15 @@ impl Layout {
             [part(most * Piece::WORDS), part(slots)]
         });
         let pieces = pieces.collect();
+        let whole = sizes.specs.iter().map(|spec| match spec.pieces {
+            Some(_) => {
+                let most = max_tiles(bucket, segments, 1, expand::LINES);
+                part(1 + most * size_of::<Tile>() / 4)
+            }
+            None => part(0),
+        });
+        let whole = whole.collect();
+        let absorbed = part(1).start;
         let drawn = bucket.min(most_rows(limits));
         let heads = part(drawn.div_ceil(sizes.drawn_tile));
         let how = part(drawn * HOW_WORDS);
@@ -119,6 +134,8 @@ impl Layout {
             segments: segments_of,
             tiles,
             pieces,
+            whole,
+            absorbed,
             heads,
             how,
             kept,
@@ -148,6 +165,10 @@ pub(super) struct Views {
     pub(super) tiles: Vec<(DeviceSlice, DeviceSlice)>,
     /// Pieces, and their slots.
     pub(super) pieces: Vec<[DeviceSlice; 2]>,
+    /// How many tiles of whole prompts, and which; empty where they are not told apart.
+    pub(super) whole: Vec<(DeviceSlice, DeviceSlice)>,
+    /// Rows up to the last one of any other segment.
+    pub(super) absorbed: DeviceSlice,
     /// Real rows of each tile of logits.
     pub(super) heads: Vec<DeviceSlice>,
     pub(super) how: DeviceSlice,
@@ -172,6 +193,13 @@ impl Views {
             segments: layout.segments.iter().map(words).collect(),
             tiles: layout.tiles.iter().map(|(at, list)| (word(*at), words(list))).collect(),
             pieces: layout.pieces.iter().map(|parts| parts.each_ref().map(words)).collect(),
+            whole: (layout.whole.iter())
+                .map(|part| {
+                    let first = part.start..part.end.min(part.start + 1);
+                    (words(&first), words(&(first.end..part.end)))
+                })
+                .collect(),
+            absorbed: word(layout.absorbed),
             heads: layout.heads.clone().map(word).collect(),
             how: words(&layout.how),
             kept: words(&layout.kept),
@@ -259,7 +287,9 @@ impl Inputs {
         let (ids, tables) = (arena.take(OP, ids)?, arena.take("block tables", tables)?);
         // Places in tables are 32 bits.
         narrow(entries(sizes, limits))?;
-        let most_tiles = largest.tiles.iter().map(|(_, list)| list.len()).max().unwrap_or(0);
+        let whole = largest.whole.iter().map(Range::len);
+        let most_tiles = largest.tiles.iter().map(|(_, list)| list.len()).chain(whole).max();
+        let most_tiles = most_tiles.unwrap_or(0);
         let cut = |spec: &Spec| {
             let decodes = spec.decodes(limits, limits.rows);
             match spec.pieces {
@@ -381,13 +411,24 @@ impl Inputs {
             // Groups differ in tables alone, which tiles do not hold.
             tiles(segments, spec.group(), spec.kernels[prompts].1, list);
             if spec.pieces.is_some() {
-                list.retain(|tile| segments[tile.segment as usize].len > 1);
+                let of = |tile: &Tile| &segments[tile.segment as usize];
+                list.retain(|tile| of(tile).len > 1 && !expand::is_whole(of(tile)));
             }
             words[*count] = narrow(list.len())?;
             let flat = list.iter().flat_map(|tile| [tile.segment, tile.line]);
             let to = part(words, range, list.len() * 2)?;
             to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
         }
+        for part_of in layout.whole.iter().filter(|part| !part.is_empty()) {
+            tiles(segments, 1, expand::LINES, list);
+            list.retain(|tile| expand::is_whole(&segments[tile.segment as usize]));
+            let to = part(words, part_of, 1 + list.len() * 2)?;
+            to[0] = narrow(list.len())?;
+            let flat = list.iter().flat_map(|tile| [tile.segment, tile.line]);
+            to[1..].iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+        }
+        let others = segments.iter().filter(|segment| !expand::is_whole(segment));
+        words[layout.absorbed] = others.map(|s| s.start + s.len).max().unwrap_or(0);
         upload.send(stream, &device.slice(0..(layout.changes + changed * CHANGE_WORDS) * 4))
     }
 }

@@ -169,6 +169,8 @@ impl Cuda {
         let partials = Partials::take(arena, lines, v_width)?;
         let mla = |mla| mla::cuda::Scratch::take(arena, mla, sizes.dtype, rows);
         let mla = sizes.mla.as_ref().map(mla).transpose()?;
+        let expanded = |mla| mla::cuda::expand::take(arena, mla, rows);
+        let expanded = sizes.expanded().map(expanded).transpose()?;
         let pieces = |slots| {
             let map = mla::cuda::decode::cache_map(&cache)?;
             Ok::<_, CudaError>((map, mla::cuda::decode::Partials::take(arena, slots)?))
@@ -185,7 +187,7 @@ impl Cuda {
             graphs: Graphs::default(),
             inputs: Inputs::take(&self.context, arena, sizes, &limits)?,
             activations: Activations::take(arena, sizes, &limits)?,
-            scratch: Scratch { partials, mla, pieces, moe, choices },
+            scratch: Scratch { partials, mla, expanded, pieces, moe, choices },
             cache,
             ahead: Ahead::take(&self.context, arena, &limits)?,
             asked: Asked::take(&self.context, arena, sizes, &limits)?,

@@ -11,7 +11,7 @@ use device::cuda::{Context, CudaError, DeviceSlice, Event, Lane, Stream, TensorM
 use ops::cuda::{Queue, Rows, Tensor};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
 use ops::linear::cuda::{Linear, Then, Variant, both, linear, linear_as, streams, streams_both};
-use ops::mla::cuda::{Core, decode};
+use ops::mla::cuda::{Core, decode, expand};
 use ops::moe::cuda::stream::Always;
 use ops::rope::Pairing;
 use ops::{act, embed, gqa, mla, moe, norm, paged, rope};
@@ -27,6 +27,8 @@ pub(super) struct Rotation {
 pub(super) struct Scratch {
     pub(super) partials: Partials,
     pub(super) mla: Option<mla::cuda::Scratch>,
+    /// Keys and values of whole prompts.
+    pub(super) expanded: Option<DeviceSlice>,
     /// The cache for the copy engine, and partial results of pieces.
     pub(super) pieces: Option<(TensorMap, decode::Partials)>,
     pub(super) moe: Option<moe::cuda::Scratch>,
@@ -209,9 +211,33 @@ impl Step<'_> {
             Launch::Gated { product, act } => self.gated(product, act),
             Launch::Block { block, apart } => match self.pieces(block.spec) {
                 Some((plan, partials)) if !self.prompts => self.block(block, &plan, partials),
-                _ => apart.iter().try_for_each(|launch| self.run(launch)),
+                _ => self.apart(block, apart),
             },
         }
+    }
+
+    /// Latent attention op by op, whole prompts expanded.
+    fn apart(&self, block: &Block, apart: &[Launch]) -> Result<(), CudaError> {
+        let (Some(expanded), Some((last, before))) = (&self.scratch.expanded, apart.split_last())
+        else {
+            return apart.iter().try_for_each(|launch| self.run(launch));
+        };
+        before.iter().try_for_each(|launch| self.run(launch))?;
+        let (tile_count, tiles) = &self.views.whole[block.spec];
+        let segments = self.rows.padded.min(self.limits.slots);
+        let plan = expand::Plan {
+            segments: &self.views.segments[block.layer.group],
+            tiles,
+            tile_count,
+            max_tiles: max_tiles(self.rows.padded, segments, 1, expand::LINES),
+            expanded,
+        };
+        let (q, kv, out) = (self.at(block.q), self.at(block.kv), self.at(block.out));
+        let kv_b = &block.weights.kv_b;
+        // This may write rows between those that it computes, so whole prompts come after.
+        let rows = Rows { count: Some(&self.views.absorbed), ..self.rows };
+        Step { rows, ..*self }.run(last)?;
+        expand::attention(self.on, self.rows, &block.shape, &q, &kv, kv_b, &plan, &out)
     }
 
     /// Latent attention of decoding rows, with what surrounds it.

@@ -239,6 +239,11 @@ impl Sizes {
         most
     }
 
+    /// The latent attention whose whole prompts run expanded.
+    pub(super) fn expanded(&self) -> Option<&mla::Mla> {
+        self.mla.as_ref().filter(|mla| mla::cuda::expand::serves(mla, self.dtype))
+    }
+
     /// Slots of partial results of pieces, at most; none where no rows are cut so.
     pub(super) fn piece_slots(&self, limits: &Limits) -> Option<usize> {
         let cut = self.specs.iter().filter(|spec| spec.pieces.is_some());
@@ -255,6 +260,10 @@ impl Sizes {
         let latents = |mla| mla::cuda::Scratch::bytes(mla, self.dtype, limits.rows);
         let attention = Partials::bytes(lines, v_width)
             .saturating_add(self.mla.as_ref().map_or(0, latents))
+            .saturating_add(
+                self.expanded()
+                    .map_or(0, |mla| Arena::padded(mla::cuda::expand::bytes(mla, limits.rows))),
+            )
             .saturating_add(self.piece_slots(limits).map_or(0, decode::Partials::bytes));
         let experts = self.experts.map_or(0, |e| {
             let ExpertShape { top_k, held, hidden, intermediate } = e;

@@ -80,7 +80,7 @@ fn run(
 }
 
 /// The absorbed form of one row and head in f64.
-fn absorbed_row(
+pub(super) fn absorbed_row(
     q: &[f32],
     kv: &[f32],
     kv_b: &[f32],
