@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Every command with flags that scripts and documents rely on. Written out, so that a renamed flag fails.
-const COMMANDS: [(&[&str], &[&str]); 15] = [
+const COMMANDS: [(&[&str], &[&str]); 16] = [
     (
         &["serve"],
         &[
@@ -48,6 +48,7 @@ const COMMANDS: [(&[&str], &[&str]); 15] = [
     ),
     (&["bench", "throughput"], &["--url", "--input-len", "--output-len", "--num-prompts"]),
     (&["bench", "serve"], &["--num-prompts", "--max-concurrency", "--request-rate", "--json"]),
+    (&["bench", "plot"], &["--out", "--title"]),
     (&["bench", "planner"], &["--json", "--steps"]),
     (&["model", "explain"], &["--tp", "--dp", "--ep", "--bucket"]),
     (&["model", "random"], &["--out", "--seed", "--dtype", "--profile"]),
@@ -322,6 +323,29 @@ fn measurements_of_a_server_print_one_object() {
         let found = objects(&ok(&args));
         assert_eq!(found.len(), 1, "{bench}: {found:?}");
     }
+    // A sweep is an object a load, recorded as printed, and drawn beside another server's.
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let path = |name: &str| folder.path().join(name).to_str().expect("UTF-8").to_owned();
+    let (record, svg) = (path("sweep.jsonl"), path("sweep.svg"));
+    for label in ["one", "other"] {
+        let sweep = ["--max-concurrency", "1,3,2", "--record", &record, "--label", label];
+        let found = objects(&ok(&[&["bench", "serve"], common.as_slice(), &sweep].concat()));
+        let sent: Vec<_> = (found.iter())
+            .map(|load| (load["concurrency"].as_u64(), load["report"]["completed"].as_u64()))
+            .collect();
+        assert_eq!(sent, [(Some(1), Some(4)), (Some(3), Some(6)), (Some(2), Some(4))]);
+        let recorded = objects(&std::fs::read_to_string(&record).expect("a record"));
+        assert_eq!(recorded[recorded.len() - 3..], found);
+    }
+    ok(&["bench", "plot", &record, "--out", &svg]);
+    let drawn = std::fs::read_to_string(&svg).expect("a plot");
+    assert_eq!(drawn.matches("<circle").count(), 6);
+    assert!(drawn.contains("one") && drawn.contains("other"));
+    std::fs::write(&record, "{}\n{\"label\": 3}\n").expect("a file");
+    let said = refused(&["bench", "plot", &record, "--out", &svg]);
+    assert!(said.contains("sweep.jsonl:1") && said.contains("--record"), "{said}");
+    let said = refused(&["bench", "serve", "--max-concurrency", "4,0"]);
+    assert!(said.contains("--max-concurrency"), "{said}");
     // Nothing listens on port 1: the address has to be in the message.
     let said = refused(&["bench", "latency", "--url", "http://127.0.0.1:1"]);
     assert!(said.contains("127.0.0.1:1"), "{said}");

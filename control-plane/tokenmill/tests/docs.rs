@@ -29,12 +29,13 @@ fn flags(help: &str) -> Vec<String> {
 #[test]
 fn every_flag_is_on_its_page() {
     let page = page("docs/reference/cli.md");
-    let commands: [&[&str]; 9] = [
+    let commands: [&[&str]; 10] = [
         &["serve"],
         &["chat"],
         &["bench", "latency"],
         &["bench", "throughput"],
         &["bench", "serve"],
+        &["bench", "plot"],
         &["bench", "planner"],
         &["model", "explain"],
         &["model", "random"],

@@ -4,12 +4,14 @@
 //! measured in this run.
 
 mod planner;
+mod plot;
+mod sweep;
 
-use crate::cli::{BenchCommand, LatencyArgs, ServeBenchArgs, Target, ThroughputArgs};
+use crate::cli::{BenchCommand, LatencyArgs, Target, ThroughputArgs};
 use crate::terminal::bar;
 use anyhow::{Context, Result, ensure};
 use load::{Client, Load, Prompts, Report};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Runs a measurement.
 pub(crate) fn run(command: BenchCommand) -> Result<()> {
@@ -17,7 +19,8 @@ pub(crate) fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Planner(args) => planner::run(&args),
         BenchCommand::Latency(args) => block_on(latency(args)),
         BenchCommand::Throughput(args) => block_on(throughput(args)),
-        BenchCommand::Serve(args) => block_on(serve(args)),
+        BenchCommand::Serve(args) => block_on(sweep::run(args)),
+        BenchCommand::Plot(args) => plot::run(&args),
     }
 }
 
@@ -44,17 +47,6 @@ async fn throughput(args: ThroughputArgs) -> Result<()> {
     finish("throughput", &client, &args.target, measure(&client, load).await)
 }
 
-async fn serve(args: ServeBenchArgs) -> Result<()> {
-    let client = connect(&args.target).await?;
-    let load = Load {
-        requests: args.num_prompts,
-        concurrency: args.max_concurrency,
-        rate: args.request_rate,
-        ..load_of(&args.target)
-    };
-    finish("serve", &client, &args.target, measure(&client, load).await)
-}
-
 async fn connect(target: &Target) -> Result<Client> {
     Client::connect(&target.url, None)
         .await
@@ -76,15 +68,19 @@ async fn measure(client: &Client, load: Load) -> Report {
 #[expect(clippy::print_stdout, reason = "the report is the command's output")]
 fn finish(kind: &str, client: &Client, target: &Target, report: Report) -> Result<()> {
     if target.json {
-        let line = json!({
-            "bench": kind, "model": client.model(), "input_len": target.input_len,
-            "output_len": target.output_len, "version": crate::cli::VERSION, "report": report,
-        });
-        println!("{line}");
+        println!("{}", line(kind, client, target, &report));
     } else {
         println!("model         {}", client.model());
         print!("{report}");
     }
     ensure!(report.failed == 0, "{} of the requests failed", report.failed);
     Ok(())
+}
+
+/// A measurement as one object.
+fn line(kind: &str, client: &Client, target: &Target, report: &Report) -> Value {
+    json!({
+        "bench": kind, "model": client.model(), "input_len": target.input_len,
+        "output_len": target.output_len, "version": crate::cli::VERSION, "report": report,
+    })
 }

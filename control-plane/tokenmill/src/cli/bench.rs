@@ -1,6 +1,7 @@
 //! Flags of `bench`.
 
 use clap::{Args, Subcommand};
+use std::path::PathBuf;
 
 /// What to measure.
 #[derive(Debug, Subcommand)]
@@ -11,6 +12,8 @@ pub(crate) enum BenchCommand {
     Throughput(ThroughputArgs),
     /// A request rate or concurrency against a server: TTFT, TPOT, ITL, E2E percentiles.
     Serve(ServeBenchArgs),
+    /// Recorded sweeps as a plot: tokens/s per user against tokens/s per GPU.
+    Plot(PlotArgs),
     /// The scheduler alone: microseconds per step by requests and context.
     Planner(PlannerArgs),
 }
@@ -63,15 +66,38 @@ pub(crate) struct ThroughputArgs {
 pub(crate) struct ServeBenchArgs {
     #[command(flatten)]
     pub(crate) target: Target,
-    /// Requests in all.
-    #[arg(long, default_value_t = 100)]
-    pub(crate) num_prompts: u32,
-    /// Requests in flight at once.
-    #[arg(long, default_value_t = 16)]
-    pub(crate) max_concurrency: u32,
+    /// Requests of each load: 100, or where there are several loads twice the concurrency, at least 4.
+    #[arg(long)]
+    pub(crate) num_prompts: Option<u32>,
+    /// Requests in flight at once; several, like 1,4,16,64, are a sweep.
+    #[arg(long, value_delimiter = ',', default_value = "16")]
+    pub(crate) max_concurrency: Vec<u32>,
     /// Arrivals per second (Poisson); as fast as the concurrency allows when left out.
     #[arg(long)]
     pub(crate) request_rate: Option<f64>,
+    /// Append a JSON line for each load to this file, for `bench plot`.
+    #[arg(long)]
+    pub(crate) record: Option<PathBuf>,
+    /// What the server is called in the recorded lines.
+    #[arg(long, default_value = "tokenmill")]
+    pub(crate) label: String,
+    /// GPUs behind the server.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) gpus: u32,
+}
+
+/// `bench plot`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PlotArgs {
+    /// Files that `bench serve --record` wrote, of any servers.
+    #[arg(required = true)]
+    pub(crate) files: Vec<PathBuf>,
+    /// The SVG file to write.
+    #[arg(long, default_value = "pareto.svg")]
+    pub(crate) out: PathBuf,
+    /// Written above the plot; made from the loads when left out.
+    #[arg(long)]
+    pub(crate) title: Option<String>,
 }
 
 /// `bench planner`.

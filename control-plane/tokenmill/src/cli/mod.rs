@@ -8,7 +8,7 @@ mod bench;
 mod serve;
 
 pub(crate) use bench::{
-    BenchCommand, LatencyArgs, PlannerArgs, ServeBenchArgs, Target, ThroughputArgs,
+    BenchCommand, LatencyArgs, PlannerArgs, PlotArgs, ServeBenchArgs, Target, ThroughputArgs,
 };
 pub(crate) use serve::{Dtype, ServeArgs};
 

@@ -1,0 +1,205 @@
+//! The plot of a concurrency sweep: what a user gets against what a GPU gives.
+//!
+//! It measures nothing. Invariant: every point of every curve is drawn, with its concurrency beside it.
+
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
+use std::fmt::Display;
+
+/// One load of a sweep.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Point {
+    /// Requests in flight.
+    pub concurrency: u32,
+    /// Tokens a second that one stream gets after its first.
+    pub per_user: f64,
+    /// Generated tokens a second of each GPU.
+    pub per_gpu: f64,
+}
+
+/// The loads of one engine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Curve {
+    /// Its name in the legend.
+    pub label: String,
+    /// In any order.
+    pub points: Vec<Point>,
+}
+
+/// Why there is no plot.
+#[derive(Debug, thiserror::Error)]
+pub enum PlotError {
+    /// There is no point at all.
+    #[error("there is nothing to draw: no curve has a point")]
+    Empty,
+    /// A speed that is none.
+    #[error("{label} at concurrency {concurrency} has a speed that is not a positive number")]
+    Speed {
+        /// The curve.
+        label: String,
+        /// The point.
+        concurrency: u32,
+    },
+    /// The drawing library refused.
+    #[error("cannot draw: {0}")]
+    Draw(String),
+}
+
+const SIZE: (u32, u32) = (900, 600);
+/// Told apart in print and by the colour-blind.
+const COLOURS: [RGBColor; 5] = [
+    RGBColor(0, 114, 178),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
+    RGBColor(86, 86, 86),
+];
+/// Room beyond the furthest point, for what is written beside it.
+const ROOM: f64 = 1.12;
+const FONT: &str = "sans-serif";
+
+fn failed(error: impl Display) -> PlotError {
+    PlotError::Draw(error.to_string())
+}
+
+/// The curves as an SVG document.
+///
+/// # Errors
+/// When there is nothing to draw, or a speed is not positive.
+pub fn draw(title: &str, curves: &[Curve]) -> Result<String, PlotError> {
+    let (mut furthest, mut highest) = (0.0_f64, 0.0_f64);
+    for curve in curves {
+        for point in &curve.points {
+            let speeds = [point.per_user, point.per_gpu];
+            if !speeds.iter().all(|speed| speed.is_finite() && *speed > 0.0) {
+                let (label, concurrency) = (curve.label.clone(), point.concurrency);
+                return Err(PlotError::Speed { label, concurrency });
+            }
+            furthest = furthest.max(point.per_user);
+            highest = highest.max(point.per_gpu);
+        }
+    }
+    if furthest <= 0.0 {
+        return Err(PlotError::Empty);
+    }
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
+        area.fill(&WHITE).map_err(failed)?;
+        chart(&area, title, curves, (furthest * ROOM, highest * ROOM))?;
+        area.present().map_err(failed)?;
+    }
+    Ok(svg)
+}
+
+fn chart(
+    area: &DrawingArea<SVGBackend<'_>, Shift>,
+    title: &str,
+    curves: &[Curve],
+    (right, top): (f64, f64),
+) -> Result<(), PlotError> {
+    let whole = |speed: &f64| format!("{speed:.0}");
+    let mut chart = ChartBuilder::on(area)
+        .caption(title, (FONT, 20))
+        .margin(18)
+        .x_label_area_size(46)
+        .y_label_area_size(70)
+        .build_cartesian_2d(0.0..right, 0.0..top)
+        .map_err(failed)?;
+    chart
+        .configure_mesh()
+        .x_desc("tokens/s per user")
+        .y_desc("tokens/s per GPU")
+        .x_label_formatter(&whole)
+        .y_label_formatter(&whole)
+        .label_style((FONT, 14))
+        .axis_desc_style((FONT, 16))
+        .light_line_style(WHITE)
+        .bold_line_style(RGBColor(225, 225, 225))
+        .draw()
+        .map_err(failed)?;
+    for (index, curve) in curves.iter().enumerate() {
+        let colour = COLOURS[index % COLOURS.len()];
+        let mut points = curve.points.clone();
+        points.sort_by(|a, b| a.per_user.total_cmp(&b.per_user));
+        let places = points.iter().map(|point| (point.per_user, point.per_gpu));
+        chart
+            .draw_series(LineSeries::new(places, colour.stroke_width(2)))
+            .map_err(failed)?
+            .label(&curve.label)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(2)));
+        // Labels of the first curve above its points, of the others below, where they meet least.
+        let above = index == 0;
+        let (anchor, away) = match above {
+            true => (Pos::new(HPos::Left, VPos::Bottom), (5, -5)),
+            false => (Pos::new(HPos::Right, VPos::Top), (-5, 5)),
+        };
+        let style = TextStyle::from((FONT, 13).into_font()).color(&colour).pos(anchor);
+        let marks = points.iter().map(|point| {
+            EmptyElement::at((point.per_user, point.per_gpu))
+                + Circle::new((0, 0), 4, colour.filled())
+                + Text::new(point.concurrency.to_string(), away, style.clone())
+        });
+        chart.draw_series(marks).map_err(failed)?;
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .label_font((FONT, 14))
+        .background_style(WHITE)
+        .border_style(RGBColor(180, 180, 180))
+        .draw()
+        .map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn curve(label: &str, points: &[(u32, f64, f64)]) -> Curve {
+        let point = |&(concurrency, per_user, per_gpu)| Point { concurrency, per_user, per_gpu };
+        Curve { label: label.into(), points: points.iter().map(point).collect() }
+    }
+
+    #[test]
+    fn every_point_is_drawn_with_its_concurrency() {
+        let ours = curve("ours", &[(4, 250.0, 955.0), (1, 448.0, 435.0), (64, 92.0, 5207.0)]);
+        let theirs = curve("theirs", &[(1, 325.0, 305.0), (17, 120.0, 1762.0)]);
+        let svg = draw("a sweep", &[ours, theirs]).expect("a plot");
+        assert_eq!(svg.matches("<circle").count(), 5);
+        for text in
+            ["a sweep", "ours", "theirs", "tokens/s per user", "tokens/s per GPU", "64", "17"]
+        {
+            let written = svg.lines().any(|line| line.trim() == text);
+            assert!(written, "{text} is not in the plot");
+        }
+    }
+
+    #[test]
+    fn a_point_lies_where_its_speeds_are() {
+        let svg = draw("t", &[curve("a", &[(1, 100.0, 50.0), (2, 50.0, 100.0)])]).expect("a plot");
+        let centre = |line: &str, name: &str| -> f64 {
+            let at = line.split(&format!("{name}=\"")).nth(1).expect("a circle");
+            at.split('"').next().and_then(|n| n.parse().ok()).expect("a number")
+        };
+        let circles: Vec<(f64, f64)> = (svg.lines().filter(|line| line.contains("<circle")))
+            .map(|line| (centre(line, "cx"), centre(line, "cy")))
+            .collect();
+        let [(left, upper), (right, lower)] = circles[..] else { panic!("{circles:?}") };
+        assert!(right > left && lower > upper, "{circles:?}");
+        // Half as far from an axis that begins at 0.
+        let origin = 2.0 * left - right;
+        assert!((80.0..120.0).contains(&origin), "the axis is at {origin}");
+    }
+
+    #[test]
+    fn nothing_and_nonsense_are_refused() {
+        assert!(matches!(draw("t", &[curve("a", &[])]), Err(PlotError::Empty)));
+        for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            let refused = draw("t", &[curve("a", &[(3, bad, 1.0)])]);
+            let Err(PlotError::Speed { concurrency, .. }) = refused else { panic!("{bad}") };
+            assert_eq!(concurrency, 3);
+        }
+    }
+}

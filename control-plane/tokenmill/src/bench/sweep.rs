@@ -1,0 +1,66 @@
+//! `bench serve`: one load on a server, or one after another at several concurrencies.
+//!
+//! Invariant: a recorded line is of a load all of whose requests ended as they should.
+
+use super::{connect, line, load_of, measure};
+use crate::cli::ServeBenchArgs;
+use anyhow::{Context, Result, ensure};
+use load::Load;
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::Write;
+
+/// Requests of a load where none are named: alone, and in a sweep per request in flight and at least.
+const ALONE: u32 = 100;
+const EACH: u32 = 2;
+const LEAST: u32 = 4;
+
+fn requests(args: &ServeBenchArgs, concurrency: u32) -> u32 {
+    args.num_prompts.unwrap_or(match args.max_concurrency.as_slice() {
+        [_] => ALONE,
+        _ => concurrency.saturating_mul(EACH).max(LEAST),
+    })
+}
+
+/// Measures every load.
+#[expect(clippy::print_stdout, reason = "the report is the command's output")]
+pub(super) async fn run(args: ServeBenchArgs) -> Result<()> {
+    let named = !args.max_concurrency.is_empty() && !args.max_concurrency.contains(&0);
+    ensure!(named, "--max-concurrency takes numbers from 1, separated by commas");
+    let mut record = args.record.as_ref().map(|path| {
+        let file = File::options().create(true).append(true).open(path);
+        file.with_context(|| format!("open {} to append to it", path.display()))
+    });
+    let mut record = record.take().transpose()?;
+    let client = connect(&args.target).await?;
+    for (index, &concurrency) in args.max_concurrency.iter().enumerate() {
+        let load = Load {
+            requests: requests(&args, concurrency),
+            concurrency,
+            rate: args.request_rate,
+            ..load_of(&args.target)
+        };
+        let report = measure(&client, load).await;
+        let mut told = line("serve", &client, &args.target, &report);
+        if let Value::Object(fields) = &mut told {
+            let more = json!({"label": args.label, "gpus": args.gpus, "concurrency": concurrency});
+            fields.extend(
+                more.as_object().into_iter().flatten().map(|(k, v)| (k.clone(), v.clone())),
+            );
+        }
+        if args.target.json {
+            println!("{told}");
+        } else {
+            if index == 0 {
+                println!("model         {}", client.model());
+            }
+            println!("concurrency   {concurrency}");
+            print!("{report}");
+        }
+        ensure!(report.failed == 0, "{} of the requests failed", report.failed);
+        if let Some(file) = &mut record {
+            writeln!(file, "{told}").context("append to the record")?;
+        }
+    }
+    Ok(())
+}
