@@ -2,7 +2,8 @@
 //!
 //! A metric that nothing feeds misleads whoever watches it. How values are spelled in the text format
 //! is the library's business. Stalled clients need a half-minute of silence; the gateway's own tests,
-//! with shorter timers, show that they are counted.
+//! with shorter timers, show that they are counted. Launches and idle time are a device's; the engine's
+//! own tests on one look at them.
 
 mod common;
 
