@@ -30,9 +30,9 @@ fn block_on(work: impl Future<Output = Result<()>>) -> Result<()> {
 
 async fn latency(args: LatencyArgs) -> Result<()> {
     let client = connect(&args.target).await?;
-    let one = Load { requests: 1, concurrency: 1, rate: None, ..load_of(&args.target) };
-    load::run(&client, one, || ()).await;
-    let load = Load { requests: args.repeats, ..one };
+    let warm_up = Load { requests: 1, ..load_of(&args.target, 1) };
+    load::run(&client, warm_up, || ()).await;
+    let load = Load { requests: args.repeats, ..load_of(&args.target, 0) };
     finish("latency", &client, &args.target, measure(&client, load).await)
 }
 
@@ -41,8 +41,7 @@ async fn throughput(args: ThroughputArgs) -> Result<()> {
     let load = Load {
         requests: args.num_prompts,
         concurrency: args.num_prompts,
-        rate: None,
-        ..load_of(&args.target)
+        ..load_of(&args.target, 0)
     };
     finish("throughput", &client, &args.target, measure(&client, load).await)
 }
@@ -53,8 +52,10 @@ async fn connect(target: &Target) -> Result<Client> {
         .with_context(|| format!("reach {}; start one with `tokenmill serve`", target.url))
 }
 
-fn load_of(target: &Target) -> Load {
-    let prompts = Prompts { length: target.input_len, vocab: target.vocab_size, seed: target.seed };
+/// The `number`-th load of a run: no two share prompts, or a cache of prefixes would serve the later one.
+fn load_of(target: &Target, number: u64) -> Load {
+    let seed = target.seed.wrapping_add(number.rotate_left(32));
+    let prompts = Prompts { length: target.input_len, vocab: target.vocab_size, seed };
     Load { requests: 0, concurrency: 1, rate: None, prompts, output: target.output_len }
 }
 
@@ -83,4 +84,31 @@ fn line(kind: &str, client: &Client, target: &Target, report: &Report) -> Value 
         "bench": kind, "model": client.model(), "input_len": target.input_len,
         "output_len": target.output_len, "version": crate::cli::VERSION, "report": report,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loads_of_a_run_share_no_prompt() {
+        let target = Target {
+            url: String::new(),
+            input_len: 8,
+            vocab_size: 1000,
+            output_len: 1,
+            seed: 7,
+            json: false,
+        };
+        let all = |number| (0..50).map(move |index| (number, index));
+        let mut prompts: Vec<Vec<u32>> = (0..5)
+            .flat_map(all)
+            .map(|(number, index)| load_of(&target, number).prompts.tokens(index))
+            .collect();
+        prompts.sort();
+        prompts.dedup();
+        assert_eq!(prompts.len(), 250);
+        // The first load is that of the seed alone.
+        assert_eq!(load_of(&target, 0).prompts.seed, 7);
+    }
 }

@@ -33,12 +33,12 @@ pub(super) async fn run(args: ServeBenchArgs) -> Result<()> {
     });
     let mut record = record.take().transpose()?;
     let client = connect(&args.target).await?;
-    for (index, &concurrency) in args.max_concurrency.iter().enumerate() {
+    for (number, &concurrency) in (0..).zip(&args.max_concurrency) {
         let load = Load {
             requests: requests(&args, concurrency),
             concurrency,
             rate: args.request_rate,
-            ..load_of(&args.target)
+            ..load_of(&args.target, number)
         };
         let report = measure(&client, load).await;
         let mut told = line("serve", &client, &args.target, &report);
@@ -51,7 +51,7 @@ pub(super) async fn run(args: ServeBenchArgs) -> Result<()> {
         if args.target.json {
             println!("{told}");
         } else {
-            if index == 0 {
+            if number == 0 {
                 println!("model         {}", client.model());
             }
             println!("concurrency   {concurrency}");

@@ -43,8 +43,8 @@ impl Stream {
         Self::on(context, Lane::Main)
     }
 
-    /// A stream of a lane; streams of one lane run nothing at the same time that kernels share memory
-    /// of.
+    /// A stream of a lane. Kernels that share scratch of their lane must not run at the same time on two
+    /// streams of it.
     ///
     /// # Errors
     /// When the driver refuses.

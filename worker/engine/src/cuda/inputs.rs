@@ -109,12 +109,9 @@ impl Layout {
             [part(most * Piece::WORDS), part(slots)]
         });
         let pieces = pieces.collect();
-        let whole = sizes.specs.iter().map(|spec| match spec.pieces {
-            Some(_) => {
-                let most = max_tiles(bucket, segments, 1, expand::LINES);
-                part(1 + most * size_of::<Tile>() / 4)
-            }
-            None => part(0),
+        let whole = sizes.whole.iter().map(|whole| {
+            let most = max_tiles(bucket, segments, 1, expand::LINES);
+            if *whole { part(1 + most * size_of::<Tile>() / 4) } else { part(0) }
         });
         let whole = whole.collect();
         let absorbed = part(1).start;
@@ -143,6 +140,11 @@ impl Layout {
             changes,
             most_changes: segments.saturating_mul(blocks(limits)).saturating_mul(sizes.groups),
         }
+    }
+
+    /// Whether an attention's whole prompts have tiles of their own.
+    pub(super) fn tells_whole(&self, spec: usize) -> bool {
+        !self.whole[spec].is_empty()
     }
 
     /// Bytes of everything.
@@ -407,12 +409,13 @@ impl Inputs {
         }
         words[layout.changed] = narrow(changed)?;
         let prompts = usize::from(has_prompts(batch));
-        for (spec, (count, range)) in specs.iter().zip(&layout.tiles) {
+        for (index, (spec, (count, range))) in specs.iter().zip(&layout.tiles).enumerate() {
             // Groups differ in tables alone, which tiles do not hold.
             tiles(segments, spec.group(), spec.kernels[prompts].1, list);
             if spec.pieces.is_some() {
                 let of = |tile: &Tile| &segments[tile.segment as usize];
-                list.retain(|tile| of(tile).len > 1 && !expand::is_whole(of(tile)));
+                let apart = |of: &Segment| layout.tells_whole(index) && expand::is_whole(of);
+                list.retain(|tile| of(tile).len > 1 && !apart(of(tile)));
             }
             words[*count] = narrow(list.len())?;
             let flat = list.iter().flat_map(|tile| [tile.segment, tile.line]);

@@ -117,7 +117,7 @@ impl Cuda {
         let beside = Beside::new(&context)?;
         phases.end(StartPhase::Kernels);
         let dtype = dtype_of(options.kv_dtype);
-        let sizes = Sizes::new(lowered, dtype);
+        let sizes = Sizes::new(lowered, dtype, options.mla_form == MlaForm::Auto);
         let queue = Queue { gpu: &gpu, stream: &stream };
         let how = (options.threads, report);
         let loaded = Loaded::load(&context, queue, lowered, source, dtype, how)?;

@@ -218,8 +218,8 @@ impl Step<'_> {
 
     /// Latent attention op by op, whole prompts expanded.
     fn apart(&self, block: &Block, apart: &[Launch]) -> Result<(), CudaError> {
-        let (Some(expanded), Some((last, before))) = (&self.scratch.expanded, apart.split_last())
-        else {
+        let expanded = self.scratch.expanded.as_ref().filter(|_| self.sizes.whole[block.spec]);
+        let (Some(expanded), Some((last, before))) = (expanded, apart.split_last()) else {
             return apart.iter().try_for_each(|launch| self.run(launch));
         };
         before.iter().try_for_each(|launch| self.run(launch))?;

@@ -3,6 +3,7 @@
 //!
 //! Pure arithmetic on a lowered program. Invariant: no step within the limits needs more.
 
+use super::fuse::{self, Found};
 use super::inputs::{self, Layout};
 use super::launch::Layer;
 use super::limits::Limits;
@@ -119,6 +120,8 @@ pub(super) struct Sizes {
     pub(super) vocab: usize,
     pub(super) groups: usize,
     pub(super) specs: Vec<Spec>,
+    /// Of each: whether prompts that lie in a step as a whole run expanded, in every layer.
+    pub(super) whole: Vec<bool>,
     pub(super) experts: Option<ExpertShape>,
     pub(super) mla: Option<mla::Mla>,
     /// Experts that a router scores, and experts per token.
@@ -128,7 +131,8 @@ pub(super) struct Sizes {
 }
 
 impl Sizes {
-    pub(super) fn new(lowered: &Lowered, dtype: Dtype) -> Self {
+    /// Whole prompts run expanded where `expands` and kernels serve that.
+    pub(super) fn new(lowered: &Lowered, dtype: Dtype, expands: bool) -> Self {
         let vocab = lowered.buffers[lowered.logits.0].width;
         let mut sizes = Self {
             dtype,
@@ -137,19 +141,24 @@ impl Sizes {
             vocab,
             groups: lowered.groups.len(),
             specs: Vec::new(),
+            whole: Vec::new(),
             experts: None,
             mla: None,
             router: (0, 0),
             body_width: lowered.body_width,
             head_width: lowered.head_width,
         };
-        for op in lowered.body.iter().chain(&lowered.head) {
+        for (at, op) in lowered.body.iter().chain(&lowered.head).enumerate() {
             match op {
                 Op::Attention { attention, slot, .. } => {
                     let spec = Spec::new(attention, Layer::of(lowered, *slot), dtype);
-                    if !sizes.specs.contains(&spec) {
+                    let known = sizes.specs.iter().position(|known| *known == spec);
+                    let index = known.unwrap_or_else(|| {
                         sizes.specs.push(spec);
-                    }
+                        sizes.whole.push(expands);
+                        sizes.specs.len() - 1
+                    });
+                    sizes.whole[index] &= expandable(lowered, at, dtype);
                     if let Attention::Mla(mla) = attention_of(attention) {
                         sizes.mla = Some(mla);
                     }
@@ -241,7 +250,7 @@ impl Sizes {
 
     /// The latent attention whose whole prompts run expanded.
     pub(super) fn expanded(&self) -> Option<&mla::Mla> {
-        self.mla.as_ref().filter(|mla| mla::cuda::expand::serves(mla, self.dtype))
+        self.mla.as_ref().filter(|_| self.whole.contains(&true))
     }
 
     /// Slots of partial results of pieces, at most; none where no rows are cut so.
@@ -287,6 +296,16 @@ impl Sizes {
     }
 }
 
+/// Whether the attention at `at` ends a block, whose latents are at hand, and has widths that the
+/// expanded form serves. Steps leave whole prompts out of other tiles by this, and only by this.
+fn expandable(lowered: &Lowered, at: usize, dtype: Dtype) -> bool {
+    let Some(Op::Attention { attention, .. }) = lowered.body.get(at) else { return false };
+    let Attention::Mla(mla) = attention_of(attention) else { return false };
+    let block = (at + 1).checked_sub(Found::LENGTH).map(|first| &lowered.body[first..=at]);
+    mla::cuda::expand::serves(&mla, dtype)
+        && block.is_some_and(|ops| fuse::find(lowered, ops, dtype).is_some())
+}
+
 /// What a program takes of a device's memory, beside the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaBytes {
@@ -310,6 +329,49 @@ pub fn cuda_bytes(
     let limits = Limits { rows: tokens, slots, context, multiprocessors };
     CudaBytes {
         weights: weights::bytes(lowered, dtype) as u64,
-        steps: Sizes::new(lowered, dtype).step_bytes(&limits) as u64,
+        steps: Sizes::new(lowered, dtype, true).step_bytes(&limits) as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::lower::lower;
+    use model::mesh::{Mesh, Rank};
+
+    fn sizes(nope: usize, value: usize, dtype: Dtype, expands: bool) -> Sizes {
+        let config = format!(
+            r#"{{"model_type": "deepseek_v3", "vocab_size": 64, "hidden_size": 32,
+            "num_hidden_layers": 3, "num_attention_heads": 5, "intermediate_size": 48,
+            "max_position_embeddings": 512, "kv_lora_rank": 512, "q_lora_rank": 12,
+            "qk_nope_head_dim": {nope}, "qk_rope_head_dim": 64, "v_head_dim": {value},
+            "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+            "n_shared_experts": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}}"#
+        );
+        let config = model::config::parse(&config).expect("a config").config;
+        let program = model::families::program(&config, false);
+        let lowered = lower(&program, Mesh::SINGLE, Rank(0), 64).expect("one rank");
+        Sizes::new(&lowered, dtype, expands)
+    }
+
+    #[test]
+    fn whole_prompts_are_told_apart_only_where_something_else_computes_them() {
+        for (nope, value, dtype, expands, whole) in [
+            (128, 128, Dtype::Bf16, true, true),
+            (128, 128, Dtype::Bf16, false, false),
+            (128, 128, Dtype::F32, true, false),
+            // Decoding rows of these have pieces; prompts run absorbed.
+            (192, 256, Dtype::Bf16, true, false),
+            (64, 128, Dtype::Bf16, true, false),
+        ] {
+            let sizes = sizes(nope, value, dtype, expands);
+            let what = format!("{nope} and {value} in {dtype:?}, {expands}");
+            assert_eq!(sizes.whole, [whole], "{what}");
+            assert_eq!(sizes.specs[0].pieces.is_some(), dtype == Dtype::Bf16, "{what}");
+            assert_eq!(sizes.expanded().is_some(), whole, "{what}");
+            let limits = Limits { rows: 64, slots: 8, context: 512, multiprocessors: 4 };
+            let layout = Layout::new(&sizes, &limits, 64);
+            assert_eq!(layout.tells_whole(0), whole, "{what}");
+        }
     }
 }

@@ -28,6 +28,19 @@ impl WeightSource for Poisoned {
     }
 }
 
+/// The model's weights with a row of NaN, a prompt without that token, and one with it.
+fn poisoned(model: &Model) -> (&'static Poisoned, Vec<u32>, Vec<u32>) {
+    let hidden = model.config.decoder().hidden;
+    let mut table = model.weights.get("model.embed_tokens.weight").expect("a table").data.to_f32();
+    table[POISON as usize * hidden..][..hidden].fill(f32::NAN);
+    let poisoned = Box::leak(Box::new(Poisoned { weights: model.weights, table }));
+    let clean = prompt(80, 1).into_iter().map(|t| if t == POISON { 1 } else { t });
+    let clean: Vec<u32> = clean.collect();
+    let mut bad = clean.clone();
+    bad[30] = POISON;
+    (poisoned, clean, bad)
+}
+
 /// A NaN ends its request; its batch mates' results are the same to the bit.
 pub fn a_nan_ends_one_request(base: Setup) {
     for (name, config) in families() {
@@ -36,16 +49,7 @@ pub fn a_nan_ends_one_request(base: Setup) {
             continue;
         }
         let model = Model::new(&config, 2);
-        let hidden = model.config.decoder().hidden;
-        let mut table =
-            model.weights.get("model.embed_tokens.weight").expect("a table").data.to_f32();
-        table[POISON as usize * hidden..][..hidden].fill(f32::NAN);
-        let poisoned: &'static Poisoned =
-            Box::leak(Box::new(Poisoned { weights: model.weights, table }));
-        let clean: Vec<u32> =
-            prompt(80, 1).into_iter().map(|t| if t == POISON { 1 } else { t }).collect();
-        let mut bad = clean.clone();
-        bad[30] = POISON;
+        let (poisoned, clean, bad) = poisoned(&model);
 
         let run = |with_bad: bool| {
             let mut session = model.session_over(poisoned, base);
@@ -70,16 +74,7 @@ pub fn a_nan_ends_one_request(base: Setup) {
 pub fn a_nan_in_flight_leaves_batch_mates_alone(base: Setup) {
     for (name, config) in families().into_iter().filter(|(name, _)| !name.contains("tied")) {
         let model = Model::new(&config, 2);
-        let hidden = model.config.decoder().hidden;
-        let mut table =
-            model.weights.get("model.embed_tokens.weight").expect("a table").data.to_f32();
-        table[POISON as usize * hidden..][..hidden].fill(f32::NAN);
-        let poisoned: &'static Poisoned =
-            Box::leak(Box::new(Poisoned { weights: model.weights, table }));
-        let clean: Vec<u32> =
-            prompt(80, 1).into_iter().map(|t| if t == POISON { 1 } else { t }).collect();
-        let mut bad = clean.clone();
-        bad[30] = POISON;
+        let (poisoned, clean, bad) = poisoned(&model);
         let run = |with_bad: bool| {
             let mut session = model.session_over(poisoned, base);
             session.admit(0, &clean, 80, Sampling::default());
