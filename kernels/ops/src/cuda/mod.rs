@@ -147,11 +147,14 @@ impl Gpu {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }
         // Attributes are set once, so that launches only launch.
-        use crate::mla::cuda::{block, decode, expand};
-        let pieces = [decode::DECODE, block::VALUES, expand::EXPANDED];
+        use crate::mla::cuda::{decode, expand, near};
+        let pieces = [decode::DECODE, expand::EXPANDED];
         let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
-        let large =
-            large.chain(crate::moe::cuda::wide::LARGE).chain(linear::cuda::stream::LARGE).copied();
+        let large = large
+            .chain(crate::moe::cuda::wide::LARGE)
+            .chain(linear::cuda::stream::LARGE)
+            .chain(near::LARGE)
+            .copied();
         for name in large.chain(linear::cuda::wide::large()) {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }

@@ -7,6 +7,7 @@
 pub mod block;
 pub mod decode;
 pub mod expand;
+pub mod near;
 #[cfg(test)]
 mod tests;
 

@@ -3,11 +3,11 @@
 //! their results and values out of latent space.
 //!
 //! It serves bf16 heads of DeepSeek's widths (128 + 64, values of 128, a latent of 512), any number of
-//! them; others are launched op by op. Each kernel starts reading its weights before the one in front
+//! them; others are launched op by op, few rows of short contexts in one launch by `near`. Each starts reading its weights before the one in front
 //! has ended. Invariant: what is stored has the roundings of the ops one by one.
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use super::decode::{self, LATENT, LINES, ROPE, WIDTH};
 use super::{Mla, OP, Scratch, Weights};
@@ -18,10 +18,10 @@ use crate::paged::{KvLayer, cuda::Destination};
 use crate::rope::{Pairing, cuda::Rope};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
-const NOPE: usize = 128;
-const VALUE: usize = 128;
+pub(super) const NOPE: usize = 128;
+pub(super) const VALUE: usize = 128;
 /// Elements of a head's query.
-const QUERY: usize = NOPE + ROPE;
+pub(super) const QUERY: usize = NOPE + ROPE;
 /// Rows that tensor cores take at once.
 const TILE: usize = 16;
 const PREPARE: &str = "mla_prepare";
@@ -29,13 +29,12 @@ const PREPARE_THREADS: u32 = 128;
 /// Blocks of the first kernel to a head, and on a multiprocessor.
 const PREPARE_PARTS: usize = 8;
 const PREPARE_WAVES: usize = 6;
-pub(crate) const VALUES: &str = "mla_values";
-const VALUES_THREADS: u32 = 512;
-/// Bytes of its `Shared`.
-const VALUES_SHARED: u32 = 65_920;
-/// Blocks of the last kernel to a head, and on a multiprocessor.
-const VALUES_SHARES: usize = 4;
+const VALUES_THREADS: u32 = 256;
+/// Blocks of a head, a cluster, that merge tiles of rows together, and on a multiprocessor.
+const VALUES_SHARES: usize = 8;
 const VALUES_WAVES: usize = 2;
+/// More rows have one or two pieces each, so that nothing is shared.
+const VALUES_FEW: usize = 64;
 
 /// Whether these kernels serve the shape.
 #[must_use]
@@ -164,7 +163,9 @@ pub fn prepare(
     need(OP, "positions", to.positions, &[rows.padded], 4)?;
     need(OP, "row_tables", to.row_tables, &[rows.padded], 4)?;
     let of_tile = heads * PREPARE_PARTS;
-    let tiles = tiles(rows.padded, of_tile, PREPARE_WAVES * on.multiprocessors());
+    // Blocks of single rows run at once with them.
+    let most = (PREPARE_WAVES * on.multiprocessors()).saturating_sub(rows.padded);
+    let tiles = tiles(rows.padded, of_tile, most);
     let params = PrepareParams {
         q: q.address(),
         kv: kv.address(),
@@ -270,10 +271,15 @@ pub fn values(
         heads: dim(OP, heads)?,
         tiles: dim(OP, tiles)?,
     };
+    if rows.padded > VALUES_FEW {
+        let blocks = dim(OP, rows.padded.div_ceil(2 * TILE) * heads)?;
+        let launch = Launch::new(on.kernel("mla_values_many")?, [blocks, 1, 1], VALUES_THREADS);
+        return launch.dependent().on(on.stream, &params);
+    }
     let chunks = rows.padded.div_ceil(TILE * tiles.max(1));
     let grid = [dim(OP, chunks * of_tile)?, 1, 1];
-    Launch::new(on.kernel(VALUES)?, grid, VALUES_THREADS)
-        .shared(VALUES_SHARED)
+    Launch::new(on.kernel("mla_values")?, grid, VALUES_THREADS)
+        .cluster(VALUES_SHARES as u32)
         .dependent()
         .on(on.stream, &params)
 }
