@@ -148,17 +148,17 @@ __device__ void decode(const Params& p) {
     int tile = 0;
     while (now.any) {
         const Piece piece = now.at;
+        // All at once: one after the other would wait behind the keys of all blocks each time.
         for (int i = threadIdx.x; i < kLines * kWidth / 8; i += kThreads) {
             const int line = i / (kWidth / 8), at = i % (kWidth / 8) * 8;
-            uint4 v = {};
-            if (piece.head + line < p.heads) {
-                const uint32_t head = piece.head + line;
-                const bf16* from = at < kLatent ? p.q + piece.row * p.q_row + head * p.q_head + at
-                                                : p.q_rest + piece.row * p.rest_row + head * p.rest_head + at - kLatent;
-                v = *reinterpret_cast<const uint4*>(from);
-            }
-            *reinterpret_cast<uint4*>(&s.q[line][at]) = v;
+            const bool there = piece.head + line < p.heads;
+            const uint32_t head = there ? piece.head + line : 0;
+            const bf16* from = at < kLatent ? p.q + piece.row * p.q_row + head * p.q_head + at
+                                            : p.q_rest + piece.row * p.rest_row + head * p.rest_head + at - kLatent;
+            copy_async(shared_address(&s.q[line][at]), from, there);
         }
+        commit_copies();
+        wait_copies<0>();
         __syncthreads();
         const auto query_at = [&](int k) { return shared_address(&s.q[lane % 16][k * 16 + lane / 16 * 8]); };
         uint32_t q[kHeld][4];
