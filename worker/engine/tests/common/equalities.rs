@@ -118,8 +118,9 @@ pub fn a_batch_of_32_equals_one_by_one_of(base: Setup, tolerance: f32, most: usi
             })
             .collect();
         let together = batched(base, &model, &requests);
+        let mut session = model.session(base);
         for (at, ((tokens, sampling), got)) in requests.iter().zip(&together).enumerate() {
-            let alone = model.session(base).complete(tokens, 1024, OUTPUT, sampling.clone());
+            let alone = session.complete(tokens, 1024, OUTPUT, sampling.clone());
             alone.assert_close(got, tolerance, &format!("{name}, request {at}"));
         }
     }
@@ -198,5 +199,22 @@ pub fn a_shared_prefix_equals_a_cold_start(base: Setup, tolerance: f32) {
         }
         warm.prompt.clone_from(&cold.prompt);
         cold.assert_close(&warm, tolerance, name);
+    }
+}
+
+/// Runs of one request alone are the same to the bit, whatever ran before, greedily and drawn.
+pub fn runs_alone_are_one(base: Setup, model: &Model, runs: usize, name: &str) {
+    let tokens = prompt(70, 8);
+    let mut session = model.session(base);
+    for sampling in [greedy(), seeded(5)] {
+        let first = session.complete(&tokens, 1024, OUTPUT, sampling.clone());
+        for run in 1..runs {
+            if run % 10 == 0 {
+                // Something else in between, which leaves other memory behind.
+                session.complete(&prompt(33, run as u32), 16, 3, seeded(run as u64));
+            }
+            let again = session.complete(&tokens, 1024, OUTPUT, sampling.clone());
+            assert_eq!(again, first, "{name}: run {run}");
+        }
     }
 }
