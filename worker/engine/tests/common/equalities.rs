@@ -24,9 +24,10 @@ pub fn chunks_of_any_size_equal_the_whole_prompt(base: Setup, tolerance: f32) {
     for (name, config) in families() {
         let model = Model::new(&config, 3);
         let tokens = prompt(150, 9);
-        let whole = model.session(base).complete(&tokens, 1024, OUTPUT, greedy());
+        let mut session = model.session(base);
+        let whole = session.complete(&tokens, 1024, OUTPUT, greedy());
         for chunk in [1, 63, 64, 65] {
-            let got = model.session(base).complete(&tokens, chunk, OUTPUT, greedy());
+            let got = session.complete(&tokens, chunk, OUTPUT, greedy());
             whole.assert_close(&got, tolerance, &format!("{name}, chunks of {chunk}"));
         }
     }
