@@ -73,6 +73,9 @@ impl Stepper for Model {
         if self.phases.is_empty() {
             self.phases.push((StartPhase::Memory, took));
         }
+        for note in self.engine.notes() {
+            tracing::info!("{note}");
+        }
         Ok(())
     }
 

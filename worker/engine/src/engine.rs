@@ -128,6 +128,12 @@ impl<'w> Engine<'w> {
         self.backend.captured()
     }
 
+    /// What was chosen at the start that an operator may want to know.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        self.backend.notes()
+    }
+
     /// What this engine offers.
     #[must_use]
     pub fn hello(&self) -> Hello {

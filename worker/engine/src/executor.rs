@@ -191,6 +191,14 @@ impl Backend<'_> {
         }
     }
 
+    /// What was chosen at the start that an operator may want to know.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        match self {
+            Self::Cpu(_) => Vec::new(),
+            Self::Cuda(cuda) => vec![cuda.statement()],
+        }
+    }
+
     /// Allocates for steps of up to `tokens` tokens of `slots` requests with contexts of up to
     /// `context`, and the cache.
     pub(crate) fn configure(

@@ -11,6 +11,14 @@ pub enum CudaError {
         "libcuda.so.1 is not found: install an NVIDIA driver of version 580 or later, or run on the processor"
     )]
     NoDriver,
+    /// No vendor's library of the version that is needed.
+    #[error("{library} {reason}")]
+    NoLibrary {
+        /// Its file.
+        library: &'static str,
+        /// Whether it is absent or another one.
+        reason: String,
+    },
     /// No such device.
     #[error("CUDA device {ordinal} does not exist: the driver shows {count}")]
     NoDevice {

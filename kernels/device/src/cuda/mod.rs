@@ -1,10 +1,12 @@
-//! CUDA: contexts, memory, streams, events, kernels, graphs, over the driver alone.
+//! CUDA: contexts, memory, streams, events, kernels, graphs, over the driver alone; products of matrices
+//! over cuBLASLt where it is there.
 //!
-//! The driver is loaded when a context is opened; without one a program runs and says so. Nothing
-//! here knows an operation. Invariants: a step path allocates nothing (memory is cut from an arena
+//! Either is loaded when it is opened; without them a program runs and says so. Nothing else here knows
+//! an operation. Invariants: a step path allocates nothing (memory is cut from an arena
 //! beforehand), a slice keeps its memory alive, and every failure names the call, and for a launch
 //! the kernel and its shape.
 
+mod blas;
 mod context;
 mod driver;
 mod error;
@@ -16,6 +18,7 @@ mod staging;
 mod stream;
 mod tensor_map;
 
+pub use blas::{Blas, BlasPlan, Product};
 pub use context::{Context, DeviceFacts};
 pub use error::CudaError;
 pub use graph::Graph;

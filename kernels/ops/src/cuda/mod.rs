@@ -132,6 +132,7 @@ pub struct Gpu {
     facts: DeviceFacts,
     /// One for each lane of streams.
     shared: [linear::cuda::wide::Shared; Lane::COUNT],
+    library: Result<linear::cuda::Library, CudaError>,
 }
 
 impl Gpu {
@@ -157,7 +158,35 @@ impl Gpu {
         }
         let shared = || linear::cuda::wide::Shared::new(context);
         let shared = [shared()?, shared()?];
-        Ok(Self { kernels, facts, shared })
+        let library = linear::cuda::Library::open(context);
+        Ok(Self { kernels, facts, shared, library })
+    }
+
+    /// Bytes of device memory that [`Gpu::new`] allocates, the library's included.
+    #[must_use]
+    pub fn bytes(multiprocessors: usize) -> usize {
+        let shared = linear::cuda::wide::Shared::bytes(multiprocessors);
+        Lane::COUNT * (shared + linear::cuda::Library::WORKSPACE)
+    }
+
+    /// As [`Gpu::new`], where the library of products counts as absent.
+    ///
+    /// # Errors
+    /// As [`Gpu::new`].
+    pub fn without_library(context: &Context) -> Result<Self, CudaError> {
+        let library = Err(CudaError::NoLibrary {
+            library: "libcublasLt",
+            reason: "is not wanted".to_owned(),
+        });
+        Ok(Self { library, ..Self::new(context)? })
+    }
+
+    /// The vendor's library of products, or why everything runs on the kernels here.
+    ///
+    /// # Errors
+    /// When it is not there; the error says what was looked for.
+    pub const fn library(&self) -> Result<&linear::cuda::Library, &CudaError> {
+        self.library.as_ref()
     }
 
     /// What the device is.

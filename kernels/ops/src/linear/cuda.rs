@@ -2,18 +2,21 @@
 //!
 //! [`Variant::Few`] streams the weights once for up to 16 rows; [`Variant::Many`] tiles both; both want
 //! bf16, inputs in multiples of 8, and rows that begin on 16 bytes. For one product [`Variant::Stream`]
-//! is faster for up to eight rows, and [`Variant::Wide`] for more, where outputs are a multiple of 8.
+//! is faster for up to eight rows, [`Variant::Wide`] for some tens, where outputs are a multiple of 8, and
+//! [`Variant::Library`], where it is there, for more.
 //! [`Variant::Any`] takes everything, slowly. Merged projections are one matrix: parts are laid side by side when
 //! weights are loaded. A row's result depends on the variant and the row alone.
 
+mod library;
 pub(crate) mod stream;
 #[cfg(test)]
 mod tests;
 pub(crate) mod wide;
 
-use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
+use crate::cuda::{Dtype, Gpu, Queue, Rows, Tensor, bytes, dim, need, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
-pub use stream::{takes as streams, takes_both as streams_both};
+pub use library::Library;
+pub use stream::takes as streams;
 pub use wide::Tile;
 
 /// Kernels that may have more shared memory than the default.
@@ -53,6 +56,8 @@ pub enum Variant {
     Wide(Tile),
     /// Rows of weights by the copy engine, for up to eight rows.
     Stream,
+    /// The vendor's library.
+    Library,
 }
 
 /// What becomes of a product's results; other than the first only [`Variant::Stream`] has it.
@@ -71,7 +76,7 @@ impl Variant {
     #[must_use]
     pub const fn tile_rows(self) -> usize {
         match self {
-            Self::Any => ANY_TILE,
+            Self::Any | Self::Library => ANY_TILE,
             Self::Stream => stream::MOST_ROWS,
             Self::Few { rows, .. } | Self::Many { rows } | Self::Wide(Tile { rows, .. }) => rows,
         }
@@ -79,7 +84,7 @@ impl Variant {
 
     const fn outputs(self) -> usize {
         match self {
-            Self::Any => ANY_TILE,
+            Self::Any | Self::Library => ANY_TILE,
             Self::Stream => stream::MOST_ROWS,
             Self::Few { outputs, .. } => outputs,
             Self::Many { .. } => MANY_OUTPUTS,
@@ -107,7 +112,9 @@ impl Variant {
             (Self::Many { rows: 128 }, Dtype::Bf16, _) => {
                 output.pick("linear_many_128_f32", "linear_many_128_bf16")
             }
-            (Self::Many { .. } | Self::Wide(_) | Self::Stream, Dtype::Bf16, _) => return None,
+            (Self::Many { .. } | Self::Wide(_) | Self::Stream | Self::Library, Dtype::Bf16, _) => {
+                return None;
+            }
         })
     }
 }
@@ -230,12 +237,16 @@ struct Params {
 // SAFETY: mirrors the kernel's struct; lengths are checked in `linear_as` and `grouped`.
 unsafe impl Parameters for Params {}
 
-/// The product on the variant that [`select`] names, or [`Variant::Wide`] where it can be.
+/// The product on the variant that [`select`] names, or a faster one where it can be.
 ///
 /// # Errors
 /// When an operand is too short, or the launch fails.
 pub fn linear(on: Queue<'_>, rows: Rows<'_>, operands: &Linear<'_>) -> Result<(), CudaError> {
     let Linear { inputs, outputs, batch, .. } = *operands;
+    if let Some(plan) = library::plan(on, rows, operands)? {
+        check(rows, operands)?;
+        return library::launch(Some(plan), on, rows, operands);
+    }
     let variant = if stream::takes(rows.padded, operands) {
         Variant::Stream
     } else if rows.padded > stream::MOST_ROWS && wide::takes(operands) {
@@ -246,7 +257,38 @@ pub fn linear(on: Queue<'_>, rows: Rows<'_>, operands: &Linear<'_>) -> Result<()
     linear_as(variant, on, rows, operands)
 }
 
-/// Two products of the same rows that [`streams_both`], in one launch.
+/// Which kernels products of bf16 run on, for the operator.
+#[must_use]
+pub fn statement(gpu: &Gpu) -> String {
+    let few = stream::MOST_ROWS;
+    match gpu.library() {
+        Ok(library) => {
+            let ((major, minor), rows) = (library.version(), library::ROWS);
+            let planned = library.planned();
+            format!(
+                "products of up to {few} rows stream their weights, of up to {rows} run on wide tiles, of \
+                 more on cuBLASLt {major}.{minor} ({planned} shapes planned)"
+            )
+        }
+        Err(error) => format!(
+            "products of up to {few} rows stream their weights, of more run on wide tiles: {error}, with \
+             which many rows are faster (the CUDA toolkit and the wheel nvidia-cublas hold it; its folder \
+             belongs to the loader's path)"
+        ),
+    }
+}
+
+/// Whether [`both`] makes the products of the same rows faster than one after the other.
+#[must_use]
+pub fn takes_both(on: Queue<'_>, rows: usize, first: &Linear<'_>, second: &Linear<'_>) -> bool {
+    if rows <= stream::MOST_ROWS {
+        return stream::takes_both(rows, first, second);
+    }
+    // More are the library's, where it is there: it is faster even for one after the other.
+    (rows <= library::PAIR_ROWS || on.gpu.library().is_err()) && wide::takes_both(first, second)
+}
+
+/// Two products of the same rows in one launch, for those that [`takes_both`] says.
 ///
 /// # Errors
 /// As [`linear`], or when they are not such.
@@ -258,7 +300,12 @@ pub fn both(
 ) -> Result<(), CudaError> {
     check(rows, first)?;
     check(rows, second)?;
-    stream::launch(on, rows, first, Some(second))
+    if rows.padded <= stream::MOST_ROWS {
+        return stream::launch(on, rows, first, Some(second));
+    }
+    let outputs = first.outputs.saturating_add(second.outputs);
+    let tile = Tile::select(rows.padded, outputs, first.inputs);
+    wide::launch(tile, on, rows, first, Some(second))
 }
 
 /// Whether operands hold what they say.
@@ -317,8 +364,11 @@ pub fn linear_as(
     if then != Then::Store {
         return Err(shape(OP, format!("{then:?} behind {variant:?}")));
     }
+    if variant == Variant::Library {
+        return library::launch(None, on, rows, operands);
+    }
     if let Variant::Wide(tile) = variant {
-        return wide::launch(tile, on, rows, operands);
+        return wide::launch(tile, on, rows, operands, None);
     }
     let params = Params {
         x: x.address(),
@@ -404,7 +454,7 @@ fn launch(
     let grid = [params.n.div_ceil(variant.outputs() as u32), dim(op, tiles)?, dim(op, batch)?];
     let shared = match variant {
         Variant::Many { rows } => STAGES * (rows + MANY_OUTPUTS) * STAGE_ROW,
-        Variant::Any | Variant::Few { .. } | Variant::Wide(_) | Variant::Stream => 0,
+        _ => 0,
     };
     Launch::new(on.kernel(name)?, grid, 256).shared(shared as u32).on(on.stream, params)
 }

@@ -228,6 +228,11 @@ impl Cuda {
         self.phases.take()
     }
 
+    /// Which kernels products run on.
+    pub(crate) fn statement(&self) -> String {
+        ops::linear::cuda::statement(&self.gpu)
+    }
+
     /// Captures the body of every step there can be, with the draws where it only decodes.
     fn capture(&self, memory: &mut Memory) -> Result<(), CudaError> {
         let mut graphs = Graphs::default();

@@ -10,7 +10,7 @@ use super::sizes::Sizes;
 use device::cuda::{Context, CudaError, DeviceSlice, Event, Lane, Stream, TensorMap};
 use ops::cuda::{Queue, Rows, Tensor};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
-use ops::linear::cuda::{Linear, Then, Variant, both, linear, linear_as, streams, streams_both};
+use ops::linear::cuda::{Linear, Then, Variant, both, linear, linear_as, streams, takes_both};
 use ops::mla::cuda::{Core, decode, expand};
 use ops::moe::cuda::stream::Always;
 use ops::rope::Pairing;
@@ -283,7 +283,7 @@ impl Step<'_> {
         Linear { bias, ..Linear::plain(from, w, to, x.width, out.width) }
     }
 
-    /// Two products, in one launch where they are of the same few rows.
+    /// Two products, in one launch where they are of the same rows and that is faster.
     fn both(&self, first: &Launch, second: &Launch) -> Result<(), CudaError> {
         if let (
             Launch::Linear { x, w, bias, out },
@@ -293,7 +293,7 @@ impl Step<'_> {
             let [from, to, from2, to2] = [x, out, x2, out2].map(|place| self.at(*place));
             let one = self.product((*x, &from), w, bias.as_ref(), (*out, &to));
             let other = self.product((*x2, &from2), w2, bias2.as_ref(), (*out2, &to2));
-            if streams_both(self.rows.padded, &one, &other) {
+            if takes_both(self.on, self.rows.padded, &one, &other) {
                 return both(self.on, self.rows, &one, &other);
             }
         }

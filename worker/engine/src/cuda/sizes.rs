@@ -11,7 +11,7 @@ use super::{ahead, asked, weights};
 use crate::memory::HEAD_ROWS;
 use device::cuda::Arena;
 use model::lower::{BufferId, LocalAttention, Lowered, Op};
-use ops::cuda::Dtype;
+use ops::cuda::{Dtype, Gpu};
 use ops::flash::cuda::{Partials, Variant, splits};
 use ops::mla::cuda::decode;
 use ops::sample::cuda::{SampleRow, TokenLogprob};
@@ -311,7 +311,7 @@ fn expandable(lowered: &Lowered, at: usize, dtype: Dtype) -> bool {
 pub struct CudaBytes {
     /// Weights, laid out as the kernels want them.
     pub weights: u64,
-    /// Activations, scratch, inputs and logits of the largest step.
+    /// Activations, scratch, inputs and logits of the largest step, and what kernels share.
     pub steps: u64,
 }
 
@@ -329,7 +329,9 @@ pub fn cuda_bytes(
     let limits = Limits { rows: tokens, slots, context, multiprocessors };
     CudaBytes {
         weights: weights::bytes(lowered, dtype) as u64,
-        steps: Sizes::new(lowered, dtype, true).step_bytes(&limits) as u64,
+        steps: Sizes::new(lowered, dtype, true)
+            .step_bytes(&limits)
+            .saturating_add(Gpu::bytes(multiprocessors)) as u64,
     }
 }
 

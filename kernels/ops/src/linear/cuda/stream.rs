@@ -133,7 +133,7 @@ pub fn takes(rows: usize, operands: &Linear<'_>) -> bool {
 
 /// Whether both products are of the same rows, and one launch makes them.
 #[must_use]
-pub fn takes_both(rows: usize, first: &Linear<'_>, second: &Linear<'_>) -> bool {
+pub(super) fn takes_both(rows: usize, first: &Linear<'_>, second: &Linear<'_>) -> bool {
     let plain = |of: &Linear<'_>| takes(rows, of) && of.then == Then::Store;
     plain(first)
         && plain(second)

@@ -49,6 +49,17 @@ impl Case {
         device.fetch_as(&out, output)
     }
 
+    /// Without the bias.
+    fn run_plain(&self, device: &Device, variant: Variant, output: Dtype) -> Vec<f32> {
+        let Self { rows, inputs, outputs, .. } = *self;
+        let (x, w) = (device.send_as(&self.x, Dtype::Bf16), device.send_as(&self.w, Dtype::Bf16));
+        let out = device.poisoned(rows * outputs * output.size());
+        let (x, to) = (Tensor::new(&x, Dtype::Bf16), Tensor::new(&out, output));
+        let operands = Linear::plain(x, &w, to, inputs, outputs);
+        linear_as(variant, device.queue(), Rows::exactly(rows), &operands).expect("a launch");
+        device.fetch_as(&out, output)
+    }
+
     fn expected(&self) -> Vec<f64> {
         let w = Matrix::new(WeightSlice::F32(&self.w), self.outputs, self.inputs);
         reference::linear(&self.x, self.rows, &[w], &[&self.bias])
@@ -170,4 +181,123 @@ fn selection_follows_rows_and_alignment() {
     assert_eq!(select(true, 16, 102_400, 1, 132), Variant::Few { rows: 16, outputs: 32 });
     assert_eq!(select(true, 17, 2048, 1, 132), Variant::Many { rows: 64 });
     assert_eq!(select(true, 4096, 2048, 1, 132), Variant::Many { rows: 128 });
+}
+
+/// By the library, or a loud skip where it is absent.
+fn with_library(device: &Device) -> bool {
+    let found = device.gpu.library();
+    if let Err(error) = found {
+        crate::cuda::testing::skip(&error.to_string());
+    }
+    found.is_ok()
+}
+
+#[test]
+fn the_library_agrees_with_f64() {
+    let Some(device) = device() else { return };
+    if !with_library(&device) {
+        return;
+    }
+    for (rows, inputs, outputs) in
+        [(1, 8, 8), (17, 72, 136), (100, 2048, 64), (96, 2816, 2048), (300, 520, 1032)]
+    {
+        let case =
+            Case { bias: vec![0.0; outputs], ..Case::new(rows, inputs, outputs, Dtype::Bf16) };
+        let expected = case.expected();
+        for output in [Dtype::Bf16, Dtype::F32] {
+            let got = case.run_plain(&device, Variant::Library, output);
+            let what = format!("{rows} x {inputs} x {outputs} by the library");
+            assert_near(&what, &got, &expected, rounding(output));
+        }
+    }
+}
+
+#[test]
+fn rows_by_the_library_do_not_depend_on_others() {
+    let Some(device) = device() else { return };
+    if !with_library(&device) {
+        return;
+    }
+    // The library splits the sums of some of these.
+    for (rows, inputs, outputs) in
+        [(96, 10944, 2048), (128, 4096, 4096), (256, 12288, 4096), (512, 2048, 576)]
+    {
+        let case = Case::new(rows, inputs, outputs, Dtype::Bf16);
+        let mut other = Case::new(rows, inputs, outputs, Dtype::Bf16);
+        let kept = [0, rows / 2, rows - 1];
+        for row in (0..rows).filter(|row| !kept.contains(row)) {
+            let fill = if row % 2 == 0 { f32::NAN } else { 3.0 };
+            other.x[row * inputs..][..inputs].fill(fill);
+        }
+        let [one, two] =
+            [&case, &other].map(|case| case.run_plain(&device, Variant::Library, Dtype::Bf16));
+        for row in kept {
+            let row = row * outputs..(row + 1) * outputs;
+            let bits =
+                |all: &[f32]| all[row.clone()].iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert!(bits(&one) == bits(&two), "{rows} x {inputs} x {outputs}");
+            assert!(one[row.clone()].iter().all(|x| x.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn a_product_by_the_library_is_captured_when_it_is_first_asked_for() {
+    let Some(device) = device() else { return };
+    if !with_library(&device) {
+        return;
+    }
+    let planned = || device.gpu.library().expect("it is there").planned();
+    for (rows, inputs, outputs) in [(192, 1024, 768), (384, 2056, 520), (1024, 512, 2048)] {
+        let case =
+            Case { bias: vec![0.0; outputs], ..Case::new(rows, inputs, outputs, Dtype::Bf16) };
+        let (x, w) = (device.send_as(&case.x, Dtype::Bf16), device.send_as(&case.w, Dtype::Bf16));
+        let out = device.poisoned(rows * outputs * 2);
+        let (x, to) = (Tensor::new(&x, Dtype::Bf16), Tensor::new(&out, Dtype::Bf16));
+        let operands = Linear::plain(x, &w, to, inputs, outputs);
+        let before = planned();
+        let graph =
+            device.stream.capture(|_| linear(device.queue(), Rows::exactly(rows), &operands));
+        let graph = graph.expect("a capture");
+        assert_eq!(planned(), before + 1, "{rows} rows are the library's");
+        for _ in 0..2 {
+            device.stream.fill(&out, 0xFF).expect("a fill");
+            graph.launch(&device.stream).expect("a launch");
+            let got = device.fetch_as(&out, Dtype::Bf16);
+            assert_near("a captured product", &got, &case.expected(), rounding(Dtype::Bf16));
+        }
+    }
+}
+
+#[test]
+fn without_the_library_the_kernels_here_compute_the_same_products() {
+    let Some(device) = device() else { return };
+    let gpu = crate::cuda::Gpu::without_library(&device.context).expect("kernels");
+    assert!(matches!(gpu.library(), Err(CudaError::NoLibrary { .. })));
+    let alone = Queue { gpu: &gpu, stream: &device.stream };
+    for (rows, inputs, outputs) in [(96, 512, 264), (256, 2048, 576), (768, 256, 1024)] {
+        let case =
+            Case { bias: vec![0.0; outputs], ..Case::new(rows, inputs, outputs, Dtype::Bf16) };
+        let (x, w) = (device.send_as(&case.x, Dtype::Bf16), device.send_as(&case.w, Dtype::Bf16));
+        let out = device.poisoned(rows * outputs * 2);
+        let (x, to) = (Tensor::new(&x, Dtype::Bf16), Tensor::new(&out, Dtype::Bf16));
+        let operands = Linear::plain(x, &w, to, inputs, outputs);
+        linear(alone, Rows::exactly(rows), &operands).expect("a launch");
+        let got = device.fetch_as(&out, Dtype::Bf16);
+        assert_near("without the library", &got, &case.expected(), rounding(Dtype::Bf16));
+    }
+}
+
+#[test]
+fn the_library_serves_what_was_measured_and_few_numbers_of_rows() {
+    for rows in [96, 128, 192, 256, 384, 2000, 8192] {
+        assert!(library::faster(rows, 2048, 2048), "{rows}");
+    }
+    for rows in [1, 8, 32, 65, 100, 255] {
+        assert!(!library::faster(rows, 2048, 2048), "{rows}");
+    }
+    // At 48 and 64 rows some are: query and output projections, not what is wide or deep.
+    assert!([(3072, 2048), (4096, 4096)].iter().all(|(n, k)| library::faster(64, *n, *k)));
+    let own = [(576, 2048), (4096, 12288), (24576, 4096), (102_400, 2048)];
+    assert!(own.iter().all(|(n, k)| !library::faster(64, *n, *k)));
 }

@@ -8,7 +8,8 @@
 // Two walks over tiles. `Grouped`: tiles of sorted pairs that share an expert, whole tiles, block by
 // block: the sum of an output never depends on what else there is. `Balanced`: all steps of all tiles
 // are dealt out evenly; a tile that several blocks share is summed by the one that has its first step,
-// in the order of blocks, which depends on the shape alone.
+// in the order of blocks, which depends on the shape alone. Tiles of two products of the same rows may
+// follow each other there.
 #pragma once
 
 #include <type_traits>
@@ -26,6 +27,7 @@ struct alignas(64) TensorMap {
 struct Params {
     TensorMap w;           // lines of weights, boxes of 64 along k
     TensorMap x;           // [rows, k], boxes of 64 along k
+    TensorMap second;      // balanced: lines of weights of another product of the same rows
     const float* bias;     // [outputs], or null
     void* out;
     float* partial;        // balanced: a tile of sums for every block
@@ -36,7 +38,9 @@ struct Params {
     uint32_t rows;         // balanced: rows, padded
     uint32_t outputs;      // lines of weights of a product or expert
     uint32_t k;
-    uint32_t pad;
+    uint32_t second_outputs;  // 0 where there is none
+    void* second_out;      // of the type of out
+    uint64_t second_stride;
 };
 
 constexpr int kLine = 128;                  // bytes of 64 elements along k
@@ -58,7 +62,7 @@ template <int kGroups_, int kSlabs_, int kRows_, int kRowBox_, int kBoxes_, int 
 
 // A part of a tile along k, in stages.
 struct Segment {
-    uint32_t expert;
+    uint32_t expert;  // balanced: 1 for the second product
     uint32_t output;  // first line of weights
     uint32_t row;     // first
     uint32_t rows;    // that are stored
@@ -87,13 +91,14 @@ template <class S> struct Grouped {
 };
 
 template <class S> struct Balanced {
-    uint32_t at, end, steps, row_tiles, real;
+    uint32_t at, end, steps, row_tiles, first_tiles, real;
     uint32_t all;  // times blocks it fits, which the host sees to
     bool reused;
     __device__ explicit Balanced(const Params& p) {
         steps = steps_of<S>(p);
         row_tiles = (p.rows + S::kRows - 1) / S::kRows;
-        all = (p.outputs + S::kTile - 1) / S::kTile * row_tiles * steps;
+        first_tiles = (p.outputs + S::kTile - 1) / S::kTile;
+        all = (first_tiles + (p.second_outputs + S::kTile - 1) / S::kTile) * row_tiles * steps;
         at = start(number());
         end = start(number() + 1);
         real = real_rows(p.count, p.rows);
@@ -109,7 +114,8 @@ template <class S> struct Balanced {
     __device__ Segment get(const Params&) const {
         const uint32_t tile = at / steps, begin = at % steps, row = tile % row_tiles * S::kRows;
         const uint32_t rows = row < real ? min(uint32_t(S::kRows), real - row) : 0;
-        return {0, tile / row_tiles * S::kTile, row, rows, begin, min(steps, begin + (end - at)), steps};
+        const uint32_t line = tile / row_tiles, second = line >= first_tiles;
+        return {second, (line - second * first_tiles) * S::kTile, row, rows, begin, min(steps, begin + (end - at)), steps};
     }
 };
 
@@ -199,7 +205,11 @@ template <class S, class Walk, Out kOut> __device__ __forceinline__ void load_w(
         if constexpr (kOut == Out::kInner) {
             load_pairs(to, p.w, k, s.segment.output / 16, s.segment.expert, keep, bar);
         } else {
-            load_lines(to, p.w, k, s.segment.output, s.segment.expert, keep, bar);
+            if constexpr (std::is_same_v<Walk, Balanced<S>>) {
+                load_lines(to, s.segment.expert == 0 ? p.w : p.second, k, s.segment.output, 0, keep, bar);
+            } else {
+                load_lines(to, p.w, k, s.segment.output, s.segment.expert, keep, bar);
+            }
         }
     }
 }
@@ -217,6 +227,7 @@ template <class S, class Walk> __device__ __forceinline__ void load_rows(const P
 template <class S, class Walk, Out kOut> __device__ void produce(const Params& p, const Ring<S>& ring) {
     asm volatile("prefetch.tensormap [%0];\n" ::"l"(&p.w) : "memory");
     asm volatile("prefetch.tensormap [%0];\n" ::"l"(&p.x) : "memory");
+    if (p.second_outputs > 0) asm volatile("prefetch.tensormap [%0];\n" ::"l"(&p.second) : "memory");
     Steps<S, Walk> ahead(p);
     const Steps<S, Walk> first = ahead;
     uint32_t early = 0;
@@ -240,18 +251,29 @@ __device__ __forceinline__ uint32_t transposed(uint32_t tile) {
 
 __device__ __forceinline__ float gated(float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; }
 
+// Where results go.
+struct Target {
+    void* out;
+    uint64_t stride;
+    uint32_t outputs;
+    const float* bias;
+    __device__ Target(const Params& p, bool second)
+        : out(second ? p.second_out : p.out), stride(second ? p.second_stride : p.out_stride),
+          outputs(second ? p.second_outputs : p.outputs), bias(second ? nullptr : p.bias) {}
+};
+
 // The results of 64 lines of weights, from `line` on.
-template <int N, Out kOut> __device__ __forceinline__ void store(const Params& p, const Segment& s, uint32_t line, float (&d)[N / 2]) {
+template <int N, Out kOut> __device__ __forceinline__ void store(const Target& p, const Segment& s, uint32_t line, float (&d)[N / 2]) {
     const uint32_t warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     if constexpr (kOut == Out::kInner) {
         const uint32_t inner = line / 2 + warp * 8;
         const bool there = inner < p.outputs / 2;
-        bf16* out = static_cast<bf16*>(p.out) + (s.row + g) * p.out_stride + inner + 2 * t;
+        bf16* out = static_cast<bf16*>(p.out) + (s.row + g) * p.stride + inner + 2 * t;
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
             const float* v = &d[4 * j];
             const uint32_t both = transposed(pack_bf16(gated(v[0], v[2]), gated(v[1], v[3])));
-            if (there && 8 * j + g < s.rows) *reinterpret_cast<uint32_t*>(out + 8 * j * p.out_stride) = both;
+            if (there && 8 * j + g < s.rows) *reinterpret_cast<uint32_t*>(out + 8 * j * p.stride) = both;
         }
         return;
     }
@@ -265,22 +287,22 @@ template <int N, Out kOut> __device__ __forceinline__ void store(const Params& p
 #pragma unroll
     for (int i = 0; i < N / 2; i++) d[i] += bias[i / 2 % 2];
     if constexpr (kOut == Out::kBf16) {
-        bf16* out = static_cast<bf16*>(p.out) + (s.row + g) * p.out_stride + output + 2 * t;
+        bf16* out = static_cast<bf16*>(p.out) + (s.row + g) * p.stride + output + 2 * t;
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {
             const uint32_t a = transposed(pack_bf16(d[4 * j], d[4 * j + 1])), b = transposed(pack_bf16(d[4 * j + 2], d[4 * j + 3]));
             if (8 * j + g < s.rows) {
-                uint32_t* to = reinterpret_cast<uint32_t*>(out + 8 * j * p.out_stride);
+                uint32_t* to = reinterpret_cast<uint32_t*>(out + 8 * j * p.stride);
                 if (low) to[0] = a;
                 if (high) to[4] = b;
             }
         }
     } else {
-        float* out = static_cast<float*>(p.out) + (s.row + 2 * t) * p.out_stride + output + g;
+        float* out = static_cast<float*>(p.out) + (s.row + 2 * t) * p.stride + output + g;
 #pragma unroll
         for (int i = 0; i < N / 2; i++) {
             const uint32_t row = i / 4 * 8 + i % 2;
-            if (2 * t + row < s.rows && (i & 2 ? high : low)) out[row * p.out_stride + (i & 2) * 4] = d[i];
+            if (2 * t + row < s.rows && (i & 2 ? high : low)) out[row * p.stride + (i & 2) * 4] = d[i];
         }
     }
 }
@@ -378,8 +400,9 @@ __device__ __forceinline__ void consume(const Params& p, const Ring<S>& ring, Pl
         }
         if (s.end != s.whole) collect<S, N>(p, group, walk, walk.at + s.whole, d);
     }
+    const Target to(p, std::is_same_v<Walk, Balanced<S>> && s.expert != 0);
 #pragma unroll
-    for (int slab = 0; slab < S::kSlabs; slab++) store<N, kOut>(p, s, s.output + (group * S::kSlabs + slab) * 64, d[slab]);
+    for (int slab = 0; slab < S::kSlabs; slab++) store<N, kOut>(to, s, s.output + (group * S::kSlabs + slab) * 64, d[slab]);
 }
 
 // As many columns as the rows of a segment need.

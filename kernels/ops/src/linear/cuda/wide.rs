@@ -118,13 +118,23 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// Of sums, and of flags.
+    fn parts(blocks: usize) -> [usize; 2] {
+        const MOST_GROUPS: usize = 2;
+        let most = ALL.iter().map(|tile| 4 * tile.outputs * tile.rows).max().unwrap_or(0);
+        [blocks * most, blocks * MOST_GROUPS * 4]
+    }
+
+    /// Bytes in all.
+    pub(crate) fn bytes(multiprocessors: usize) -> usize {
+        Self::parts(multiprocessors).into_iter().sum()
+    }
+
     /// Memory for launches of as many blocks as there are multiprocessors.
     pub(crate) fn new(context: &Context) -> Result<Self, CudaError> {
-        const MOST_GROUPS: usize = 2;
-        let blocks = context.facts().multiprocessors as usize;
-        let most = ALL.iter().map(|tile| 4 * tile.outputs * tile.rows).max().unwrap_or(0);
-        let partial = DeviceMemory::allocate(context, "sums of split products", blocks * most)?;
-        let flags = DeviceMemory::allocate(context, "their flags", blocks * MOST_GROUPS * 4)?;
+        let [sums, flags] = Self::parts(context.facts().multiprocessors as usize);
+        let partial = DeviceMemory::allocate(context, "sums of split products", sums)?;
+        let flags = DeviceMemory::allocate(context, "their flags", flags)?;
         let stream = Stream::new(context)?;
         stream.fill(&flags, 0)?;
         stream.synchronize()?;
@@ -146,15 +156,18 @@ const fn tile(outputs: usize, rows: usize) -> Tile {
 }
 
 /// Every tile there is.
-pub(crate) const ALL: [Tile; 9] = [
+pub(crate) const ALL: [Tile; 12] = [
     tile(64, 16),
     tile(64, 32),
     tile(64, 64),
+    tile(64, 96),
     tile(64, 128),
     tile(128, 16),
     tile(128, 32),
     tile(128, 64),
+    tile(128, 96),
     tile(128, 128),
+    tile(128, 192),
     tile(128, 256),
 ];
 
@@ -172,7 +185,7 @@ impl Tile {
         const FOR_64: usize = 32 << 20;
         const FOR_128: usize = 12 << 20;
         const FOR_256: usize = 8 << 20;
-        /// Up to which 256 rows are split.
+        /// Up to which more rows are split.
         const SPLIT: usize = 32 << 20;
         let weights = outputs.saturating_mul(inputs);
         let by = |most: usize| if weights <= most { 64 } else { 128 };
@@ -180,8 +193,12 @@ impl Tile {
             0..=16 => tile(by(FOR_64), 16),
             17..=32 => tile(by(FOR_64), 32),
             33..=64 => tile(by(FOR_64), 64),
-            65..=128 => tile(by(FOR_128), 128),
-            129..=256 if weights <= SPLIT => tile(by(FOR_256), 128),
+            65..=96 => tile(by(FOR_128), 96),
+            97..=128 if weights <= FOR_256 => tile(64, 64),
+            97..=128 => tile(by(FOR_128), 128),
+            129..=192 if weights <= FOR_128 => tile(64, 96),
+            129..=192 => tile(128, 192),
+            193..=256 if weights <= SPLIT => tile(by(FOR_256), 128),
             257..=512 if weights <= SPLIT => tile(128, 128),
             _ => tile(128, 256),
         }
@@ -192,11 +209,14 @@ impl Tile {
             (64, 16) => out.pick("linear_wide_64x16_f32", "linear_wide_64x16_bf16"),
             (64, 32) => out.pick("linear_wide_64x32_f32", "linear_wide_64x32_bf16"),
             (64, 64) => out.pick("linear_wide_64x64_f32", "linear_wide_64x64_bf16"),
+            (64, 96) => out.pick("linear_wide_64x96_f32", "linear_wide_64x96_bf16"),
             (64, 128) => out.pick("linear_wide_64x128_f32", "linear_wide_64x128_bf16"),
             (128, 16) => out.pick("linear_wide_128x16_f32", "linear_wide_128x16_bf16"),
             (128, 32) => out.pick("linear_wide_128x32_f32", "linear_wide_128x32_bf16"),
             (128, 64) => out.pick("linear_wide_128x64_f32", "linear_wide_128x64_bf16"),
+            (128, 96) => out.pick("linear_wide_128x96_f32", "linear_wide_128x96_bf16"),
             (128, 128) => out.pick("linear_wide_128x128_f32", "linear_wide_128x128_bf16"),
+            (128, 192) => out.pick("linear_wide_128x192_f32", "linear_wide_128x192_bf16"),
             (128, 256) => out.pick("linear_wide_128x256_f32", "linear_wide_128x256_bf16"),
             _ => return None,
         })
@@ -225,22 +245,37 @@ pub(crate) fn takes(operands: &Linear<'_>) -> bool {
         && out.address().is_multiple_of(16)
 }
 
-/// The product; lengths are checked by the caller.
+/// Whether both products are of the same rows, and one launch makes them.
+pub(super) fn takes_both(first: &Linear<'_>, second: &Linear<'_>) -> bool {
+    takes(first)
+        && takes(second)
+        && first.x.address() == second.x.address()
+        && (first.inputs, first.x_stride) == (second.inputs, second.x_stride)
+        && second.bias.is_none()
+        && first.out.dtype == second.out.dtype
+}
+
+/// The product, and another of the same rows; lengths are checked by the caller.
 pub(super) fn launch(
     tile: Tile,
     on: Queue<'_>,
     rows: Rows<'_>,
     operands: &Linear<'_>,
+    second: Option<&Linear<'_>>,
 ) -> Result<(), CudaError> {
     const OP: &str = "linear";
     let Linear { x, x_stride, w, bias, out, out_stride, inputs, outputs, .. } = *operands;
-    let name = tile.kernel(out.dtype).filter(|_| takes(operands));
+    let both = second.is_none_or(|second| takes_both(operands, second));
+    let name = tile.kernel(out.dtype).filter(|_| takes(operands) && both);
     let name = name.ok_or_else(|| shape(OP, format!("{operands:?} as {tile:?}")))?;
     let shared = on.shared();
     let shape_of = tile.shape();
+    let w = shape_of.w_map(w, 1, outputs, inputs)?;
+    let more = second.map(|second| shape_of.w_map(second.w, 1, second.outputs, inputs));
     let params = Params {
-        w: shape_of.w_map(w, 1, outputs, inputs)?,
+        w,
         x: shape_of.x_map(x.slice, rows.padded, inputs, x_stride)?,
+        second: more.transpose()?.unwrap_or(w),
         bias: bias.map_or(0, DeviceSlice::address),
         out: out.address(),
         partial: shared.partial.address(),
@@ -251,9 +286,12 @@ pub(super) fn launch(
         rows: dim(OP, rows.padded)?,
         outputs: dim(OP, outputs)?,
         inputs: dim(OP, inputs)?,
-        pad: 0,
+        second_outputs: dim(OP, second.map_or(0, |second| second.outputs))?,
+        second_out: second.map_or(0, |second| second.out.address()),
+        second_stride: second.map_or(0, |second| second.out_stride as u64),
     };
-    let tiles = [outputs.div_ceil(tile.outputs), rows.padded.div_ceil(tile.rows)];
+    let lines = second.map_or(0, |second| second.outputs.div_ceil(tile.outputs));
+    let tiles = [outputs.div_ceil(tile.outputs) + lines, rows.padded.div_ceil(tile.rows)];
     let steps = bytes(OP, &[tiles[0], tiles[1], inputs.div_ceil(LINE * shape_of.boxes)])?;
     let blocks = steps.min(on.multiprocessors()).min(tiles[0] * tiles[1] * MOST_PARTS);
     // The kernel multiplies steps by blocks.
@@ -270,6 +308,8 @@ pub(super) fn launch(
 pub(crate) struct Params {
     pub(crate) w: TensorMap,
     pub(crate) x: TensorMap,
+    /// Weights of another product of the same rows; any map where there is none.
+    pub(crate) second: TensorMap,
     pub(crate) bias: u64,
     pub(crate) out: u64,
     pub(crate) partial: u64,
@@ -280,7 +320,9 @@ pub(crate) struct Params {
     pub(crate) rows: u32,
     pub(crate) outputs: u32,
     pub(crate) inputs: u32,
-    pub(crate) pad: u32,
+    pub(crate) second_outputs: u32,
+    pub(crate) second_out: u64,
+    pub(crate) second_stride: u64,
 }
 // SAFETY: mirrors the kernel's struct; lengths are checked where it is filled in.
 unsafe impl Parameters for Params {}

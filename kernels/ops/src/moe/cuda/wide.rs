@@ -197,8 +197,10 @@ pub(super) fn products(wide: Wide, on: Queue<'_>, p: &Products<'_>) -> Result<()
     let Products { held, hidden, intermediate, max_pairs, .. } = *p;
     let Wide { shape, inner, down } = wide;
     lay(on, p)?;
+    let w = shape.pairs_map(p.gate_up, held, intermediate, hidden)?;
     let first = Params {
-        w: shape.pairs_map(p.gate_up, held, intermediate, hidden)?,
+        w,
+        second: w,
         x: shape.x_map(p.y, max_pairs, hidden, hidden)?,
         bias: 0,
         out: p.inner.address(),
@@ -210,7 +212,9 @@ pub(super) fn products(wide: Wide, on: Queue<'_>, p: &Products<'_>) -> Result<()
         rows: 0,
         outputs: dim(OP, bytes(OP, &[2, intermediate])?)?,
         inputs: dim(OP, hidden)?,
-        pad: 0,
+        second_outputs: 0,
+        second_out: 0,
+        second_stride: 0,
     };
     let second = Params {
         w: shape.w_map(p.down, held, hidden, intermediate)?,
