@@ -54,7 +54,7 @@ fn body(which: u64, stream: bool) -> Value {
     let length = 20 + which * 13;
     let prompt: Vec<u64> =
         (0..length).map(|i| (which * 7919 + i * i * 31 + i * 17) % 300).collect();
-    let temperature = if which % 2 == 0 { 0.0 } else { 0.8 };
+    let temperature = if which.is_multiple_of(2) { 0.0 } else { 0.8 };
     json!({
         "model": "checkpoint", "prompt": prompt, "max_tokens": TOKENS, "temperature": temperature,
         "seed": which, "logprobs": 0, "return_token_ids": true, "ignore_eos": true, "stream": stream,
