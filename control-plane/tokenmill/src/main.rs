@@ -25,7 +25,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            // As when arguments make no sense: nothing was tried.
+            if error.is::<bench::Unavailable>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }

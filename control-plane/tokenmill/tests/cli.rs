@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Every command with flags that scripts and documents rely on. Written out, so that a renamed flag fails.
-const COMMANDS: [(&[&str], &[&str]); 16] = [
+const COMMANDS: [(&[&str], &[&str]); 17] = [
     (
         &["serve"],
         &[
@@ -41,6 +41,7 @@ const COMMANDS: [(&[&str], &[&str]); 16] = [
             "--step-timeout",
         ],
     ),
+    (&["bench", "kernels"], &["--filter", "--list", "--json", "--record"]),
     (&["chat"], &["--url", "--model", "--system", "--max-tokens", "--temperature"]),
     (
         &["bench", "latency"],
@@ -291,6 +292,22 @@ fn bash_completions_know_every_flag() {
     for (command, flags) in COMMANDS {
         let complete = offered.iter().any(|words| flags.iter().all(|flag| words.contains(flag)));
         assert!(complete, "{command:?}: no completion offers all of {flags:?}");
+    }
+}
+
+#[test]
+fn kernels_are_listed_without_a_device_and_measured_only_with_one() {
+    let listed = ok(&["bench", "kernels", "--list", "--filter", "mla_decode,sample.greedy"]);
+    assert!(listed.lines().any(|line| line == "mla_decode.h16.bs1.ctx8192"), "{listed}");
+    assert!(listed.lines().all(|line| line.starts_with("mla_") || line.starts_with("sample.")));
+    refused(&["bench", "kernels", "--filter", "no such kernel"]);
+    let doctor = ok(&["doctor"]);
+    let has_device = doctor.lines().any(|line| line.starts_with("ok") && line.contains(" gpu "));
+    if !has_device {
+        let output = run(&["bench", "kernels"]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains("nothing to measure here"), "{said}");
     }
 }
 

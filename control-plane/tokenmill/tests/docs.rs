@@ -29,9 +29,10 @@ fn flags(help: &str) -> Vec<String> {
 #[test]
 fn every_flag_is_on_its_page() {
     let page = page("docs/reference/cli.md");
-    let commands: [&[&str]; 10] = [
+    let commands: [&[&str]; 11] = [
         &["serve"],
         &["chat"],
+        &["bench", "kernels"],
         &["bench", "latency"],
         &["bench", "throughput"],
         &["bench", "serve"],

@@ -18,6 +18,7 @@ pub mod mla;
 pub mod moe;
 pub mod norm;
 pub mod paged;
+pub mod read;
 pub mod rope;
 pub mod sample;
 mod share;

@@ -1,8 +1,10 @@
-//! `tokenmill bench`: measurements from outside (a running server) and of the scheduler alone.
+//! `tokenmill bench`: measurements from outside (a running server), of the scheduler alone, and of
+//! kernels alone.
 //!
 //! It never starts a server; what is measured is what users reach. Invariant: figures printed were
 //! measured in this run.
 
+mod kernels;
 mod planner;
 mod plot;
 mod sweep;
@@ -13,9 +15,15 @@ use anyhow::{Context, Result, ensure};
 use load::{Client, Load, Prompts, Report};
 use serde_json::{Value, json};
 
+/// What is to be measured is not on this machine; nothing failed.
+#[derive(Debug, thiserror::Error)]
+#[error("there is nothing to measure here: {0}")]
+pub(crate) struct Unavailable(String);
+
 /// Runs a measurement.
 pub(crate) fn run(command: BenchCommand) -> Result<()> {
     match command {
+        BenchCommand::Kernels(args) => kernels::run(&args),
         BenchCommand::Planner(args) => planner::run(&args),
         BenchCommand::Latency(args) => block_on(latency(args)),
         BenchCommand::Throughput(args) => block_on(throughput(args)),

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 /// What to measure.
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
+    /// Every kernel on a device: whether it is right, microseconds, share of what the device gives.
+    Kernels(KernelsArgs),
     /// One request at a time against a server: time to first token, time per token.
     Latency(LatencyArgs),
     /// All requests at once against a server: tokens per second.
@@ -16,6 +18,23 @@ pub(crate) enum BenchCommand {
     Plot(PlotArgs),
     /// The scheduler alone: microseconds per step by requests and context.
     Planner(PlannerArgs),
+}
+
+/// `bench kernels`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct KernelsArgs {
+    /// Only kernels whose names contain one of these, like mla,moe.v2_lite.bs1.
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) filter: Vec<String>,
+    /// Print names alone; needs no device.
+    #[arg(long)]
+    pub(crate) list: bool,
+    /// Print one JSON object per kernel instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Append a JSON line for each kernel to this file.
+    #[arg(long)]
+    pub(crate) record: Option<PathBuf>,
 }
 
 /// What every measurement of a server needs.

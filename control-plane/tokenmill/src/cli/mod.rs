@@ -8,7 +8,8 @@ mod bench;
 mod serve;
 
 pub(crate) use bench::{
-    BenchCommand, LatencyArgs, PlannerArgs, PlotArgs, ServeBenchArgs, Target, ThroughputArgs,
+    BenchCommand, KernelsArgs, LatencyArgs, PlannerArgs, PlotArgs, ServeBenchArgs, Target,
+    ThroughputArgs,
 };
 pub(crate) use serve::{Dtype, ServeArgs};
 
@@ -38,7 +39,7 @@ pub(crate) enum Command {
     Serve(Box<ServeArgs>),
     /// Talk to a running server from the terminal; Ctrl-C stops the answer, Ctrl-D leaves.
     Chat(ChatArgs),
-    /// Measure: single-request latency, offline throughput, a running server, the planner.
+    /// Measure: kernels, single-request latency, offline throughput, a running server, the planner.
     #[command(subcommand)]
     Bench(BenchCommand),
     /// Look at, make or fetch model folders.

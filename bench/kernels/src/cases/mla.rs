@@ -1,0 +1,188 @@
+//! Latent attention of 16 heads: decoding rows in pieces, and one long prompt in the expanded form.
+
+use super::step::{Step, attend};
+use crate::case::{Case, Check, Launch, Ready, Work};
+use crate::near::{Failure, near, some};
+use crate::rig::{Rig, cold_sets};
+use device::cuda::{CudaError, DeviceSlice, TensorMap};
+use ops::cuda::{Dtype, Rows, Tensor};
+use ops::flash::cuda::{Query, tiles};
+use ops::mla::Mla;
+use ops::mla::cuda::{decode, expand};
+use ops::paged::KvLayer;
+
+/// DeepSeek-V2-Lite's.
+pub(super) const MLA: Mla =
+    Mla { heads: 16, nope: 128, rope: 64, v: 128, latent: 512, scale: 0.072 };
+/// Elements of a cache row, and of a head's query.
+pub(super) const WIDTH: usize = MLA.latent + MLA.rope;
+pub(super) const QUERY: usize = MLA.nope + MLA.rope;
+pub(super) const LAYER: KvLayer = KvLayer { offset: 0, row: WIDTH };
+
+/// Batch and context.
+const DECODES: [(usize, usize); 6] =
+    [(1, 1024), (1, 8192), (4, 8192), (16, 8192), (64, 8192), (128, 8192)];
+const PROMPTS: [usize; 2] = [4096, 16_384];
+
+pub(super) fn cases() -> Vec<Case> {
+    let decodes = DECODES.into_iter().map(|(rows, context)| {
+        Case::new(format!("mla_decode.h16.bs{rows}.ctx{context}"), move |rig| {
+            decoding(rig, rows, context)
+        })
+    });
+    let prompts = PROMPTS
+        .into_iter()
+        .map(|len| Case::new(format!("mla_prefill.h16.len{len}"), move |rig| prompt(rig, len)));
+    decodes.chain(prompts).collect()
+}
+
+/// The cut of a step's keys on the device, over caches of several sets.
+pub(super) struct Pieces {
+    pieces: DeviceSlice,
+    slots: DeviceSlice,
+    pub(super) tables: DeviceSlice,
+    blocks: usize,
+    rows: usize,
+    maps: Vec<TensorMap>,
+    pub(super) caches: Vec<DeviceSlice>,
+    pub(super) partials: decode::Partials,
+}
+
+impl Pieces {
+    pub(super) fn new(rig: &mut Rig, step: &Step, sets: usize) -> Result<Self, Failure> {
+        let (rows, blocks) = (step.rows(), rig.multiprocessors());
+        let mut cut = decode::Cut::default();
+        let at = |entry: usize| step.tables.get(entry).copied();
+        cut.make(&step.segments, at, rows, MLA.heads, blocks);
+        let (most, slots) = decode::Cut::most(rows, MLA.heads, blocks);
+        let mut words: Vec<u32> = cut.pieces.iter().flat_map(decode::Piece::words).collect();
+        words.resize(most * decode::Piece::WORDS, 0);
+        let caches = (0..sets).map(|_| rig.normal(step.elements(), 1.0));
+        let caches = caches.collect::<Result<Vec<_>, _>>()?;
+        let maps = caches.iter().map(decode::cache_map).collect::<Result<Vec<_>, _>>()?;
+        Ok(Self {
+            pieces: rig.u32s(&words)?,
+            slots: rig.u32s(cut.slots.as_flattened())?,
+            tables: rig.u64s(&step.tables)?,
+            blocks,
+            rows,
+            maps,
+            caches,
+            partials: decode::Partials::take(rig.arena(), slots)?,
+        })
+    }
+
+    pub(super) fn plan(&self, set: usize) -> decode::Plan<'_> {
+        let Self { pieces, slots, tables, blocks, rows, maps, .. } = self;
+        decode::Plan { map: &maps[set], pieces, slots, tables, blocks: *blocks, decodes: *rows }
+    }
+}
+
+fn decoding(rig: &mut Rig, rows: usize, context: usize) -> Result<Ready, Failure> {
+    let step = Step::new(rows, 1, context, WIDTH);
+    let bytes = rows * context * WIDTH * 2;
+    let sets = cold_sets(bytes);
+    let pieces = Pieces::new(rig, &step, sets)?;
+    let queries = rig.normal(rows * MLA.heads * WIDTH, 1.0)?;
+    let out = rig.space(rows * MLA.heads * MLA.latent * 2)?;
+    let (cache, q, sums) = (pieces.caches[0].clone(), queries.clone(), out.clone());
+    let launch: Launch = Box::new(move |on, i| {
+        let query = |from: usize| Query {
+            address: queries.address() + 2 * from as u64,
+            row: MLA.heads * WIDTH,
+            head: WIDTH,
+        };
+        let (queries, all) = ([query(0), query(MLA.latent)], Rows::exactly(rows));
+        let kv = Tensor::new(&pieces.caches[i], Dtype::Bf16);
+        let (plan, partials) = (pieces.plan(i), &pieces.partials);
+        decode::attention(on, all, &MLA, queries, LAYER, kv, &plan, partials, &out)
+    });
+    let check: Check = Box::new(move |rig, launch| {
+        rig.poison(&sums)?;
+        rig.run(launch, 0)?;
+        for row in some(rows, 2) {
+            let keys = step.contents(rig, &cache, row)?;
+            for head in some(MLA.heads, 2) {
+                let at = row * MLA.heads + head;
+                let q = rig.bf16s(&q, at * WIDTH..(at + 1) * WIDTH)?;
+                let q: Vec<f64> = q.into_iter().map(f64::from).collect();
+                let tokens = || keys.chunks_exact(WIDTH).take(context);
+                let values = tokens().map(|key| &key[..MLA.latent]);
+                let expected = attend(MLA.scale, &q, tokens(), values);
+                let got = rig.bf16s(&sums, at * MLA.latent..(at + 1) * MLA.latent)?;
+                near(&format!("row {row}, head {head}"), &got, &expected, 1e-2)?;
+            }
+        }
+        Ok(())
+    });
+    // What the tensor cores have to do is far from what they can.
+    Ok(Ready { work: Work::bytes(bytes), sets, launch, check })
+}
+
+/// A prompt that lies in the step as a whole: keys and values projected up, then attention. Operations
+/// are those of attention alone.
+fn prompt(rig: &mut Rig, len: usize) -> Result<Ready, Failure> {
+    let Mla { heads, nope, v, latent, .. } = MLA;
+    let step = Step::new(1, len, len, WIDTH);
+    let mut list = Vec::new();
+    tiles(&step.segments, 1, expand::LINES, &mut list);
+    let segments = step.send_segments(rig)?;
+    let count = rig.u32s(&[list.len() as u32])?;
+    let words: Vec<u32> = list.iter().flat_map(|tile| [tile.segment, tile.line]).collect();
+    let (max_tiles, tiles) = (list.len(), rig.u32s(&words)?);
+    let q = rig.normal(len * heads * QUERY, 1.0)?;
+    let kv = rig.normal(len * WIDTH, 1.0)?;
+    let kv_b = rig.normal(heads * (nope + v) * latent, 1.0 / (latent as f64).sqrt())?;
+    let expanded = expand::take(rig.arena(), &MLA, len)?;
+    let out = rig.space(len * heads * v * 2)?;
+    let of = [&q, &kv, &kv_b, &out].map(DeviceSlice::clone);
+    let launch: Launch = Box::new(move |on, _| -> Result<(), CudaError> {
+        let plan = expand::Plan {
+            segments: &segments,
+            tiles: &tiles,
+            tile_count: &count,
+            max_tiles,
+            expanded: &expanded,
+        };
+        expand::attention(on, Rows::exactly(len), &MLA, &q, &kv, &kv_b, &plan, &out)
+    });
+    let check: Check = Box::new(move |rig, launch| check_prompt(rig, launch, len, &of));
+    let seen = len as f64 * (len + 1) as f64 / 2.0;
+    let flops = 2.0 * (heads * (QUERY + v)) as f64 * seen;
+    Ok(Ready { work: Work::default().and_flops(flops), sets: 1, launch, check })
+}
+
+/// Some rows against the absorbed form in f64, which is the same with fewer products.
+fn check_prompt(
+    rig: &Rig,
+    launch: &Launch,
+    len: usize,
+    [q, kv, kv_b, out]: &[DeviceSlice; 4],
+) -> Result<(), Failure> {
+    let Mla { heads, nope, v, latent, scale, .. } = MLA;
+    rig.poison(out)?;
+    rig.run(launch, 0)?;
+    let keys = rig.bf16s(kv, 0..len * WIDTH)?;
+    for head in some(heads, 2) {
+        let first = head * (nope + v) * latent;
+        let weights = rig.bf16s(kv_b, first..first + (nope + v) * latent)?;
+        let up: Vec<&[f32]> = weights.chunks_exact(latent).collect();
+        for row in some(len, 3) {
+            let at = row * heads + head;
+            let q = rig.bf16s(q, at * QUERY..(at + 1) * QUERY)?;
+            let mut query = vec![0.0; latent];
+            for (q, up) in q.iter().zip(&up[..nope]) {
+                query.iter_mut().zip(*up).for_each(|(sum, w)| *sum += f64::from(q * w));
+            }
+            query.extend(q[nope..].iter().map(|x| f64::from(*x)));
+            let tokens = || keys.chunks_exact(WIDTH).take(row + 1);
+            let sums = attend(scale, &query, tokens(), tokens().map(|key| &key[..latent]));
+            let dot = |up: &&[f32]| sums.iter().zip(*up).map(|(s, w)| s * f64::from(*w)).sum();
+            let expected: Vec<f64> = up[nope..].iter().map(dot).collect();
+            let got = rig.bf16s(out, at * v..(at + 1) * v)?;
+            // Keys, values and probabilities are rounded.
+            near(&format!("row {row}, head {head}"), &got, &expected, 2e-2)?;
+        }
+    }
+    Ok(())
+}
