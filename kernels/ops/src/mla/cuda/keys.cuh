@@ -5,7 +5,7 @@
 namespace mla {
 
 // A CUtensorMap, without the driver's header.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
     uint64_t opaque[16];
 };
 

@@ -45,7 +45,7 @@ pub fn fits(contexts: impl IntoIterator<Item = usize>) -> bool {
 }
 
 /// Mirrors `Params`.
-#[repr(C, align(64))]
+#[repr(C, align(128))]
 #[derive(Clone, Copy)]
 struct Params {
     cache: TensorMap,
