@@ -6,7 +6,7 @@ mod common;
 
 use common::{
     Completion, Model, Setup, agreement, ahead, equalities, families, goldens, greedy, naive,
-    native, origins, poison,
+    native, origins, poison, prompts,
 };
 use engine::{CudaError, Device, EngineError, KvDtype};
 use ids::{TokenId, Tokens};
@@ -162,6 +162,12 @@ fn captured_steps_equal_launched_ones() {
         }
     }
     equalities::a_batch_of_32_equals_one_by_one_of(captured, TOLERANCE, 2);
+}
+
+#[test]
+fn prompts_that_run_apart_agree() {
+    let Some((setup, _turn)) = cuda() else { return };
+    prompts::prompts_that_run_apart_agree(setup);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use crate::near::{Failure, near, some};
 use crate::rig::{Rig, cold_sets};
 use device::cuda::{CudaError, DeviceSlice, TensorMap};
 use ops::cuda::{Dtype, Rows, Tensor};
-use ops::flash::cuda::{Query, tiles};
+use ops::flash::cuda::{Query, prompt as kernel};
 use ops::mla::Mla;
 use ops::mla::cuda::{decode, expand};
 use ops::paged::KvLayer;
@@ -123,9 +123,10 @@ fn decoding(rig: &mut Rig, rows: usize, context: usize) -> Result<Ready, Failure
 /// are those of attention alone.
 fn prompt(rig: &mut Rig, len: usize) -> Result<Ready, Failure> {
     let Mla { heads, nope, v, latent, .. } = MLA;
-    let step = Step::new(1, len, len, WIDTH);
+    let mut step = Step::new(1, len, len, WIDTH);
+    step.segments.iter_mut().for_each(|segment| segment.table = segment.start);
     let mut list = Vec::new();
-    tiles(&step.segments, 1, expand::LINES, &mut list);
+    expand::cut().tiles(&step.segments, expand::is_whole, &mut list);
     let segments = step.send_segments(rig)?;
     let count = rig.u32s(&[list.len() as u32])?;
     let words: Vec<u32> = list.iter().flat_map(|tile| [tile.segment, tile.line]).collect();
@@ -137,13 +138,9 @@ fn prompt(rig: &mut Rig, len: usize) -> Result<Ready, Failure> {
     let out = rig.space(len * heads * v * 2)?;
     let of = [&q, &kv, &kv_b, &out].map(DeviceSlice::clone);
     let launch: Launch = Box::new(move |on, _| -> Result<(), CudaError> {
-        let plan = expand::Plan {
-            segments: &segments,
-            tiles: &tiles,
-            tile_count: &count,
-            max_tiles,
-            expanded: &expanded,
-        };
+        let (segments, tiles, tile_count) = (&segments, &tiles, &count);
+        let prompts = kernel::Plan { segments, tiles, tile_count, max_tiles };
+        let plan = expand::Plan { prompts, expanded: &expanded };
         expand::attention(on, Rows::exactly(len), &MLA, &q, &kv, &kv_b, &plan, &out)
     });
     let check: Check = Box::new(move |rig, launch| check_prompt(rig, launch, len, &of));

@@ -8,7 +8,7 @@
 
 use super::ahead::most_rows;
 use super::limits::Limits;
-use super::sizes::{Sizes, Spec};
+use super::sizes::{Prompts, Sizes, Spec};
 use crate::batch::Batch;
 use crate::executor::{RowDraw, TableView};
 use core::ops::Range;
@@ -43,9 +43,8 @@ pub(super) struct Layout {
     tiles: Vec<(usize, Range<usize>)>,
     /// Per attention: pieces of decoding rows, and their slots; empty where there are none.
     pieces: Vec<[Range<usize>; 2]>,
-    /// Per attention: tiles of prompts that lie in the step as a whole, behind their number; empty where
-    /// they are not told apart.
-    whole: Vec<Range<usize>>,
+    /// Per attention: segments and tiles of prompts that run apart; empty where none do.
+    prompts: Vec<PromptParts>,
     /// Rows up to the last one of any other segment.
     absorbed: usize,
     /// Real rows of each tile of logits that is drawn ahead.
@@ -59,6 +58,16 @@ pub(super) struct Layout {
     changes: usize,
     /// Changes, at most.
     most_changes: usize,
+}
+
+/// Prompts of an attention that run apart.
+#[derive(Clone, Debug)]
+struct PromptParts {
+    /// Where the number of tiles is.
+    count: Range<usize>,
+    tiles: Range<usize>,
+    /// Segments whose keys are rows of the step; empty where those of the cache's group serve.
+    segments: Range<usize>,
 }
 
 /// Entries of a slot's table in one group: a table may be a block longer than the context.
@@ -109,11 +118,16 @@ impl Layout {
             [part(most * Piece::WORDS), part(slots)]
         });
         let pieces = pieces.collect();
-        let whole = sizes.whole.iter().map(|whole| {
-            let most = max_tiles(bucket, segments, 1, expand::LINES);
-            if *whole { part(1 + most * size_of::<Tile>() / 4) } else { part(0) }
+        let prompts = sizes.prompts.iter().map(|prompts| {
+            let tiles = prompts.cut().map_or(0, |cut| cut.max_tiles(bucket, segments));
+            let by_rows = *prompts == Prompts::Whole;
+            PromptParts {
+                count: part(usize::from(tiles > 0)),
+                tiles: part(tiles * size_of::<Tile>() / 4),
+                segments: part(if by_rows { segment_words } else { 0 }),
+            }
         });
-        let whole = whole.collect();
+        let prompts = prompts.collect();
         let absorbed = part(1).start;
         let drawn = bucket.min(most_rows(limits));
         let heads = part(drawn.div_ceil(sizes.drawn_tile));
@@ -131,7 +145,7 @@ impl Layout {
             segments: segments_of,
             tiles,
             pieces,
-            whole,
+            prompts,
             absorbed,
             heads,
             how,
@@ -142,15 +156,24 @@ impl Layout {
         }
     }
 
-    /// Whether an attention's whole prompts have tiles of their own.
-    pub(super) fn tells_whole(&self, spec: usize) -> bool {
-        !self.whole[spec].is_empty()
+    /// Whether prompts of an attention run apart.
+    #[cfg(test)]
+    pub(super) fn has_prompts(&self, spec: usize) -> bool {
+        !self.prompts[spec].count.is_empty()
     }
 
     /// Bytes of everything.
     pub(super) fn bytes(&self) -> usize {
         self.most_changes.saturating_mul(4 * CHANGE_WORDS).saturating_add(self.changes * 4)
     }
+}
+
+/// Prompts of an attention that run apart; empty where none do.
+pub(super) struct PromptViews {
+    pub(super) tile_count: DeviceSlice,
+    pub(super) tiles: DeviceSlice,
+    /// Of those whose keys are rows of the step.
+    pub(super) segments: DeviceSlice,
 }
 
 /// The parts on the device, for steps of one bucket.
@@ -167,8 +190,8 @@ pub(super) struct Views {
     pub(super) tiles: Vec<(DeviceSlice, DeviceSlice)>,
     /// Pieces, and their slots.
     pub(super) pieces: Vec<[DeviceSlice; 2]>,
-    /// How many tiles of whole prompts, and which; empty where they are not told apart.
-    pub(super) whole: Vec<(DeviceSlice, DeviceSlice)>,
+    /// Prompts that run apart, by attention.
+    pub(super) prompts: Vec<PromptViews>,
     /// Rows up to the last one of any other segment.
     pub(super) absorbed: DeviceSlice,
     /// Real rows of each tile of logits.
@@ -195,10 +218,11 @@ impl Views {
             segments: layout.segments.iter().map(words).collect(),
             tiles: layout.tiles.iter().map(|(at, list)| (word(*at), words(list))).collect(),
             pieces: layout.pieces.iter().map(|parts| parts.each_ref().map(words)).collect(),
-            whole: (layout.whole.iter())
-                .map(|part| {
-                    let first = part.start..part.end.min(part.start + 1);
-                    (words(&first), words(&(first.end..part.end)))
+            prompts: (layout.prompts.iter())
+                .map(|of| PromptViews {
+                    tile_count: words(&of.count),
+                    tiles: words(&of.tiles),
+                    segments: words(&of.segments),
                 })
                 .collect(),
             absorbed: word(layout.absorbed),
@@ -224,6 +248,8 @@ pub(super) struct Inputs {
     views: Vec<Views>,
     sent: Sent,
     specs: Vec<Spec>,
+    /// What runs apart, by attention.
+    prompts: Vec<Prompts>,
     tile: usize,
     segments: Vec<Segment>,
     tiles: Vec<Tile>,
@@ -289,8 +315,8 @@ impl Inputs {
         let (ids, tables) = (arena.take(OP, ids)?, arena.take("block tables", tables)?);
         // Places in tables are 32 bits.
         narrow(entries(sizes, limits))?;
-        let whole = largest.whole.iter().map(Range::len);
-        let most_tiles = largest.tiles.iter().map(|(_, list)| list.len()).chain(whole).max();
+        let prompts = largest.prompts.iter().map(|of| of.tiles.len());
+        let most_tiles = largest.tiles.iter().map(|(_, list)| list.len()).chain(prompts).max();
         let most_tiles = most_tiles.unwrap_or(0);
         let cut = |spec: &Spec| {
             let decodes = spec.decodes(limits, limits.rows);
@@ -315,6 +341,7 @@ impl Inputs {
                 entries: vec![0; limits.slots * sizes.groups],
             },
             specs: sizes.specs.clone(),
+            prompts: sizes.prompts.clone(),
             tile: sizes.drawn_tile,
             segments: Vec::with_capacity(limits.slots.min(limits.rows)),
             tiles: Vec::with_capacity(most_tiles),
@@ -346,6 +373,7 @@ impl Inputs {
             self;
         let (decodes, cuts, multiprocessors) =
             (&mut self.decodes, &mut self.cuts, self.multiprocessors);
+        let apart = &self.prompts;
         let views = views.iter().find(|views| views.bucket == bucket);
         let layout = &views.ok_or_else(|| refused(format!("{bucket} rows")))?.layout;
         *turn = (*turn + 1) % uploads.len();
@@ -412,23 +440,28 @@ impl Inputs {
         for (index, (spec, (count, range))) in specs.iter().zip(&layout.tiles).enumerate() {
             // Groups differ in tables alone, which tiles do not hold.
             tiles(segments, spec.group(), spec.kernels[prompts].1, list);
-            if spec.pieces.is_some() {
-                let of = |tile: &Tile| &segments[tile.segment as usize];
-                let apart = |of: &Segment| layout.tells_whole(index) && expand::is_whole(of);
-                list.retain(|tile| of(tile).len > 1 && !apart(of(tile)));
-            }
+            let elsewhere = |of: &Segment| {
+                let decodes = spec.pieces.is_some() && of.len == 1;
+                decodes || apart[index].takes(of)
+            };
+            list.retain(|tile| !elsewhere(&segments[tile.segment as usize]));
             words[*count] = narrow(list.len())?;
             let flat = list.iter().flat_map(|tile| [tile.segment, tile.line]);
             let to = part(words, range, list.len() * 2)?;
             to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
         }
-        for part_of in layout.whole.iter().filter(|part| !part.is_empty()) {
-            tiles(segments, 1, expand::LINES, list);
-            list.retain(|tile| expand::is_whole(&segments[tile.segment as usize]));
-            let to = part(words, part_of, 1 + list.len() * 2)?;
-            to[0] = narrow(list.len())?;
+        for (of, prompts) in layout.prompts.iter().zip(apart) {
+            let Some(cut) = prompts.cut() else { continue };
+            cut.tiles(segments, |segment| prompts.takes(segment), list);
+            part(words, &of.count, 1)?[0] = narrow(list.len())?;
             let flat = list.iter().flat_map(|tile| [tile.segment, tile.line]);
-            to[1..].iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+            let to = part(words, &of.tiles, list.len() * 2)?;
+            to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+            if !of.segments.is_empty() {
+                let flat = segments.iter().flat_map(|s| [s.start, s.len, s.context, s.start]);
+                let to = part(words, &of.segments, segments.len() * 4)?;
+                to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+            }
         }
         let others = segments.iter().filter(|segment| !expand::is_whole(segment));
         words[layout.absorbed] = others.map(|s| s.start + s.len).max().unwrap_or(0);

@@ -2,13 +2,14 @@
 //! and nothing waits.
 
 use super::fuse::Block;
-use super::inputs::Views;
+use super::inputs::{PromptViews, Views};
 use super::launch::{Activations, Latent, Launch, Layer, Place};
 use super::limits::Limits;
 use super::moe_layer::Layer as MoeLayer;
-use super::sizes::Sizes;
+use super::sizes::{Prompts, Sizes};
 use device::cuda::{Context, CudaError, DeviceSlice, Event, Lane, Stream, TensorMap};
 use ops::cuda::{Queue, Rows, Tensor};
+use ops::flash::cuda::prompt::{self, Cut};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
 use ops::linear::cuda::{Linear, Then, Variant, both, linear, linear_as, streams, takes_both};
 use ops::mla::cuda::{Core, decode, expand};
@@ -79,9 +80,9 @@ impl Step<'_> {
         let (variant, lines) = of.kernels[usize::from(self.prompts)];
         let bucket = self.rows.padded;
         let segments = bucket.min(self.limits.slots);
-        let most = match self.prompts {
+        let most = match self.prompts && of.paged.is_none() {
             true => max_tiles(bucket, segments, of.group(), lines),
-            false => bucket * of.group().div_ceil(lines),
+            false => segments * of.group().div_ceil(lines),
         };
         let (tile_count, tiles) = &self.views.tiles[spec];
         Plan {
@@ -93,6 +94,18 @@ impl Step<'_> {
             splits: of.splits(self.limits, bucket, self.prompts),
             variant,
         }
+    }
+
+    /// The part of the step of prompts that run apart.
+    fn prompts_of<'a>(
+        &'a self,
+        spec: usize,
+        cut: Cut,
+        segments: &'a DeviceSlice,
+    ) -> prompt::Plan<'a> {
+        let PromptViews { tile_count, tiles, .. } = &self.views.prompts[spec];
+        let most = cut.max_tiles(self.rows.padded, self.rows.padded.min(self.limits.slots));
+        prompt::Plan { segments, tiles, tile_count, max_tiles: most }
     }
 
     /// The part of the step of decoding rows whose keys are cut into pieces; `None` where they are not.
@@ -172,7 +185,14 @@ impl Step<'_> {
             Launch::Gqa { q, shape, layer, spec, out } => {
                 let scratch = &self.scratch.partials;
                 let (q, out, plan) = (at(q), at(out), self.plan(*spec, *layer));
-                gqa::cuda::attention(on, rows, &q, shape, layer.kv, cache, &plan, scratch, &out)
+                let kv = layer.kv;
+                // This may write rows between those that it computes, so prompts come after.
+                gqa::cuda::attention(on, rows, &q, shape, kv, cache, &plan, scratch, &out)?;
+                let cut = self.sizes.specs[*spec].paged.filter(|_| self.prompts);
+                let Some(cut) = cut else { return Ok(()) };
+                let (segments, tables) = (&self.views.segments[layer.group], &self.views.tables);
+                let prompts = self.prompts_of(*spec, cut, segments);
+                gqa::cuda::prompts(on, rows, &q, shape, kv, cache, tables, &prompts, &out)
             }
             Launch::Mla { q, shape, weights, layer, spec, out } => {
                 let scratch = self.scratch.mla.as_ref().ok_or_else(|| missing("mla"))?;
@@ -218,20 +238,15 @@ impl Step<'_> {
 
     /// Latent attention op by op, whole prompts expanded.
     fn apart(&self, block: &Block, apart: &[Launch]) -> Result<(), CudaError> {
-        let expanded = self.scratch.expanded.as_ref().filter(|_| self.sizes.whole[block.spec]);
+        let whole = self.sizes.prompts[block.spec] == Prompts::Whole;
+        let expanded = self.scratch.expanded.as_ref().filter(|_| whole);
         let (Some(expanded), Some((last, before))) = (expanded, apart.split_last()) else {
             return apart.iter().try_for_each(|launch| self.run(launch));
         };
         before.iter().try_for_each(|launch| self.run(launch))?;
-        let (tile_count, tiles) = &self.views.whole[block.spec];
-        let segments = self.rows.padded.min(self.limits.slots);
-        let plan = expand::Plan {
-            segments: &self.views.segments[block.layer.group],
-            tiles,
-            tile_count,
-            max_tiles: max_tiles(self.rows.padded, segments, 1, expand::LINES),
-            expanded,
-        };
+        let segments = &self.views.prompts[block.spec].segments;
+        let prompts = self.prompts_of(block.spec, expand::cut(), segments);
+        let plan = expand::Plan { prompts, expanded };
         let (q, kv, out) = (self.at(block.q), self.at(block.kv), self.at(block.out));
         let kv_b = &block.weights.kv_b;
         // This may write rows between those that it computes, so whole prompts come after.
