@@ -101,7 +101,7 @@ pub fn prompts(
     }
     let Gqa { heads, kv_heads, head_dim, scale, .. } = *gqa;
     let keys = Keys::Paged { arena: arena.slice, layer, tables };
-    let rows = rows.padded;
-    let operands = prompt::Operands { rows, heads, kv_heads, qk: head_dim, scale, q, keys, out };
+    let (rows, group, qk) = (rows.padded, heads / kv_heads, head_dim);
+    let operands = prompt::Operands { rows, heads, kv_heads, group, qk, scale, q, keys, out };
     prompt::attention(on, &operands, plan)
 }

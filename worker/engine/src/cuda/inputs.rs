@@ -16,7 +16,8 @@ use device::cuda::{Arena, Context, CudaError, DeviceSlice, Stream, Upload};
 use ids::{BLOCK_TOKENS, SlotGeneration, SlotId};
 use ops::flash::cuda::{Segment, Tile, max_tiles, tiles};
 use ops::mla::cuda::decode::{Cut, Piece};
-use ops::mla::cuda::expand;
+use ops::mla::cuda::expand::later::{Pass, Passes, is_later};
+use ops::mla::cuda::expand::{self, Room};
 use ops::sample::cuda::SampleRow;
 use ops::tokens::NOT_KEPT;
 use ops::tokens::cuda::CHANGE_WORDS;
@@ -45,7 +46,7 @@ pub(super) struct Layout {
     pieces: Vec<[Range<usize>; 2]>,
     /// Per attention: segments and tiles of prompts that run apart; empty where none do.
     prompts: Vec<PromptParts>,
-    /// Rows up to the last one of any other segment.
+    /// Rows up to the last one of any segment that is not expanded.
     absorbed: usize,
     /// Real rows of each tile of logits that is drawn ahead.
     heads: Range<usize>,
@@ -68,6 +69,18 @@ struct PromptParts {
     tiles: Range<usize>,
     /// Segments whose keys are rows of the step; empty where those of the cache's group serve.
     segments: Range<usize>,
+    /// Those whose keys are gathered, in passes; empty likewise.
+    later: LaterParts,
+}
+
+/// Prompts whose keys are gathered: of every pass the number of its tiles; segments, their first blocks and
+/// tiles of all passes.
+#[derive(Clone, Debug)]
+struct LaterParts {
+    counts: Range<usize>,
+    segments: Range<usize>,
+    firsts: Range<usize>,
+    tiles: Range<usize>,
 }
 
 /// Entries of a slot's table in one group: a table may be a block longer than the context.
@@ -120,11 +133,18 @@ impl Layout {
         let pieces = pieces.collect();
         let prompts = sizes.prompts.iter().map(|prompts| {
             let tiles = prompts.cut().map_or(0, |cut| cut.max_tiles(bucket, segments));
-            let by_rows = *prompts == Prompts::Whole;
+            let tiles = tiles * size_of::<Tile>() / 4;
+            let of = |words| if *prompts == Prompts::Expanded { words } else { 0 };
             PromptParts {
                 count: part(usize::from(tiles > 0)),
-                tiles: part(tiles * size_of::<Tile>() / 4),
-                segments: part(if by_rows { segment_words } else { 0 }),
+                tiles: part(tiles),
+                segments: part(of(segment_words)),
+                later: LaterParts {
+                    counts: part(of(segments)),
+                    segments: part(of(segment_words)),
+                    firsts: part(of(segments)),
+                    tiles: part(of(tiles)),
+                },
             }
         });
         let prompts = prompts.collect();
@@ -174,6 +194,30 @@ pub(super) struct PromptViews {
     pub(super) tiles: DeviceSlice,
     /// Of those whose keys are rows of the step.
     pub(super) segments: DeviceSlice,
+    pub(super) later: LaterViews,
+}
+
+/// Prompts whose keys are gathered.
+pub(super) struct LaterViews {
+    counts: DeviceSlice,
+    segments: DeviceSlice,
+    firsts: DeviceSlice,
+    tiles: DeviceSlice,
+}
+
+impl LaterViews {
+    /// Pass number `index`: number of tiles, segments, their first blocks, tiles.
+    pub(super) fn pass(&self, index: usize, pass: &Pass) -> [DeviceSlice; 4] {
+        let part = |of: &DeviceSlice, range: &Range<usize>, size: usize| {
+            of.slice(range.start * size..range.end * size)
+        };
+        [
+            part(&self.counts, &(index..index + 1), 4),
+            part(&self.segments, &pass.segments, size_of::<Segment>()),
+            part(&self.firsts, &pass.segments, 4),
+            part(&self.tiles, &pass.tiles, size_of::<Tile>()),
+        ]
+    }
 }
 
 /// The parts on the device, for steps of one bucket.
@@ -192,7 +236,7 @@ pub(super) struct Views {
     pub(super) pieces: Vec<[DeviceSlice; 2]>,
     /// Prompts that run apart, by attention.
     pub(super) prompts: Vec<PromptViews>,
-    /// Rows up to the last one of any other segment.
+    /// Rows up to the last one of any segment that is not expanded.
     pub(super) absorbed: DeviceSlice,
     /// Real rows of each tile of logits.
     pub(super) heads: Vec<DeviceSlice>,
@@ -223,6 +267,12 @@ impl Views {
                     tile_count: words(&of.count),
                     tiles: words(&of.tiles),
                     segments: words(&of.segments),
+                    later: LaterViews {
+                        counts: words(&of.later.counts),
+                        segments: words(&of.later.segments),
+                        firsts: words(&of.later.firsts),
+                        tiles: words(&of.later.tiles),
+                    },
                 })
                 .collect(),
             absorbed: word(layout.absorbed),
@@ -248,8 +298,10 @@ pub(super) struct Inputs {
     views: Vec<Views>,
     sent: Sent,
     specs: Vec<Spec>,
-    /// What runs apart, by attention.
+    /// What runs apart, by attention, and which of that in passes in the step at hand.
     prompts: Vec<Prompts>,
+    passes: Vec<Passes>,
+    room: Option<Room>,
     tile: usize,
     segments: Vec<Segment>,
     tiles: Vec<Tile>,
@@ -342,6 +394,13 @@ impl Inputs {
             },
             specs: sizes.specs.clone(),
             prompts: sizes.prompts.clone(),
+            passes: (sizes.prompts.iter())
+                .map(|prompts| match prompts {
+                    Prompts::Expanded => Passes::with_capacity(limits.rows, limits.slots),
+                    _ => Passes::default(),
+                })
+                .collect(),
+            room: sizes.expanded(limits).map(|(_, room)| room),
             tile: sizes.drawn_tile,
             segments: Vec::with_capacity(limits.slots.min(limits.rows)),
             tiles: Vec::with_capacity(most_tiles),
@@ -359,6 +418,11 @@ impl Inputs {
         found.ok_or_else(|| refused(format!("{bucket} rows")))
     }
 
+    /// Passes of the step at hand, by attention.
+    pub(super) fn passes(&self) -> &[Passes] {
+        &self.passes
+    }
+
     /// Stages a batch padded to `bucket` and enqueues its copy. With `draws`, one per wanted row, all
     /// tokens are drawn ahead.
     pub(super) fn send(
@@ -373,7 +437,7 @@ impl Inputs {
             self;
         let (decodes, cuts, multiprocessors) =
             (&mut self.decodes, &mut self.cuts, self.multiprocessors);
-        let apart = &self.prompts;
+        let (apart, passes, room) = (&self.prompts, &mut self.passes, self.room);
         let views = views.iter().find(|views| views.bucket == bucket);
         let layout = &views.ok_or_else(|| refused(format!("{bucket} rows")))?.layout;
         *turn = (*turn + 1) % uploads.len();
@@ -417,9 +481,7 @@ impl Inputs {
                     table: first,
                 });
             }
-            let flat = segments.iter().flat_map(|s| [s.start, s.len, s.context, s.table]);
-            let to = part(words, &layout.segments[group], segments.len() * 4)?;
-            to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+            put_segments(words, &layout.segments[group], segments.iter().copied())?;
 
             decodes.clear();
             decodes.extend(segments.iter().filter(|segment| segment.len == 1));
@@ -446,24 +508,30 @@ impl Inputs {
             };
             list.retain(|tile| !elsewhere(&segments[tile.segment as usize]));
             words[*count] = narrow(list.len())?;
-            let flat = list.iter().flat_map(|tile| [tile.segment, tile.line]);
-            let to = part(words, range, list.len() * 2)?;
-            to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+            put_tiles(words, range, list)?;
         }
-        for (of, prompts) in layout.prompts.iter().zip(apart) {
+        for ((of, prompts), passes) in layout.prompts.iter().zip(apart).zip(passes) {
             let Some(cut) = prompts.cut() else { continue };
-            cut.tiles(segments, |segment| prompts.takes(segment), list);
+            let expanded = *prompts == Prompts::Expanded;
+            let here =
+                |segment: &Segment| prompts.takes(segment) && !(expanded && is_later(segment));
+            cut.tiles(segments, here, list);
             part(words, &of.count, 1)?[0] = narrow(list.len())?;
-            let flat = list.iter().flat_map(|tile| [tile.segment, tile.line]);
-            let to = part(words, &of.tiles, list.len() * 2)?;
-            to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
-            if !of.segments.is_empty() {
-                let flat = segments.iter().flat_map(|s| [s.start, s.len, s.context, s.start]);
-                let to = part(words, &of.segments, segments.len() * 4)?;
-                to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+            put_tiles(words, &of.tiles, list)?;
+            if let (true, Some(room)) = (expanded, room) {
+                let rows = segments.iter().map(|s| Segment { table: s.start, ..*s });
+                put_segments(words, &of.segments, rows)?;
+                passes.make(segments, room);
+                let counts = part(words, &of.later.counts, passes.passes.len())?;
+                for (to, pass) in counts.iter_mut().zip(&passes.passes) {
+                    *to = narrow(pass.tiles.len())?;
+                }
+                put_segments(words, &of.later.segments, passes.segments.iter().copied())?;
+                copy(words, &of.later.firsts, &passes.firsts)?;
+                put_tiles(words, &of.later.tiles, &passes.tiles)?;
             }
         }
-        let others = segments.iter().filter(|segment| !expand::is_whole(segment));
+        let others = segments.iter().filter(|segment| !expand::is_expanded(segment));
         words[layout.absorbed] = others.map(|s| s.start + s.len).max().unwrap_or(0);
         upload.send(stream, &device.slice(0..(layout.changes + changed * CHANGE_WORDS) * 4))
     }
@@ -514,6 +582,24 @@ fn part<'a>(
         return Err(refused(format!("{len} words where {} fit", range.len())));
     }
     Ok(&mut words[range.start..range.start + len])
+}
+
+fn put_segments(
+    words: &mut [u32],
+    range: &Range<usize>,
+    segments: impl ExactSizeIterator<Item = Segment>,
+) -> Result<(), CudaError> {
+    let to = part(words, range, segments.len() * 4)?;
+    let flat = segments.flat_map(|s| [s.start, s.len, s.context, s.table]);
+    to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+    Ok(())
+}
+
+fn put_tiles(words: &mut [u32], range: &Range<usize>, tiles: &[Tile]) -> Result<(), CudaError> {
+    let flat = tiles.iter().flat_map(|tile| [tile.segment, tile.line]);
+    let to = part(words, range, tiles.len() * 2)?;
+    to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+    Ok(())
 }
 
 fn copy(words: &mut [u32], range: &Range<usize>, from: &[u32]) -> Result<(), CudaError> {

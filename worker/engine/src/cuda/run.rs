@@ -12,6 +12,7 @@ use ops::cuda::{Queue, Rows, Tensor};
 use ops::flash::cuda::prompt::{self, Cut};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
 use ops::linear::cuda::{Linear, Then, Variant, both, linear, linear_as, streams, takes_both};
+use ops::mla::cuda::expand::later::{self, Later, Passes};
 use ops::mla::cuda::{Core, decode, expand};
 use ops::moe::cuda::stream::Always;
 use ops::rope::Pairing;
@@ -28,8 +29,8 @@ pub(super) struct Rotation {
 pub(super) struct Scratch {
     pub(super) partials: Partials,
     pub(super) mla: Option<mla::cuda::Scratch>,
-    /// Keys and values of whole prompts.
-    pub(super) expanded: Option<DeviceSlice>,
+    /// Keys and values of prompts.
+    pub(super) expanded: Option<expand::Scratch>,
     /// The cache for the copy engine, and partial results of pieces.
     pub(super) pieces: Option<(TensorMap, decode::Partials)>,
     pub(super) moe: Option<moe::cuda::Scratch>,
@@ -61,6 +62,8 @@ pub(super) struct Step<'a> {
     pub(super) ids: &'a DeviceSlice,
     pub(super) views: &'a Views,
     pub(super) prompts: bool,
+    /// Of prompts whose keys are gathered, by attention; none in steps that are captured.
+    pub(super) passes: &'a [Passes],
     pub(super) limits: &'a Limits,
     pub(super) sizes: &'a Sizes,
     pub(super) rotations: &'a [Rotation],
@@ -236,23 +239,34 @@ impl Step<'_> {
         }
     }
 
-    /// Latent attention op by op, whole prompts expanded.
+    /// Latent attention op by op, prompts expanded.
     fn apart(&self, block: &Block, apart: &[Launch]) -> Result<(), CudaError> {
-        let whole = self.sizes.prompts[block.spec] == Prompts::Whole;
-        let expanded = self.scratch.expanded.as_ref().filter(|_| whole);
-        let (Some(expanded), Some((last, before))) = (expanded, apart.split_last()) else {
+        let Block { shape, layer, spec, .. } = block;
+        let expanded = self.sizes.prompts[*spec] == Prompts::Expanded;
+        let scratch = self.scratch.expanded.as_ref().filter(|_| expanded);
+        let (Some(scratch), Some((last, before))) = (scratch, apart.split_last()) else {
             return apart.iter().try_for_each(|launch| self.run(launch));
         };
         before.iter().try_for_each(|launch| self.run(launch))?;
-        let segments = &self.views.prompts[block.spec].segments;
-        let prompts = self.prompts_of(block.spec, expand::cut(), segments);
-        let plan = expand::Plan { prompts, expanded };
         let (q, kv, out) = (self.at(block.q), self.at(block.kv), self.at(block.out));
         let kv_b = &block.weights.kv_b;
-        // This may write rows between those that it computes, so whole prompts come after.
+        // This may write rows between those that it computes, so prompts come after.
         let rows = Rows { count: Some(&self.views.absorbed), ..self.rows };
         Step { rows, ..*self }.run(last)?;
-        expand::attention(self.on, self.rows, &block.shape, &q, &kv, kv_b, &plan, &out)
+        let views = &self.views.prompts[*spec];
+        let plan = self.prompts_of(*spec, expand::cut(), &views.segments);
+        expand::attention(self.on, self.rows, shape, &q, &kv, kv_b, &plan, scratch, &out)?;
+        let passes = self.passes.get(*spec).map_or(&[][..], |passes| &passes.passes);
+        for (index, pass) in passes.iter().enumerate() {
+            let [tile_count, segments, firsts, tiles] = &views.later.pass(index, pass);
+            let max_tiles = pass.tiles.len();
+            let plan = prompt::Plan { segments, tiles, tile_count, max_tiles };
+            let later = Later { pass, plan, firsts, tables: &self.views.tables };
+            let of = (layer.kv, Tensor::new(self.cache, self.sizes.dtype));
+            let rows = self.rows.padded;
+            later::attention(self.on, rows, shape, &q, kv_b, of, &later, scratch, &out)?;
+        }
+        Ok(())
     }
 
     /// Latent attention of decoding rows, with what surrounds it.

@@ -49,8 +49,8 @@ pub(super) enum Prompts {
     None,
     /// Those of several rows, over the cache.
     Paged(Cut),
-    /// Those that lie in a step as a whole, expanded.
-    Whole,
+    /// Those that are expanded: where they lie in a step as a whole in one launch, others in passes.
+    Expanded,
 }
 
 impl Prompts {
@@ -59,7 +59,7 @@ impl Prompts {
         match self {
             Self::None => None,
             Self::Paged(cut) => Some(cut),
-            Self::Whole => Some(expand::cut()),
+            Self::Expanded => Some(expand::cut()),
         }
     }
 
@@ -68,7 +68,7 @@ impl Prompts {
         match self {
             Self::None => false,
             Self::Paged(_) => segment.len > 1,
-            Self::Whole => expand::is_whole(segment),
+            Self::Expanded => expand::is_expanded(segment),
         }
     }
 }
@@ -199,13 +199,13 @@ impl Sizes {
                         sizes.specs.push(spec);
                         sizes.prompts.push(match spec.paged {
                             Some(cut) => Prompts::Paged(cut),
-                            None if expands => Prompts::Whole,
+                            None if expands => Prompts::Expanded,
                             None => Prompts::None,
                         });
                         sizes.specs.len() - 1
                     });
                     let prompts = &mut sizes.prompts[index];
-                    if *prompts == Prompts::Whole && !expandable(lowered, at, dtype) {
+                    if *prompts == Prompts::Expanded && !expandable(lowered, at, dtype) {
                         *prompts = Prompts::None;
                     }
                     if let Attention::Mla(mla) = attention_of(attention) {
@@ -297,9 +297,11 @@ impl Sizes {
         most
     }
 
-    /// The latent attention whose whole prompts run expanded.
-    pub(super) fn expanded(&self) -> Option<&mla::Mla> {
-        self.mla.as_ref().filter(|_| self.prompts.contains(&Prompts::Whole))
+    /// The latent attention whose prompts run expanded, and the room for that.
+    pub(super) fn expanded(&self, limits: &Limits) -> Option<(&mla::Mla, expand::Room)> {
+        let Limits { rows, slots, context, .. } = *limits;
+        let mla = self.mla.as_ref().filter(|_| self.prompts.contains(&Prompts::Expanded))?;
+        Some((mla, expand::Room::new(mla, rows, slots.min(rows), context)))
     }
 
     /// Slots of partial results of pieces, at most; none where no rows are cut so.
@@ -319,7 +321,7 @@ impl Sizes {
         let attention = Partials::bytes(lines, v_width)
             .saturating_add(self.mla.as_ref().map_or(0, latents))
             .saturating_add(
-                self.expanded().map_or(0, |mla| Arena::padded(expand::bytes(mla, limits.rows))),
+                self.expanded(limits).map_or(0, |(mla, room)| expand::Scratch::bytes(mla, room)),
             )
             .saturating_add(self.piece_slots(limits).map_or(0, decode::Partials::bytes));
         let experts = self.experts.map_or(0, |e| {
@@ -416,11 +418,11 @@ mod tests {
         ] {
             let sizes = sizes(nope, value, dtype, expands);
             let what = format!("{nope} and {value} in {dtype:?}, {expands}");
-            let expected = if whole { Prompts::Whole } else { Prompts::None };
+            let expected = if whole { Prompts::Expanded } else { Prompts::None };
             assert_eq!(sizes.prompts, [expected], "{what}");
             assert_eq!(sizes.specs[0].pieces.is_some(), dtype == Dtype::Bf16, "{what}");
-            assert_eq!(sizes.expanded().is_some(), whole, "{what}");
             let limits = Limits { rows: 64, slots: 8, context: 512, multiprocessors: 4 };
+            assert_eq!(sizes.expanded(&limits).is_some(), whole, "{what}");
             let layout = Layout::new(&sizes, &limits, 64);
             assert_eq!(layout.has_prompts(0), whole, "{what}");
         }

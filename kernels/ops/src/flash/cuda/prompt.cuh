@@ -276,6 +276,7 @@ template <class S> __device__ __forceinline__ void consume(const Params& p, Shar
         start_scores(steps_before);
         products_wait<0>();
         release(s.k_empty[steps_before & 1]);
+        if (w.steps == 1) release(s.q_empty);
         weigh(0);
         round();
 #pragma unroll
@@ -287,6 +288,7 @@ template <class S> __device__ __forceinline__ void consume(const Params& p, Shar
             start_sums(at);
             products_wait<1>();
             release(s.k_empty[(at + 1) & 1]);
+            if (step + 1 == w.steps) release(s.q_empty);
             weigh(step);
             products_wait<0>();
             release(s.v_empty[at & 1]);
@@ -294,7 +296,6 @@ template <class S> __device__ __forceinline__ void consume(const Params& p, Shar
             for (int i = 0; i < S::kV / 2; i++) sums[i] *= shrink[i / 2 % 2];
             round();
         }
-        release(s.q_empty);
         const uint32_t at = steps_before + w.steps - 1, stage = at & 1;
         barrier_wait(shared_address(&s.v_full[stage]), (at >> 1) & 1);
         if (w.valid < kKeys) {

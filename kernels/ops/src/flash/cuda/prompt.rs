@@ -136,8 +136,11 @@ pub(crate) enum Keys<'a> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Operands<'a> {
     pub(crate) rows: usize,
+    /// From row to row.
     pub(crate) heads: usize,
+    /// Computed here: so many KV heads of so many heads each, from where `q` and `out` begin.
     pub(crate) kv_heads: usize,
+    pub(crate) group: usize,
     pub(crate) qk: usize,
     pub(crate) scale: f32,
     pub(crate) q: &'a DeviceSlice,
@@ -182,11 +185,11 @@ pub(crate) fn attention(
     operands: &Operands<'_>,
     plan: &Plan<'_>,
 ) -> Result<(), CudaError> {
-    let Operands { rows, heads, kv_heads, qk, scale, q, keys, out } = *operands;
+    let Operands { rows, heads, kv_heads, group, qk, scale, q, keys, out } = *operands;
     let refused = || shape(OP, format!("{operands:?}"));
-    let group = heads.checked_div(kv_heads).unwrap_or(0);
     let cut = Cut::new(group, qk).ok_or_else(refused)?;
-    if !heads.is_multiple_of(kv_heads) || rows == 0 {
+    let here = kv_heads * group;
+    if here == 0 || here > heads || rows == 0 {
         return Err(refused());
     }
     let (kernel, v) = match (&keys, qk) {
@@ -195,15 +198,14 @@ pub(crate) fn attention(
         (Keys::Rows { .. }, 192) if group == 1 => (ROWS_192, 128),
         _ => return Err(refused()),
     };
-    need(OP, "q", q, &[rows, heads, qk], 2)?;
-    need(OP, "out", out, &[rows, heads, v], 2)?;
+    need(OP, "out", out, &[(rows - 1) * heads + here, v], 2)?;
     need(OP, "tiles", plan.tiles, &[plan.max_tiles], size_of::<Tile>())?;
     need(OP, "tile count", plan.tile_count, &[1], 4)?;
-    let [line, of_heads, of_qk] = [LINE, heads, qk].map(|n| n as u64);
+    let [line, of_heads, of_qk, of_here] = [LINE, heads, qk, here].map(|n| n as u64);
     let boxes = [LINE as u32, group as u32, cut.rows as u32, 1];
-    let lines_of_rows = [line, of_heads, rows as u64, of_qk / line];
+    let dims = [line, of_here, rows as u64, of_qk / line];
     let strides = [1, of_qk, of_heads * of_qk, line];
-    let q = TensorMap::bf16_strided(q, lines_of_rows, strides, boxes, Swizzle::Bytes128)?;
+    let q = TensorMap::bf16_strided(q, dims, strides, boxes, Swizzle::Bytes128)?;
     let params = Params {
         q,
         keys: q,
@@ -257,8 +259,8 @@ pub(crate) fn attention(
             }
             let (rows, width) = (rows as u64, width as u64);
             let boxes = [LINE as u32, KEYS as u32, 1];
-            let dims = [line, rows, of_heads * (UP / line)];
-            let of = [1, of_heads * UP, line];
+            let dims = [line, rows, of_here * (UP / line)];
+            let of = [1, of_here * UP, line];
             Params {
                 keys: TensorMap::bf16_strided(up, dims, of, boxes, Swizzle::Bytes128)?,
                 shared: TensorMap::bf16_strided(

@@ -4,6 +4,7 @@ use super::*;
 use crate::cuda::testing::{Device, assert_near, device, rounded};
 use crate::mla::cuda::tests::absorbed_row;
 use crate::testing::Random;
+use device::cuda::DeviceMemory;
 
 const fn mla(heads: usize) -> Mla {
     Mla { heads, nope: 128, rope: 64, v: 128, latent: 512, scale: 0.07 }
@@ -51,13 +52,16 @@ impl Case {
         let segments = device.send(&flat.collect::<Vec<u32>>());
         let send = |values: &[f32]| device.send_as(values, Dtype::Bf16);
         let (q, kv, kv_b) = (send(&self.q), send(&self.kv), send(&self.kv_b));
-        let expanded = device.poisoned(bytes(mla, *rows));
+        let room = Room { latents: 1, expanded: *rows };
+        let memory = DeviceMemory::allocate(&device.context, "a test", Scratch::bytes(mla, room));
+        let memory = memory.expect("memory");
+        device.stream.fill(&memory, 0xFF).expect("a fill");
+        let scratch = Scratch::take(&mut Arena::new(memory), mla, room).expect("an arena");
         let (segments, tiles) = (&segments, &tiles_sent);
-        let prompts = prompt::Plan { segments, tiles, tile_count: &count, max_tiles };
-        let plan = Plan { prompts, expanded: &expanded };
+        let plan = prompt::Plan { segments, tiles, tile_count: &count, max_tiles };
         let out = device.poisoned(rows * mla.heads * 128 * 2);
         let (on, all) = (device.queue(), Rows::exactly(*rows));
-        attention(on, all, mla, &q, &kv, &kv_b, &plan, &out).expect("a launch");
+        attention(on, all, mla, &q, &kv, &kv_b, &plan, &scratch, &out).expect("a launch");
         device.fetch_as(&out, Dtype::Bf16)
     }
 
