@@ -21,9 +21,9 @@ const KEYS: usize = 128;
 /// Elements of a line as the copy engine swizzles it; blocks of the cache begin on multiples.
 pub(crate) const LINE: usize = 64;
 
-const PAGED_128: &str = "attention_prompt_128";
-const PAGED_64: &str = "attention_prompt_64";
-const ROWS_192: &str = "attention_prompt_rows_192";
+const PAGED_128: &str = "gqa_prompt_128";
+const PAGED_64: &str = "gqa_prompt_64";
+const ROWS_192: &str = "mla_prompt";
 /// Kernels that have more shared memory than the default.
 pub(crate) const ALL: [&str; 3] = [PAGED_128, PAGED_64, ROWS_192];
 
