@@ -2,6 +2,7 @@
 // latent's norm, its way into the cache and queries into latent space; after them the merge of partial
 // results and values out of latent space. Weights are on their way before the kernel in front has ended.
 #include "cuda/cluster.cuh"
+#include "mla/cuda/heads.cuh"
 #include "mla/cuda/merge.cuh"
 #include "mla/cuda/turn.cuh"
 
@@ -260,117 +261,11 @@ __device__ void values(const ValuesParams& p) {
     }
 }
 
-constexpr int kPitch = kLatent + 8;
-constexpr int kHeld = 4;  // times 32 columns of weights under way
-
-// Some rows of a tile, of few pieces each, as rows are many.
-template <int kOf> struct Several {
-    uint2 slots[kOf];
-    Merged m[kOf];
-    __device__ __forceinline__ void merge(const ValuesParams& p, uint32_t line, uint32_t column) {
-        constexpr int kPieces = 2;
-        uint32_t most = 0;
-#pragma unroll
-        for (int r = 0; r < kOf; r++) most = max(most, slots[r].y);
-        for (uint32_t base = 0; base < most; base += kPieces) {
-            float4 v[kOf][kPieces];
-            float2 lse[kOf][kPieces];
-#pragma unroll
-            for (int r = 0; r < kOf; r++) {
-#pragma unroll
-                for (int i = 0; i < kPieces; i++) {
-                    lse[r][i] = {-INFINITY, 0.0f}, v[r][i] = {};
-                    if (base + i >= slots[r].y) continue;
-                    const uint32_t place = (slots[r].x + base + i) * kLines + line;
-                    lse[r][i] = p.partial_lse[place];
-                    v[r][i] = *reinterpret_cast<const float4*>(p.partial + uint64_t(place) * kLatent + column);
-                }
-            }
-#pragma unroll
-            for (int r = 0; r < kOf; r++) {
-                float high = m[r].top;
-#pragma unroll
-                for (int i = 0; i < kPieces; i++) high = fmaxf(high, lse[r][i].x);
-                m[r].rise(high);
-#pragma unroll
-                for (int i = 0; i < kPieces; i++) m[r].add(lse[r][i], v[r][i]);
-            }
-        }
-    }
+struct alignas(128) PrepareManyParams {
+    mla_heads::Params product;
+    PrepareParams rows;
 };
-
-// Many rows, a block to a head and 32 of them: it merges all columns, and a warp multiplies them by the
-// weights of 16 outputs.
-__device__ void values_of_many(const ValuesParams& p) {
-    constexpr int kTiles = 2, kOf = 4;
-    constexpr uint32_t kMany = kTile * kTiles;
-    __shared__ __align__(16) bf16 x[kMany][kPitch];
-    __shared__ uint2 slots[kMany];
-    const uint32_t head = blockIdx.x % p.heads, first = blockIdx.x / p.heads * kMany;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    allow_next();
-    const bf16* weights[2];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        weights[j] = p.kv_b + (uint64_t(head) * (kNope + kValue) + kNope + warp * 16 + output_of(j, lane)) * kLatent + t * 8;
-    }
-    uint4 w[kHeld][2];
-#pragma unroll
-    for (int c = 0; c < kHeld; c++) {
-#pragma unroll
-        for (int j = 0; j < 2; j++) w[c][j] = load_ahead(weights[j] + c * 32);
-    }
-    const uint32_t real = real_rows(p.count, p.rows), rows = first < real ? min(real - first, kMany) : 0;
-    if (threadIdx.x < kMany) slots[threadIdx.x] = threadIdx.x < rows ? p.of(first + threadIdx.x, head) : uint2{};
-    __syncthreads();
-    wait_for_previous();
-    if (rows == 0) return;
-    // Rows in one piece as they are.
-    for (uint32_t i = threadIdx.x; i < rows * (kLatent / 8); i += kValuesThreads) {
-        const uint32_t row = i / (kLatent / 8), at = i % (kLatent / 8) * 8;
-        if (slots[row].y == 0) copy_async(shared_address(&x[row][at]), p.result(first + row, head) + at, true);
-    }
-    commit_copies();
-    const uint32_t team = threadIdx.x / (kLatent / 4), column = threadIdx.x % (kLatent / 4) * 4;
-    for (uint32_t row = team * kOf; row < rows; row += kValuesThreads / (kLatent / 4) * kOf) {
-        Several<kOf> some;
-        uint32_t any = 0;
-#pragma unroll
-        for (int r = 0; r < kOf; r++) any |= (some.slots[r] = slots[row + r]).y;
-        if (any == 0) continue;
-        some.merge(p, head % kLines, column);
-#pragma unroll
-        for (int r = 0; r < kOf; r++) {
-            if (some.slots[r].y > 0) *reinterpret_cast<uint2*>(&x[row + r][column]) = some.m[r].result();
-        }
-    }
-    wait_copies<0>();
-    __syncthreads();
-    float d[kTiles][2][4] = {};
-#pragma unroll
-    for (int c = 0; c < kLatent / 32; c++) {
-#pragma unroll
-        for (int tile = 0; tile < kTiles; tile++) {
-            const uint4 low = *reinterpret_cast<const uint4*>(&x[tile * kTile + g][c * 32 + t * 8]);
-            const uint4 high = *reinterpret_cast<const uint4*>(&x[tile * kTile + g + 8][c * 32 + t * 8]);
-            mma_32(d[tile][0], low, high, w[c % kHeld][0]);
-            mma_32(d[tile][1], low, high, w[c % kHeld][1]);
-        }
-        if (c + kHeld < kLatent / 32) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) w[c % kHeld][j] = load_ahead(weights[j] + (c + kHeld) * 32);
-        }
-    }
-#pragma unroll
-    for (int tile = 0; tile < kTiles; tile++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint32_t row = tile * kTile + half * 8 + g;
-            const uint2 packed = {pack_bf16(d[tile][0][half * 2], d[tile][0][half * 2 + 1]), pack_bf16(d[tile][1][half * 2], d[tile][1][half * 2 + 1])};
-            if (row < rows) *reinterpret_cast<uint2*>(p.to(first + row, head) + warp * 16 + t * 4) = packed;
-        }
-    }
-}
+static_assert(kPrepareThreads == mla_heads::kThreads, "either kind of block");
 
 }  // namespace mla_block
 
@@ -385,6 +280,13 @@ extern "C" __global__ void __launch_bounds__(mla_block::kPrepareThreads) mla_pre
 extern "C" __global__ void __launch_bounds__(mla_block::kValuesThreads, 3) mla_values(const __grid_constant__ mla_block::ValuesParams p) {
     mla_block::values(p);
 }
-extern "C" __global__ void __launch_bounds__(mla_block::kValuesThreads, 2) mla_values_many(const __grid_constant__ mla_block::ValuesParams p) {
-    mla_block::values_of_many(p);
+// As mla_prepare, for many rows.
+extern "C" __global__ void __launch_bounds__(mla_block::kPrepareThreads) mla_prepare_many(const __grid_constant__ mla_block::PrepareManyParams p) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    allow_next();
+    if (blockIdx.x < p.rows.rows) {
+        mla_block::prepare_row(p.rows, blockIdx.x);
+    } else {
+        mla_heads::product_of<mla_heads::ToLatent>(p.product, blockIdx.x - p.rows.rows, shared_address(memory));
+    }
 }
