@@ -24,6 +24,7 @@ mod sizes;
 mod weights;
 
 pub use facts::{CudaDevice, cuda_device};
+pub use graphs::Captured;
 pub use sizes::{CudaBytes, cuda_bytes};
 
 use crate::batch::Batch;
@@ -71,6 +72,8 @@ pub(crate) struct Cuda {
     chosen: Place,
     logits: Place,
     capture: bool,
+    /// Which launch of steps is made to fail.
+    failing_launch: Option<u64>,
     /// What took how long until now.
     phases: Phases,
     memory: Option<Memory>,
@@ -138,6 +141,7 @@ impl Cuda {
             body: body.launches(&lowered.body)?,
             head: head.launches(&lowered.head)?,
             capture: options.graphs,
+            failing_launch: options.failing_launch,
             phases,
             memory: None,
             sizes,
@@ -202,7 +206,21 @@ impl Cuda {
         }
         self.phases.end(StartPhase::Graphs);
         self.memory = Some(memory);
+        if let Some(launch) = self.failing_launch {
+            self.stream.plant_failure(launch);
+        }
         Ok(())
+    }
+
+    /// How often each kernel was enqueued or captured until now, of those that were.
+    pub(crate) fn launches(&self) -> Vec<(String, u64)> {
+        let kernels = self.gpu.kernels().iter().filter(|kernel| kernel.launches() > 0);
+        kernels.map(|kernel| (kernel.name().to_owned(), kernel.launches())).collect()
+    }
+
+    /// What captured steps launch.
+    pub(crate) fn captured(&self) -> Vec<Captured> {
+        self.memory.iter().flat_map(|memory| memory.graphs.captured()).collect()
     }
 
     /// What took how long since the last call.
@@ -220,8 +238,11 @@ impl Cuda {
         let mut graphs = Graphs::default();
         for kind in graphs::kinds(&memory.limits) {
             memory.bucket = kind.bucket;
+            let before = self.launches();
             let body = |_: &Stream| self.enqueue_body(memory, kind);
-            graphs.insert(kind, self.stream.capture(body)?);
+            let graph = self.stream.capture(body)?;
+            let launched = self.launches().into_iter().filter(|now| !before.contains(now));
+            graphs.insert(kind, graph, launched.map(|(name, _)| name).collect());
         }
         memory.graphs = graphs;
         Ok(())
