@@ -13,6 +13,7 @@ pub mod mixed;
 pub mod naive;
 pub mod origins;
 pub mod poison;
+pub mod prompts;
 pub mod roundings;
 
 use engine::{Device, Engine, EngineError, KvDtype, MlaForm, Options, WeightSource};
@@ -128,6 +129,13 @@ pub fn native() -> Vec<(&'static str, Value)> {
         ("deepseek_v2, native", over(base("deepseek_v2"), mla.clone())),
         ("deepseek_v3, native", over(base("deepseek_v3"), mla)),
     ]
+}
+
+/// A model of attention with so many heads, KV heads and their width.
+pub fn over_native(kind: &str, heads: usize, kv_heads: usize, width: usize) -> Value {
+    let fields = json!({"num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": width, "num_hidden_layers": 2});
+    over(base(kind), fields)
 }
 
 /// A model with its weights, for as long as the test process lives.
