@@ -4,9 +4,12 @@ use super::step::{Step, attend};
 use crate::case::{Case, Check, Launch, Ready, Work};
 use crate::near::{Failure, near, some};
 use crate::rig::{Rig, cold_sets};
+use device::cuda::DeviceSlice;
 use ops::cuda::{Dtype, Rows, Tensor};
+use ops::flash::cuda::cut::{Cut, Piece};
 use ops::flash::cuda::{Partials, Plan, max_tiles, splits, tiles};
-use ops::gqa::{Gqa, cuda as gqa};
+use ops::gqa::Gqa;
+use ops::gqa::cuda::{self as gqa, decode};
 use ops::paged::KvLayer;
 
 const GQA: Gqa = Gqa { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088, window: None };
@@ -15,35 +18,80 @@ const WIDTH: usize = 2 * GQA.kv_heads * GQA.head_dim;
 const LAYER: KvLayer = KvLayer { offset: 0, row: WIDTH };
 
 /// Batch and context.
-const DECODES: [(usize, usize); 8] =
-    [(1, 256), (1, 4096), (1, 32_768), (4, 4096), (16, 4096), (16, 32_768), (64, 4096), (256, 256)];
+const DECODES: [(usize, usize); 12] = [
+    (1, 256),
+    (1, 4096),
+    (1, 8192),
+    (1, 32_768),
+    (4, 4096),
+    (4, 8192),
+    (16, 4096),
+    (16, 8192),
+    (16, 32_768),
+    (64, 4096),
+    (256, 256),
+    (256, 1024),
+];
 const PROMPTS: [usize; 2] = [4096, 16_384];
 
 pub(super) fn cases() -> Vec<Case> {
     let decodes = DECODES.into_iter().map(|(rows, context)| {
         let name = format!("gqa_decode.h32kv8.bs{rows}.ctx{context}");
-        Case::new(name, move |rig| {
-            let bytes = rows * context * WIDTH * 2;
-            let sets = cold_sets(bytes);
-            attention(rig, &Step::new(rows, 1, context, WIDTH), sets, Work::bytes(bytes))
-        })
+        Case::new(name, move |rig| decoding(rig, &Step::new(rows, 1, context, WIDTH)))
     });
     let prompts = PROMPTS.into_iter().map(|len| {
         Case::new(format!("gqa_prefill.h32kv8.len{len}"), move |rig| {
-            let seen = len as f64 * (len + 1) as f64 / 2.0;
-            let flops = 4.0 * (GQA.heads * GQA.head_dim) as f64 * seen;
-            attention(rig, &Step::new(1, len, len, WIDTH), 1, Work::default().and_flops(flops))
+            prompt(rig, &Step::new(1, len, len, WIDTH))
         })
     });
     decodes.chain(prompts).collect()
 }
 
-fn attention(rig: &mut Rig, step: &Step, sets: usize, work: Work) -> Result<Ready, Failure> {
-    let Gqa { heads, kv_heads, head_dim, scale, .. } = GQA;
+/// Rows that decode, their keys cut into pieces.
+fn decoding(rig: &mut Rig, step: &Step) -> Result<Ready, Failure> {
     let rows = step.rows();
-    let prompts = rows > step.segments.len();
+    let bytes = rows * step.segments[0].context as usize * WIDTH * 2;
+    let sets = cold_sets(bytes);
+    let (blocks, lines) = (decode::blocks(rig.multiprocessors()), decode::lines(&GQA));
+    let mut cut = Cut::default();
+    let at = |entry: usize| step.tables.get(entry).copied();
+    cut.make(&step.segments, at, rows, lines, blocks);
+    let (most, slots) = Cut::most(rows, lines, blocks);
+    let mut words: Vec<u32> = cut.pieces.iter().flat_map(Piece::words).collect();
+    words.resize(most * Piece::WORDS, 0);
+    let (pieces, tables) = (rig.u32s(&words)?, rig.u64s(&step.tables)?);
+    let (arena, stream) = rig.arena_and_stream();
+    let partials = decode::Partials::take(arena, stream, slots, GQA.head_dim)?;
+    let caches = (0..sets).map(|_| rig.normal(step.elements(), 1.0));
+    let caches = caches.collect::<Result<Vec<_>, _>>()?;
+    let map = |cache| decode::cache_map(&GQA, cache);
+    let maps = caches.iter().map(map).collect::<Result<Vec<_>, _>>()?;
+    let (q, out) = ends(rig, rows)?;
+    let check = checked(step, q.clone(), caches[0].clone(), out.clone());
+    let launch: Launch = Box::new(move |on, i| {
+        let (map, pieces, tables) = (&maps[i], &pieces, &tables);
+        let plan = decode::Plan { map, pieces, tables, blocks, decodes: rows };
+        let kv = Tensor::new(&caches[i], Dtype::Bf16);
+        let core = gqa::Core::Pieces(&plan, &partials);
+        gqa::attention(on, Rows::exactly(rows), &q, &GQA, LAYER, kv, core, &out)
+    });
+    Ok(Ready { work: Work::bytes(bytes), sets, launch, check })
+}
+
+/// Queries and results.
+fn ends(rig: &mut Rig, rows: usize) -> Result<(DeviceSlice, DeviceSlice), Failure> {
+    let elements = rows * GQA.heads * GQA.head_dim;
+    Ok((rig.normal(elements, 1.0)?, rig.space(elements * 2)?))
+}
+
+/// Prompts, in tiles.
+fn prompt(rig: &mut Rig, step: &Step) -> Result<Ready, Failure> {
+    let Gqa { heads, kv_heads, head_dim, .. } = GQA;
+    let (rows, context) = (step.rows(), step.segments[0].context as usize);
+    let seen = rows as f64 * (rows + 1) as f64 / 2.0;
+    let work = Work::default().and_flops(4.0 * (heads * head_dim) as f64 * seen);
     let group = heads / kv_heads;
-    let (variant, lines) = gqa::select(&GQA, LAYER, Dtype::Bf16, prompts);
+    let (variant, lines) = gqa::select(&GQA, LAYER, Dtype::Bf16, true);
     let mut list = Vec::new();
     tiles(&step.segments, group, lines, &mut list);
     let most = max_tiles(rows, step.segments.len(), group, lines);
@@ -53,17 +101,13 @@ fn attention(rig: &mut Rig, step: &Step, sets: usize, work: Work) -> Result<Read
     let list = rig.u32s(&words)?;
     let segments = step.send_segments(rig)?;
     let tables = rig.u64s(&step.tables)?;
-    let context = step.segments[0].context as usize;
-    let of_step = if prompts { most } else { rows * group.div_ceil(lines) };
-    let splits = splits(rig.multiprocessors(), of_step, kv_heads, context);
+    let splits = splits(rig.multiprocessors(), most, kv_heads, context);
     let partial = if splits > 1 { rows * heads * splits } else { 0 };
     let partials = Partials::take(rig.arena(), partial, head_dim)?;
-    let caches = (0..sets).map(|_| rig.normal(step.elements(), 1.0));
-    let caches = caches.collect::<Result<Vec<_>, _>>()?;
-    let q = rig.normal(rows * heads * head_dim, 1.0)?;
-    let out = rig.space(rows * heads * head_dim * 2)?;
-    let (queries, cache, result) = (q.clone(), caches[0].clone(), out.clone());
-    let launch: Launch = Box::new(move |on, i| {
+    let cache = rig.normal(step.elements(), 1.0)?;
+    let (q, out) = ends(rig, rows)?;
+    let check = checked(step, q.clone(), cache.clone(), out.clone());
+    let launch: Launch = Box::new(move |on, _| {
         let plan = Plan {
             segments: &segments,
             tiles: &list,
@@ -73,12 +117,20 @@ fn attention(rig: &mut Rig, step: &Step, sets: usize, work: Work) -> Result<Read
             splits,
             variant,
         };
-        let kv = Tensor::new(&caches[i], Dtype::Bf16);
-        gqa::attention(on, Rows::exactly(rows), &q, &GQA, LAYER, kv, &plan, &partials, &out)
+        let kv = Tensor::new(&cache, Dtype::Bf16);
+        let core = gqa::Core::Tiles(&plan, &partials);
+        gqa::attention(on, Rows::exactly(rows), &q, &GQA, LAYER, kv, core, &out)
     });
-    let (sequences, len) = (step.segments.len(), rows / step.segments.len());
+    Ok(Ready { work, sets: 1, launch, check })
+}
+
+/// Some rows and heads against f64.
+fn checked(step: &Step, queries: DeviceSlice, cache: DeviceSlice, result: DeviceSlice) -> Check {
+    let Gqa { heads, kv_heads, head_dim, scale, .. } = GQA;
+    let (group, context) = (heads / kv_heads, step.segments[0].context as usize);
+    let (sequences, len) = (step.segments.len(), step.rows() / step.segments.len());
     let step = Step::new(sequences, len, context, WIDTH);
-    let check: Check = Box::new(move |rig, launch| {
+    Box::new(move |rig, launch| {
         rig.poison(&result)?;
         rig.run(launch, 0)?;
         for sequence in some(sequences, 2) {
@@ -101,6 +153,5 @@ fn attention(rig: &mut Rig, step: &Step, sets: usize, work: Work) -> Result<Read
             }
         }
         Ok(())
-    });
-    Ok(Ready { work, sets, launch, check })
+    })
 }

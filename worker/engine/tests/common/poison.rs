@@ -1,6 +1,6 @@
 //! NaN in one request's activations and cache.
 
-use super::{Model, Setup, families, greedy, prompt};
+use super::{Model, Setup, families, greedy, native, prompt};
 use engine::{WeightError, WeightSource};
 use ops::{Matrix, WeightSlice};
 use std::borrow::Cow;
@@ -43,7 +43,7 @@ fn poisoned(model: &Model) -> (&'static Poisoned, Vec<u32>, Vec<u32>) {
 
 /// A NaN ends its request; its batch mates' results are the same to the bit.
 pub fn a_nan_ends_one_request(base: Setup) {
-    for (name, config) in families() {
+    for (name, config) in families().into_iter().chain(native()) {
         if name.contains("tied") {
             // There the poisoned row is a row of the head too, and every request holds it.
             continue;

@@ -7,14 +7,10 @@
 #include "cuda/common.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/async.cuh"
+#include "flash/cuda/pieces.cuh"
 #include "mla/cuda/merge.cuh"
 
 namespace mla_decode {
-
-// A CUtensorMap, without the driver's header.
-struct alignas(64) TensorMap {
-    uint64_t opaque[16];
-};
 
 constexpr int kBlock = 64;      // tokens of a cache block, and of a tile
 constexpr int kWidth = 576;     // latent and rope
@@ -29,21 +25,6 @@ constexpr int kSteps = kWidth / 16;
 // Steps whose queries stay in registers; with all of them no block of the kernel in front fits beside.
 constexpr int kHeld = 18;
 constexpr int kProbPitch = 72;
-
-// Keys of one row. Block b begins with piece b; the others of a block follow each other.
-struct Piece {
-    uint64_t at;       // element offset of the first cache block
-    uint32_t row;      // of the batch
-    uint32_t table;    // index in `tables` of the sequence's first block
-    uint32_t begin;    // first key; a multiple of 16
-    uint32_t end;      // past the last key; nothing where that is not above `begin`
-    uint32_t settled;  // keys below are older than this step
-    uint32_t slot;     // of the partial result; kWhole: the result itself
-    uint32_t next;     // index of the block's next piece; 0: none
-    uint32_t head;     // first of its 16 heads
-    uint32_t pad[2];
-};
-constexpr uint32_t kWhole = 0xffffffff;
 
 struct Params {
     TensorMap cache;      // the arena as lines of 64 elements, in boxes of 16 keys
@@ -74,7 +55,7 @@ struct Cursor {
     __device__ void next(const Params& p) {
         begin = end();
         if (begin < at.end) {
-            at.at = p.tables[at.table + begin / kBlock];
+            at.at[0] = p.tables[at.table + begin / kBlock];
         } else if (at.next != 0) {
             open(p, at.next);
         } else {
@@ -91,7 +72,7 @@ struct Shared {
     uint64_t full[kStages];
     Cursor ahead;  // of the thread that starts copies
 };
-static_assert(sizeof(Shared) == 169032, "as decode.rs says");
+static_assert(sizeof(Shared) == 169056, "as decode.rs says");
 
 // Boxes of a tile, and the line where it begins.
 struct Boxes {
@@ -100,7 +81,7 @@ struct Boxes {
     __device__ int from(uint32_t i) const { return line + int(i) * kBox * (kWidth / kLine); }
 };
 __device__ __forceinline__ Boxes boxes_of(const Params& p, const Cursor& c) {
-    uint64_t at = c.at.at;
+    uint64_t at = c.at.at[0];
     const uint64_t bytes = p.layer_offset + uint64_t(kBlock) * kWidth;
     if (at > p.arena_elements || bytes > p.arena_elements - at) at = 0;
     const int line = int((at + p.layer_offset) / kLine) + int(c.begin % kBlock) * (kWidth / kLine);
