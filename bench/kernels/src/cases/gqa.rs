@@ -4,10 +4,10 @@ use super::step::{Step, attend};
 use crate::case::{Case, Check, Launch, Ready, Work};
 use crate::near::{Failure, near, some};
 use crate::rig::{Rig, cold_sets};
-use device::cuda::DeviceSlice;
+use device::cuda::{CudaError, DeviceSlice};
 use ops::cuda::{Dtype, Rows, Tensor};
 use ops::flash::cuda::cut::{Cut, Piece};
-use ops::flash::cuda::{Partials, Plan, max_tiles, splits, tiles};
+use ops::flash::cuda::prompt as kernel;
 use ops::gqa::Gqa;
 use ops::gqa::cuda::{self as gqa, decode};
 use ops::paged::KvLayer;
@@ -41,7 +41,9 @@ pub(super) fn cases() -> Vec<Case> {
     });
     let prompts = PROMPTS.into_iter().map(|len| {
         Case::new(format!("gqa_prefill.h32kv8.len{len}"), move |rig| {
-            prompt(rig, &Step::new(1, len, len, WIDTH))
+            let seen = len as f64 * (len + 1) as f64 / 2.0;
+            let flops = 4.0 * (GQA.heads * GQA.head_dim) as f64 * seen;
+            prompt(rig, &Step::new(1, len, len, WIDTH), Work::default().and_flops(flops))
         })
     });
     decodes.chain(prompts).collect()
@@ -66,8 +68,9 @@ fn decoding(rig: &mut Rig, step: &Step) -> Result<Ready, Failure> {
     let caches = caches.collect::<Result<Vec<_>, _>>()?;
     let map = |cache| decode::cache_map(&GQA, cache);
     let maps = caches.iter().map(map).collect::<Result<Vec<_>, _>>()?;
-    let (q, out) = ends(rig, rows)?;
-    let check = checked(step, q.clone(), caches[0].clone(), out.clone());
+    let q = rig.normal(rows * GQA.heads * GQA.head_dim, 1.0)?;
+    let out = rig.space(rows * GQA.heads * GQA.head_dim * 2)?;
+    let check = check(step, [q.clone(), caches[0].clone(), out.clone()]);
     let launch: Launch = Box::new(move |on, i| {
         let (map, pieces, tables) = (&maps[i], &pieces, &tables);
         let plan = decode::Plan { map, pieces, tables, blocks, decodes: rows };
@@ -78,57 +81,39 @@ fn decoding(rig: &mut Rig, step: &Step) -> Result<Ready, Failure> {
     Ok(Ready { work: Work::bytes(bytes), sets, launch, check })
 }
 
-/// Queries and results.
-fn ends(rig: &mut Rig, rows: usize) -> Result<(DeviceSlice, DeviceSlice), Failure> {
-    let elements = rows * GQA.heads * GQA.head_dim;
-    Ok((rig.normal(elements, 1.0)?, rig.space(elements * 2)?))
-}
-
-/// Prompts, in tiles.
-fn prompt(rig: &mut Rig, step: &Step) -> Result<Ready, Failure> {
-    let Gqa { heads, kv_heads, head_dim, .. } = GQA;
-    let (rows, context) = (step.rows(), step.segments[0].context as usize);
-    let seen = rows as f64 * (rows + 1) as f64 / 2.0;
-    let work = Work::default().and_flops(4.0 * (heads * head_dim) as f64 * seen);
-    let group = heads / kv_heads;
-    let (variant, lines) = gqa::select(&GQA, LAYER, Dtype::Bf16, true);
+/// Prompts that lie in the step as a whole.
+fn prompt(rig: &mut Rig, step: &Step, work: Work) -> Result<Ready, Failure> {
+    let Gqa { heads, head_dim, .. } = GQA;
+    let rows = step.rows();
+    let cut = gqa::prompt_cut(&GQA, LAYER, Dtype::Bf16);
+    let cut = cut.ok_or_else(|| CudaError::Shape { op: "gqa", why: format!("{GQA:?}") })?;
     let mut list = Vec::new();
-    tiles(&step.segments, group, lines, &mut list);
-    let most = max_tiles(rows, step.segments.len(), group, lines);
-    let count = rig.u32s(&[list.len() as u32])?;
-    let mut words: Vec<u32> = list.iter().flat_map(|tile| [tile.segment, tile.line]).collect();
-    words.resize(2 * most, 0);
-    let list = rig.u32s(&words)?;
+    cut.tiles(&step.segments, |_| true, &mut list);
+    let max_tiles = list.len();
+    let count = rig.u32s(&[max_tiles as u32])?;
+    let words: Vec<u32> = list.iter().flat_map(|tile| [tile.segment, tile.line]).collect();
+    let tiles = rig.u32s(&words)?;
     let segments = step.send_segments(rig)?;
     let tables = rig.u64s(&step.tables)?;
-    let splits = splits(rig.multiprocessors(), most, kv_heads, context);
-    let partial = if splits > 1 { rows * heads * splits } else { 0 };
-    let partials = Partials::take(rig.arena(), partial, head_dim)?;
     let cache = rig.normal(step.elements(), 1.0)?;
-    let (q, out) = ends(rig, rows)?;
-    let check = checked(step, q.clone(), cache.clone(), out.clone());
+    let q = rig.normal(rows * heads * head_dim, 1.0)?;
+    let out = rig.space(rows * heads * head_dim * 2)?;
+    let check = check(step, [q.clone(), cache.clone(), out.clone()]);
     let launch: Launch = Box::new(move |on, _| {
-        let plan = Plan {
-            segments: &segments,
-            tiles: &list,
-            tile_count: &count,
-            max_tiles: most,
-            tables: &tables,
-            splits,
-            variant,
-        };
-        let kv = Tensor::new(&cache, Dtype::Bf16);
-        let core = gqa::Core::Tiles(&plan, &partials);
-        gqa::attention(on, Rows::exactly(rows), &q, &GQA, LAYER, kv, core, &out)
+        let (segments, tiles, tile_count) = (&segments, &tiles, &count);
+        let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
+        let (all, kv) = (Rows::exactly(rows), Tensor::new(&cache, Dtype::Bf16));
+        gqa::prompts(on, all, &q, &GQA, LAYER, kv, &tables, &plan, &out)
     });
     Ok(Ready { work, sets: 1, launch, check })
 }
 
-/// Some rows and heads against f64.
-fn checked(step: &Step, queries: DeviceSlice, cache: DeviceSlice, result: DeviceSlice) -> Check {
+/// Some rows of some sequences in f64.
+fn check(step: &Step, [queries, cache, result]: [DeviceSlice; 3]) -> Check {
     let Gqa { heads, kv_heads, head_dim, scale, .. } = GQA;
-    let (group, context) = (heads / kv_heads, step.segments[0].context as usize);
-    let (sequences, len) = (step.segments.len(), step.rows() / step.segments.len());
+    let (rows, group) = (step.rows(), heads / kv_heads);
+    let context = step.segments[0].context as usize;
+    let (sequences, len) = (step.segments.len(), rows / step.segments.len());
     let step = Step::new(sequences, len, context, WIDTH);
     Box::new(move |rig, launch| {
         rig.poison(&result)?;

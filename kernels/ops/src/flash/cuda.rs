@@ -6,6 +6,7 @@
 //! whole 16 bytes. Invariant: what one segment's cache holds reaches no other segment.
 
 pub mod cut;
+pub mod prompt;
 #[cfg(test)]
 mod tests;
 

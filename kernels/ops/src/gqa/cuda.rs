@@ -1,5 +1,5 @@
-//! Launches of grouped-query attention: tiles over splits of the keys for any rows, pieces of equal work
-//! for decoding rows of the widths that `decode` serves.
+//! Launches of grouped-query attention: any rows by the tiles of `flash`, decoding rows in pieces of equal
+//! work, rows of prompts by the kernel of `flash` for those, where these serve their heads.
 
 pub mod decode;
 #[cfg(test)]
@@ -7,6 +7,7 @@ mod tests;
 
 use super::Gqa;
 use crate::cuda::{Dtype, Queue, Rows, Tensor, shape};
+use crate::flash::cuda::prompt::{self, Cut, Keys};
 use crate::flash::cuda::{self as flash, Partials, Plan, Query, Shape, Variant};
 use crate::paged::KvLayer;
 use device::cuda::{CudaError, DeviceSlice};
@@ -88,4 +89,45 @@ pub fn attention(
         decode::attention(on, rows, q, gqa, layer, arena, plan, partials, out)?;
     }
     Ok(())
+}
+
+/// How prompts are cut into tiles for [`prompts`]; `None` where it does not serve them.
+#[must_use]
+pub const fn prompt_cut(gqa: &Gqa, layer: KvLayer, dtype: Dtype) -> Option<Cut> {
+    let Gqa { heads, kv_heads, head_dim, window, .. } = *gqa;
+    let served = matches!(dtype, Dtype::Bf16)
+        && window.is_none()
+        && kv_heads > 0
+        && heads.is_multiple_of(kv_heads)
+        && layer.row == 2 * kv_heads * head_dim
+        && layer.offset.is_multiple_of(prompt::LINE)
+        && (head_dim == 64 || head_dim == 128);
+    if served { Cut::new(heads / kv_heads, head_dim) } else { None }
+}
+
+/// As [`attention`] for the segments of a plan, whose rows alone are written; blocks begin on multiples of
+/// 64 elements.
+///
+/// # Errors
+/// As [`attention`].
+#[allow(clippy::too_many_arguments, reason = "the operands of attention")]
+pub fn prompts(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    q: &DeviceSlice,
+    gqa: &Gqa,
+    layer: KvLayer,
+    arena: Tensor<'_>,
+    tables: &DeviceSlice,
+    plan: &prompt::Plan<'_>,
+    out: &DeviceSlice,
+) -> Result<(), CudaError> {
+    if prompt_cut(gqa, layer, arena.dtype).is_none() {
+        return Err(shape("gqa", format!("{gqa:?} over {layer:?} for prompts")));
+    }
+    let Gqa { heads, kv_heads, head_dim, scale, .. } = *gqa;
+    let keys = Keys::Paged { arena: arena.slice, layer, tables };
+    let (rows, group, qk) = (rows.padded, heads / kv_heads, head_dim);
+    let operands = prompt::Operands { rows, heads, kv_heads, group, qk, scale, q, keys, out };
+    prompt::attention(on, &operands, plan)
 }

@@ -6,6 +6,7 @@
 //! between them, the sum; or, in `wide`, a copy by expert before and the activation in the first
 //! product. A token's result does not depend on the others.
 
+mod lay;
 pub mod stream;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ use crate::act;
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use crate::linear::cuda::{self as linear, Grouped, Variant};
 use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters};
+use lay::Lay;
 use wide::{Products, Wide};
 
 /// Experts of a token, at most: each in a lane of a warp.
@@ -364,7 +366,7 @@ pub fn results(
         && intermediate.is_multiple_of(8)
         && addresses.iter().all(|at| at.is_multiple_of(16));
     let variant = select(aligned, rows.padded, top_k, held);
-    let wide = (aligned && rows.padded > FEW_ROWS && held > 0)
+    let wide = (aligned && rows.padded > FEW_ROWS && held > 0 && lay::takes(held, top_k))
         .then(|| Wide::select(pairs.div_ceil(held.max(1))));
     let tile_rows = wide.map_or(variant.tile_rows(), Wide::tile_rows);
     // Every expert's last tile may be part full, and no tile is empty.
@@ -385,17 +387,23 @@ pub fn results(
         tile_rows: dim(OP, tile_rows)?,
     };
     if let Some(wide) = wide {
-        let products = Products {
+        let laid = Lay {
             x,
+            to: &scratch.y,
+            counts: &scratch.pairs,
+            progress: None,
+            hidden,
+            max_rows: rows.padded,
+            group: sorting,
+        };
+        lay::lay(on, &laid)?;
+        let products = Products {
             gate_up: gate_up.slice,
             down: weights.down,
             held,
             hidden,
             intermediate,
-            max_rows: rows.padded,
             max_pairs: pairs,
-            group: sorting,
-            pairs: &scratch.pairs,
             tiles: &scratch.tiles,
             totals: &scratch.totals,
             inner: &scratch.inner,

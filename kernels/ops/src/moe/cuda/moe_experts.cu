@@ -153,6 +153,36 @@ template <typename T, int N> __device__ void combine_norm_row(const CombineParam
     }
 }
 
+// As `combine_norm_row`, to the bit, for rows of a vector a thread: what does not hang on places is asked
+// for first, and nothing is read back.
+template <typename T, int N> __device__ void combine_norm_short_row(const CombineParams& p, uint32_t row) {
+    using V = Vec<T, N>;
+    const uint32_t vectors = p.width / N, i = threadIdx.x;
+    const uint64_t at = uint64_t(row) * vectors + i;
+    const bool there = i < vectors;
+    V value, left, other;
+    float norm[N], squares = 0.0f;
+    if (there) {
+        left = static_cast<const V*>(p.residual)[at];
+        if (p.beside != nullptr) other = static_cast<const V*>(p.beside)[at];
+#pragma unroll
+        for (int e = 0; e < N; ++e) norm[e] = p.norm[i * N + e];
+        value = chosen_sum<T, N>(p, row, i);
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+            if (p.beside != nullptr) value.at[e] = narrow<T>(widen(other.at[e]) + widen(value.at[e]));
+            value.at[e] = narrow<T>(widen(left.at[e]) + widen(value.at[e]));
+            squares += widen(value.at[e]) * widen(value.at[e]);
+        }
+        static_cast<V*>(p.residual)[at] = value;
+    }
+    const float scale = rsqrtf(block_sum(squares) / p.width + p.eps);
+    if (!there) return;
+#pragma unroll
+    for (int e = 0; e < N; ++e) value.at[e] = narrow<T>(widen(value.at[e]) * scale * norm[e]);
+    static_cast<V*>(p.out)[at] = value;
+}
+
 template <typename T> __device__ void combine(const CombineParams& p) {
     wait_for_previous();
     allow_next();
@@ -171,6 +201,7 @@ template <typename T> __device__ void combine_norm(const CombineParams& p) {
     const uint32_t row = blockIdx.x;
     if (row >= real_rows(p.count, p.rows)) return;
     if (p.width % kWide<T> == 0 && aligned16(p.y) && aligned16(p.out) && aligned16(p.beside) && aligned16(p.residual)) {
+        if (p.width <= blockDim.x * kWide<T>) return combine_norm_short_row<T, kWide<T>>(p, row);
         combine_norm_row<T, kWide<T>>(p, row);
     } else {
         combine_norm_row<T, 1>(p, row);
