@@ -153,10 +153,13 @@ impl Gpu {
         use crate::mla::cuda::{block, decode};
         let pieces = [decode::DECODE, block::VALUES];
         let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
-        let large = large.chain(crate::gqa::cuda::decode::ALL);
-        let large =
-            large.chain(crate::moe::cuda::wide::LARGE).chain(linear::cuda::stream::LARGE).copied();
-        let large = large.chain(prompt::ALL);
+        let large = large
+            .chain(crate::moe::cuda::wide::LARGE)
+            .chain(crate::mla::cuda::heads::LARGE)
+            .chain(crate::gqa::cuda::decode::ALL)
+            .chain(linear::cuda::stream::LARGE)
+            .copied()
+            .chain(prompt::ALL);
         for name in large.chain(linear::cuda::wide::large()) {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }
