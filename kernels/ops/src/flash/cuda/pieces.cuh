@@ -1,11 +1,6 @@
 // Pieces of equal work that the keys of decoding rows are cut into on the host (cut.rs).
 #pragma once
-#include <cstdint>
-
-// A CUtensorMap, without the driver's header.
-struct alignas(128) TensorMap {
-    uint64_t opaque[16];
-};
+#include "cuda/tensor_map.cuh"
 
 // Keys of one row, for the query heads of a line. Block b begins with piece b; the others of a block
 // follow each other.
