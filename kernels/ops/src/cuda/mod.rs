@@ -151,8 +151,11 @@ impl Gpu {
         use crate::mla::cuda::{block, decode, expand};
         let pieces = [decode::DECODE, block::VALUES, expand::EXPANDED];
         let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
-        let large =
-            large.chain(crate::moe::cuda::wide::LARGE).chain(linear::cuda::stream::LARGE).copied();
+        let large = large
+            .chain(crate::moe::cuda::wide::LARGE)
+            .chain(crate::moe::cuda::many::LARGE)
+            .chain(linear::cuda::stream::LARGE)
+            .copied();
         for name in large.chain(linear::cuda::wide::large()) {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }
