@@ -65,6 +65,10 @@ impl Stepper for Model {
         let began = Instant::now();
         self.engine.configure(configure).map_err(|error| WorkerFault::from_error(&error))?;
         let took = began.elapsed();
+        for step in self.engine.captured() {
+            let engine::Captured { rows, prompts, greedy, kernels } = step;
+            tracing::debug!(rows, prompts, greedy, kernels = kernels.join(" "), "captured a step");
+        }
         self.phases.extend(self.engine.take_phases());
         if self.phases.is_empty() {
             self.phases.push((StartPhase::Memory, took));
@@ -129,6 +133,7 @@ fn load(
         cache_bytes: Bytes(config.kv_cache_bytes),
         graphs: true,
         mla_form: MlaForm::Auto,
+        failing_launch: config.failing_launch,
     };
     match config.device {
         DeviceConfig::Cpu => on_processor(dir, config, options, &reporter),

@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{PROGRAM, Server};
+use common::{Server, program};
 use expectrl::process::unix::WaitStatus;
 use expectrl::session::OsSession;
 use expectrl::{ControlCode, Eof, Expect, Session};
@@ -20,7 +20,7 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn chat(url: &str, flags: &[&str]) -> OsSession {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program());
     command.args(["chat", "--url", url]).args(flags);
     let mut session = Session::spawn(command).expect("a terminal");
     session.set_expect_timeout(Some(PATIENCE));

@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{PROGRAM, Server};
+use common::{Server, program};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -63,7 +63,7 @@ const COMMANDS: [(&[&str], &[&str]); 17] = [
 ];
 
 fn run(args: &[&str]) -> Output {
-    common::ends(Command::new(PROGRAM).args(args))
+    common::ends(Command::new(program()).args(args))
 }
 
 /// Standard output of a command that must succeed.

@@ -5,9 +5,9 @@
 
 mod common;
 
-use common::{Server, checkpoint};
+use common::{Server, checkpoint, config};
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Families with a sliding window, with latents and experts, and plain.
 const CASES: [&str; 3] =
@@ -21,10 +21,7 @@ struct Model {
 }
 
 fn model(case: &str) -> Model {
-    let config = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/parity/cases")
-        .join(case)
-        .join("config.json");
+    let config = config(case);
     let folder = tempfile::tempdir().expect("temporary folder");
     let path = checkpoint(&config, 3, folder.path());
     Model { _folder: folder, path }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{PROGRAM, Server, checkpoint, config, signal, wait_until};
+use common::{Server, checkpoint, config, program, signal, wait_until};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -186,7 +186,7 @@ fn what_cannot_be_served_says_why() {
     let path = folder.path().to_str().expect("UTF-8").to_owned();
     let refused = |args: &[&str], named: &[&str]| {
         let begun = Instant::now();
-        let output = Command::new(PROGRAM)
+        let output = Command::new(program())
             .arg("serve")
             .args(args)
             .args(["--port", "0"])

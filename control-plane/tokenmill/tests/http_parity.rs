@@ -1,12 +1,13 @@
 //! Log-probabilities through HTTP equal those of transformers, for every family and case.
 //!
-//! The whole path runs: weights written by `model random`, a server, its worker, float32. It does not
-//! say how goldens were made (tests/parity/README.md does). A comparison that would also pass for a
-//! faulty model is worth nothing, so every planted fault must be far outside of the tolerance.
+//! The whole path runs: weights written by `model random`, a server, its worker, float32, on the device
+//! that `TOKENMILL_TEST_DEVICE` names. tests/parity/README.md says how, and how goldens were made. A
+//! comparison that would also pass for a faulty model is worth nothing, so every planted fault must be
+//! far outside of the tolerance.
 
 mod common;
 
-use common::{Server, checkpoint};
+use common::{Server, checkpoint, here};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -121,7 +122,7 @@ fn check(case: &Path) -> Outcome {
 }
 
 fn family(name: &str) {
-    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/cases").join(name);
+    let cases = here().join("tests/parity/cases").join(name);
     let mut found: Vec<PathBuf> = std::fs::read_dir(&cases)
         .expect("the family's cases")
         .map(|entry| entry.expect("readable").path())

@@ -9,7 +9,7 @@ mod common;
 #[path = "../../../worker/weights/tests/hub/server.rs"]
 mod server;
 
-use common::{PROGRAM, Server, checkpoint, config};
+use common::{Server, checkpoint, config, program};
 use serde_json::json;
 use server::{Blob, Hub, REPO, State};
 use std::path::Path;
@@ -47,7 +47,7 @@ fn environment<'a>(endpoint: &'a str, cache: &'a TempDir) -> [(&'static str, &'a
 
 /// What `serve REPO` says when it must end by itself, with an error.
 fn refused(environment: &[(&str, &str)], repo: &str) -> String {
-    let mut command = Command::new(PROGRAM);
+    let mut command = Command::new(program());
     command.args(["serve", repo, "--port", "0"]).envs(environment.iter().copied());
     let output = common::ends(&mut command);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

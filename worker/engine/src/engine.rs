@@ -4,7 +4,7 @@
 //! returned an error nothing may be asked of the engine any more; the worker ends.
 
 use crate::cpu::Cpu;
-use crate::cuda::Cuda;
+use crate::cuda::{Captured, Cuda};
 use crate::executor::Backend;
 use crate::slots::{MAX_CONTEXT, Slots};
 use crate::steps::Steps;
@@ -112,6 +112,20 @@ impl<'w> Engine<'w> {
     /// Parts of the start that ended since the last call, with what each took.
     pub fn take_phases(&mut self) -> Vec<(StartPhase, Duration)> {
         self.backend.take_phases()
+    }
+
+    /// How often each kernel of a device was enqueued or captured until now, of those that were: the
+    /// difference of two calls says what steps between them resolved to. A captured step counts when
+    /// it is captured; see [`Engine::captured`].
+    #[must_use]
+    pub fn launches(&self) -> Vec<(String, u64)> {
+        self.backend.launches()
+    }
+
+    /// What captured steps launch, by kind; empty where none are captured.
+    #[must_use]
+    pub fn captured(&self) -> Vec<Captured> {
+        self.backend.captured()
     }
 
     /// What was chosen at the start that an operator may want to know.

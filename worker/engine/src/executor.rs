@@ -3,7 +3,7 @@
 use crate::EngineError;
 use crate::batch::Batch;
 use crate::cpu::Cpu;
-use crate::cuda::Cuda;
+use crate::cuda::{Captured, Cuda};
 use crate::sampler::SamplerState;
 use crate::slots::Slots;
 use core::ops::Range;
@@ -164,6 +164,22 @@ impl Backend<'_> {
         match self {
             Self::Cpu(_) => "cpu",
             Self::Cuda(_) => "cuda",
+        }
+    }
+
+    /// How often each kernel was launched; empty where launches have no names.
+    pub(crate) fn launches(&self) -> Vec<(String, u64)> {
+        match self {
+            Self::Cpu(_) => Vec::new(),
+            Self::Cuda(cuda) => cuda.launches(),
+        }
+    }
+
+    /// What captured steps launch; empty where nothing is captured.
+    pub(crate) fn captured(&self) -> Vec<Captured> {
+        match self {
+            Self::Cpu(_) => Vec::new(),
+            Self::Cuda(cuda) => cuda.captured(),
         }
     }
 

@@ -24,8 +24,9 @@ mod steps;
 mod tables;
 
 pub use batch::{Batch, Purpose, Run, Wanted};
-pub use cuda::{CudaBytes, CudaDevice, cuda_bytes, cuda_device};
+pub use cuda::{Captured, CudaBytes, CudaDevice, cuda_bytes, cuda_device};
 pub use device::cuda::CudaError;
+pub use device::nvml::{GpuFigures, Nvml, NvmlError, Throttle};
 pub use engine::Engine;
 pub use error::{EngineError, PlanError, StepError, WeightError};
 pub use executor::{Collected, DeviceTime, Executor, TableView};

@@ -64,4 +64,7 @@ pub struct Options {
     pub graphs: bool,
     /// Form of latent attention; only tests and measurements fix it.
     pub mla_form: MlaForm,
+    /// Which launch of a CUDA device's steps is made to fail, from 1 on; only tests of what happens
+    /// then plant one.
+    pub failing_launch: Option<u64>,
 }

@@ -4,11 +4,13 @@
 
 mod common;
 
+use common::forced::{self, Forced};
+use common::roundings::Roundings;
 use common::{
-    Completion, Model, Setup, agreement, ahead, equalities, families, goldens, greedy, naive,
-    native, origins, poison,
+    Completion, Model, Setup, agreement, ahead, equalities, families, goldens, greedy, long, mixed,
+    naive, native, origins, poison, prompts,
 };
-use engine::{CudaError, Device, EngineError, KvDtype};
+use engine::{CudaError, Device, EngineError, KvDtype, MlaForm};
 use ids::{TokenId, Tokens};
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -97,20 +99,16 @@ fn a_shared_prefix_equals_a_cold_start() {
 #[test]
 fn a_nan_ends_one_request_and_leaves_its_batch_mates_alone() {
     let Some((setup, _turn)) = cuda() else { return };
-    poison::a_nan_ends_one_request(setup);
-    poison::a_nan_ends_one_request(Setup { kv_dtype: KvDtype::Bf16, ..setup });
+    for kv_dtype in [KvDtype::F32, KvDtype::Bf16] {
+        let setup = Setup { kv_dtype, tokens: 2048, ..setup };
+        // Steps of few rows and of many, which have kernels of their own.
+        poison::a_nan_ends_one_request(setup, 1, true);
+        poison::a_nan_ends_one_request(setup, 20, true);
+    }
+    let captured = Setup { kv_dtype: KvDtype::Bf16, graphs: true, slots: 8, ..setup };
+    poison::a_nan_ends_one_request(captured, 5, true);
 }
 
-/// Roundings of a token's residual stream that do not follow from each other: per layer those of two
-/// norms, the projections, rotation, attention's queries, weights, sums and result, two activations
-/// and two additions; at the ends embedding and norm.
-const ROUNDINGS: (usize, usize) = (14, 3);
-/// bf16 keeps 8 bits: half a unit in the last place is at most this part of a number.
-const UNIT: f64 = 1.0 / 512.0;
-
-/// With `n` roundings, each off by at most `UNIT` and independent, hidden states are off by about
-/// `UNIT sqrt(n)` of their size, and logits by that part of their spread. A router whose choice is
-/// close to a tie may choose otherwise, which no rounding bounds: there the median is held.
 #[test]
 fn bf16_differs_by_no_more_than_its_roundings() {
     let Some((setup, _turn)) = cuda() else { return };
@@ -119,30 +117,122 @@ fn bf16_differs_by_no_more_than_its_roundings() {
         let model = Model::new(&config, 11);
         let tokens = common::prompt(150, 4);
         let expected = naive::logprobs(&model.config, model.weights, &tokens);
-        let row = &expected[20];
-        let mean = row.iter().sum::<f64>() / row.len() as f64;
-        let spread =
-            (row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / row.len() as f64).sqrt();
-        let layers = config["num_hidden_layers"].as_u64().expect("layers") as usize;
-        let roundings = (ROUNDINGS.0 * layers + ROUNDINGS.1) as f64;
-        // Matrices are rounded too, which counts as much again.
-        let typical = UNIT * (2.0 * roundings).sqrt() * spread;
-        let routed = name.contains("moe") || name.contains("deepseek");
+        let roundings = Roundings::of(&model.config, model.weights, &tokens[..21]);
+        let mut session = model.session(setup);
         // Whole, and a token at a time as decodes are.
         for chunk in [1024, 1] {
-            let got = model.session(setup).complete(&tokens, chunk, 1, greedy()).prompt;
+            let what = format!("bf16 {name} by {chunk}");
+            let got = session.complete(&tokens, chunk, 1, greedy()).prompt;
             let off = |(at, got): (usize, &f32)| {
                 (expected[at][tokens[at + 1] as usize] - f64::from(*got)).abs()
             };
-            let mut off: Vec<f64> = got.iter().enumerate().map(off).collect();
-            off.sort_by(f64::total_cmp);
-            let (median, worst) = (off[off.len() / 2], off[off.len() - 1]);
-            let figures = format!("median {median:.4}, worst {worst:.4}, typical {typical:.4}");
-            let _ = writeln!(std::io::stderr(), "bf16 {name} by {chunk}: {figures}");
-            assert!(median > 0.0 && median <= typical, "{name} by {chunk}: {figures}");
-            // Four standard deviations over 149 draws.
-            assert!(routed || worst <= 4.0 * typical, "{name} by {chunk}: {figures}");
+            let off: Vec<f64> = got.iter().enumerate().map(off).collect();
+            assert!(off.iter().any(|off| *off > 0.0), "{what}: exact");
+            roundings.explain(off, &what);
+            let request =
+                Forced { whole: if chunk == 1 { 1 } else { 149 }, tokens: tokens.clone() };
+            let said = forced::together(&mut session, &[&request], 1024).remove(0);
+            let tops = said.iter().zip(&expected).map(|(said, row)| {
+                let mut order: Vec<usize> = (0..row.len()).collect();
+                order.sort_by(|a, b| row[*b].total_cmp(&row[*a]));
+                (row[order[0]] - row[order[1]], order[0] == said.likeliest as usize)
+            });
+            roundings.agree(&tops.collect::<Vec<_>>(), &what);
         }
+    }
+}
+
+#[test]
+fn goldens_with_native_heads_run_on_the_kernels_made_for_them_in_bf16() {
+    let Some((setup, _turn)) = cuda() else { return };
+    goldens::every_case_agrees_in_bf16(setup);
+}
+
+/// Margins from which on the likeliest token must not depend on the batch.
+const CLEAR: (f32, f32) = (0.05, 0.2);
+
+#[test]
+fn a_batch_of_256_says_what_each_request_says_alone() {
+    let Some((setup, _turn)) = cuda() else { return };
+    let setup = Setup { kv_dtype: KvDtype::Bf16, graphs: true, slots: 256, supers: 400, ..setup };
+    for (name, config) in families().into_iter().chain(native()) {
+        let model = Model::new(&config, 23);
+        let routed = Roundings::is_routed(&model.config);
+        let clear = if routed { CLEAR.1 } else { CLEAR.0 };
+        let mut session = model.session(setup);
+        let requests = Forced::many(256, 6);
+        let all: Vec<&Forced> = requests.iter().collect();
+        let together = forced::together(&mut session, &all, setup.tokens);
+        let (mut compared, mut unclear, mut apart) = (0, 0, 0.0_f32);
+        for at in (0..256).step_by(11) {
+            let alone = forced::together(&mut session, &[&requests[at]], setup.tokens).remove(0);
+            assert_eq!(alone.len(), requests[at].tokens.len() - 1, "{name}");
+            for (token, (one, other)) in alone.iter().zip(&together[at]).enumerate() {
+                apart = apart.max((one.logprob - other.logprob).abs());
+                if one.margin <= clear {
+                    unclear += 1;
+                    continue;
+                }
+                compared += 1;
+                let what = format!("{name}, request {at}, token {token}");
+                assert_eq!(one.likeliest, other.likeliest, "{what}: {one:?} and {other:?}");
+            }
+        }
+        common::say(&format!(
+            "256 and one, {name}: {compared} equal, {unclear} unclear, at most {apart:.4} apart"
+        ));
+        assert!(compared > unclear, "{name}: {compared} compared, {unclear} were unclear");
+    }
+}
+
+#[test]
+fn a_hundred_runs_alone_are_equal_to_the_bit() {
+    let Some((setup, _turn)) = cuda() else { return };
+    let setup = Setup { kv_dtype: KvDtype::Bf16, graphs: true, slots: 4, ..setup };
+    let these = ["qwen3_moe", "llama, biases, tied"];
+    let families = families().into_iter().filter(|(name, _)| these.contains(name));
+    for (name, config) in families.chain(native()) {
+        equalities::runs_alone_are_one(setup, &Model::new(&config, 19), 100, name);
+    }
+}
+
+#[test]
+fn the_exact_model_of_long_contexts_is_the_naive_one() {
+    long::the_exact_model_is_the_naive_one();
+}
+
+#[test]
+fn a_context_of_64k_tokens_agrees() {
+    let Some((setup, _turn)) = cuda() else { return };
+    long::a_long_context_agrees(Setup { kv_dtype: KvDtype::Bf16, ..setup });
+}
+
+/// Prompts as a whole, later chunks and decodes in one step: whole prompts expanded or not, captured or
+/// launched.
+#[test]
+fn mixed_steps_say_the_same_in_both_forms_and_captured() {
+    let Some((setup, _turn)) = cuda() else { return };
+    let setup = Setup { kv_dtype: KvDtype::Bf16, slots: 8, ..setup };
+    for (name, config) in families().into_iter().chain(native()) {
+        let model = Model::new(&config, 27);
+        let run = |setup, how: &str| mixed::run(&model, setup, &format!("{name}, {how}"));
+        let absorbed = run(Setup { form: MlaForm::Absorbed, ..setup }, "absorbed");
+        let launched = run(setup, "launched");
+        assert_eq!(run(Setup { graphs: true, ..setup }, "captured"), launched, "{name}");
+        if !name.contains("deepseek") {
+            assert_eq!(absorbed, launched, "{name}");
+            continue;
+        }
+        let roundings = Roundings::of(&model.config, model.weights, &common::prompt(21, 4));
+        let off = absorbed.iter().zip(&launched).flat_map(|(one, other)| {
+            assert_eq!(one.prompt.len(), other.prompt.len(), "{name}");
+            // The tokens drawn are the same up to where they part.
+            let same = one.tokens.iter().zip(&other.tokens).take_while(|(a, b)| a == b).count();
+            let drawn = one.logprobs[..same].iter().zip(&other.logprobs);
+            let both = one.prompt.iter().zip(&other.prompt).chain(drawn);
+            both.map(|(a, b)| f64::from((a - b).abs())).collect::<Vec<_>>()
+        });
+        roundings.twice().explain(off.collect(), &format!("absorbed or expanded, {name}"));
     }
 }
 
@@ -162,6 +252,12 @@ fn captured_steps_equal_launched_ones() {
         }
     }
     equalities::a_batch_of_32_equals_one_by_one_of(captured, TOLERANCE, 2);
+}
+
+#[test]
+fn prompts_that_run_apart_agree() {
+    let Some((setup, _turn)) = cuda() else { return };
+    prompts::prompts_that_run_apart_agree(setup);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use step::Sampling;
 
 #[test]
 fn a_nan_ends_one_request_and_leaves_its_batch_mates_alone() {
-    common::poison::a_nan_ends_one_request(Setup::default());
+    common::poison::a_nan_ends_one_request(Setup::default(), 1, false);
 }
 
 fn outputs(sampling: Sampling) -> Vec<u32> {

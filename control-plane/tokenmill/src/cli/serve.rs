@@ -106,6 +106,9 @@ pub(crate) struct ServeArgs {
     /// Replace the engine by one without a model, for tests: BASE_US,DECODE_US,PREFILL_NS.
     #[arg(long, hide = true, value_delimiter = ',', num_args = 1)]
     pub(crate) fake_engine: Option<Vec<u64>>,
+    /// Make a launch of the first worker's steps fail, for tests: which one, from 1 on. CUDA only.
+    #[arg(long, hide = true, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) fail_launch: Option<u64>,
 }
 
 /// A share: above 0, at most 1.

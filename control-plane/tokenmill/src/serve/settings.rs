@@ -89,6 +89,10 @@ impl Settings {
         };
         let dir = super::read_dir(&folder)?;
         let device = choose(args.device)?;
+        ensure!(
+            args.fail_launch.is_none() || device.cuda.is_some(),
+            "--fail-launch is for a CUDA device; here it would change nothing"
+        );
         let kv = kv_dtype(&args, &dir, &device)?;
         let float32 = dir.matrix_dtype(asked(&args)) == weights::Dtype::F32;
         let plan = plan(
@@ -170,6 +174,7 @@ impl Settings {
                 random_float32: asked(&self.args) == Some(weights::Dtype::F32),
                 kv_cache_dtype: self.kv,
                 kv_cache_bytes: plan.kv,
+                failing_launch: self.args.fail_launch,
             }),
             (fake, _, _) => {
                 let cost = fake.as_deref().unwrap_or(&[0, 0, 0]);

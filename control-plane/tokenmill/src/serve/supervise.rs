@@ -67,6 +67,9 @@ impl Supervisor {
         let mut backoff = BACKOFF_MIN;
         let mut ever_ready = false;
         for life in 0_u64.. {
+            if life > 0 {
+                self.config.heal();
+            }
             let started = Instant::now();
             let socket = sockets.path().join(format!("worker-{life}.sock"));
             match self.live(socket).await? {

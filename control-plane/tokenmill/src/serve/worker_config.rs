@@ -16,6 +16,15 @@ pub(crate) struct WorkerConfig {
     pub(crate) fake_vocab: u32,
 }
 
+impl WorkerConfig {
+    /// What the next life is told: faults are planted once.
+    pub(crate) fn heal(&mut self) {
+        if let EngineConfig::Model(model) = &mut self.engine {
+            model.failing_launch = None;
+        }
+    }
+}
+
 /// What executes steps.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
@@ -51,6 +60,8 @@ pub(crate) struct ModelConfig {
     pub(crate) kv_cache_dtype: KvDtype,
     /// Bytes of the KV cache.
     pub(crate) kv_cache_bytes: u64,
+    /// Which launch of a device's steps is made to fail, for tests; of the first life alone.
+    pub(crate) failing_launch: Option<u64>,
 }
 
 /// What runs a model.

@@ -12,8 +12,24 @@ use std::time::{Duration, Instant};
 /// How long a server may take until it is ready.
 const READY: Duration = Duration::from_secs(60);
 
-/// The program under test.
-pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_tokenmill");
+/// The program under test: the one built with the tests, or another given by `TOKENMILL_TEST_PROGRAM`,
+/// so that tests run where nothing is built.
+pub(crate) fn program() -> PathBuf {
+    let given = std::env::var_os("TOKENMILL_TEST_PROGRAM");
+    given.map_or_else(|| env!("CARGO_BIN_EXE_tokenmill").into(), PathBuf::from)
+}
+
+/// What servers are started on (`cpu` or `cuda`) where `TOKENMILL_TEST_DEVICE` says; else each takes
+/// what it finds.
+pub(crate) fn test_device() -> Option<String> {
+    std::env::var("TOKENMILL_TEST_DEVICE").ok()
+}
+
+/// This crate's folder, now rather than when it was built.
+pub(crate) fn here() -> PathBuf {
+    let now = std::env::var_os("CARGO_MANIFEST_DIR");
+    now.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
 
 /// A running server; killed on drop.
 pub(crate) struct Server {
@@ -30,9 +46,11 @@ impl Server {
 
     /// The same with variables of the environment.
     pub(crate) fn start_in(environment: &[(&str, &str)], args: &[&str]) -> Self {
-        let mut child = Command::new(PROGRAM)
+        let device = test_device().filter(|_| !args.contains(&"--fake-engine"));
+        let mut child = Command::new(program())
             .arg("serve")
             .args(args)
+            .args(device.iter().flat_map(|device| ["--device", device]))
             .envs(environment.iter().copied())
             .args(["--port", "0"])
             .env("TOKENMILL_LOG", std::env::var("TOKENMILL_LOG").unwrap_or("warn".into()))
@@ -233,14 +251,13 @@ pub(crate) fn wait_until(what: &str, limit: Duration, done: impl Fn() -> bool) {
 
 /// The configuration of a parity case, such as `llama/native_tied`.
 pub(crate) fn config(case: &str) -> PathBuf {
-    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/cases");
-    cases.join(case).join("config.json")
+    here().join("tests/parity/cases").join(case).join("config.json")
 }
 
 /// Makes a random checkpoint of `config` in a fresh folder with the parity profile.
 pub(crate) fn checkpoint(config: &Path, seed: u64, into: &Path) -> PathBuf {
     let out = into.join("checkpoint");
-    let made = Command::new(PROGRAM)
+    let made = Command::new(program())
         .args(["model", "random"])
         .arg(config)
         .arg("--out")

@@ -36,7 +36,7 @@ impl Graph {
     /// # Errors
     /// When the driver refuses.
     pub fn launch(&self, stream: &Stream) -> Result<(), CudaError> {
-        stream.count();
+        check("cuGraphLaunch", stream.count())?;
         // SAFETY: both handles are alive; `Graph` is not `Sync`, so one thread uses it at a time.
         check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.exec, stream.raw()) })
     }

@@ -9,6 +9,7 @@ use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute as Attribute, C
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A compiled module.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +27,8 @@ pub struct Kernel {
     pub(super) raw: CUfunction,
     /// Bytes of its one parameter block.
     pub(super) parameters: usize,
+    /// Shared by clones.
+    launches: Arc<AtomicU64>,
 }
 
 // SAFETY: function handles are constant and may be used from any thread.
@@ -38,6 +41,18 @@ impl Kernel {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// How often it was enqueued or captured since it was loaded; a graph's launches count once, when
+    /// they are captured. Tells which kernels a stretch of work resolved to.
+    #[must_use]
+    pub fn launches(&self) -> u64 {
+        self.launches.load(Ordering::Relaxed)
+    }
+
+    /// Counts a launch.
+    pub(super) fn count(&self) {
+        self.launches.fetch_add(1, Ordering::Relaxed);
     }
 
     fn attribute(&self, which: Attribute) -> Result<u32, CudaError> {
@@ -127,7 +142,8 @@ impl Kernels {
             let got =
                 unsafe { sys::cuFuncGetParamInfo(raw, 0, &raw mut offset, &raw mut parameters) };
             check("cuFuncGetParamInfo", got)?;
-            let kernel = Kernel { name: Arc::clone(&name), raw, parameters };
+            let kernel =
+                Kernel { name: Arc::clone(&name), raw, parameters, launches: Arc::default() };
             self.by_name.insert(name, kernel);
         }
         Ok(())

@@ -122,17 +122,20 @@ impl<'a> Launch<'a> {
             numAttrs: count as u32,
         };
         let mut list = [std::ptr::from_ref(parameters).cast_mut().cast()];
-        stream.count();
-        // SAFETY: the configuration and its attributes live through the call; the kernel takes one
-        // parameter of this very size, which the driver copies; what its addresses mean is the
-        // promise of `Parameters`.
-        let got = unsafe {
-            sys::cuLaunchKernelEx(
-                &raw const config,
-                kernel.raw,
-                list.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
+        kernel.count();
+        let got = match stream.count() {
+            // SAFETY: the configuration and its attributes live through the call; the kernel takes
+            // one parameter of this very size, which the driver copies; what its addresses mean is
+            // the promise of `Parameters`.
+            sys::CUresult::CUDA_SUCCESS => unsafe {
+                sys::cuLaunchKernelEx(
+                    &raw const config,
+                    kernel.raw,
+                    list.as_mut_ptr(),
+                    std::ptr::null_mut(),
+                )
+            },
+            planted => planted,
         };
         if got == sys::CUresult::CUDA_SUCCESS {
             return Ok(());

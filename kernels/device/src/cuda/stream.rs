@@ -2,7 +2,7 @@
 
 use super::driver::check;
 use super::{Context, CudaError, DeviceSlice, Graph, PinnedBuffer};
-use cudarc::driver::sys::{self, CUevent, CUgraph, CUstream, CUstreamCaptureMode};
+use cudarc::driver::sys::{self, CUevent, CUgraph, CUresult, CUstream, CUstreamCaptureMode};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Which of the streams that work at the same time a stream is: what kernels of several streams write
@@ -27,6 +27,8 @@ pub struct Stream {
     lane: Lane,
     context: Context,
     launched: AtomicU64,
+    /// Which of them is made to fail; 0 is none.
+    fails: AtomicU64,
 }
 
 // SAFETY: stream handles may be used from any thread; the driver locks them.
@@ -53,7 +55,13 @@ impl Stream {
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the pointer is to a live handle.
         check("cuStreamCreate", unsafe { sys::cuStreamCreate(&raw mut raw, flags) })?;
-        Ok(Self { raw, lane, context: context.clone(), launched: AtomicU64::new(0) })
+        Ok(Self {
+            raw,
+            lane,
+            context: context.clone(),
+            launched: AtomicU64::new(0),
+            fails: AtomicU64::new(0),
+        })
     }
 
     /// Its lane.
@@ -68,9 +76,19 @@ impl Stream {
         self.launched.load(Ordering::Relaxed)
     }
 
-    /// Counts one of them.
-    pub(super) fn count(&self) {
-        self.launched.fetch_add(1, Ordering::Relaxed);
+    /// Makes the `n`-th of them from now on fail as if the driver had refused it: for tests of what
+    /// happens then.
+    pub fn plant_failure(&self, n: u64) {
+        self.fails.store(self.launched().saturating_add(n), Ordering::Relaxed);
+    }
+
+    /// Counts one of them; a planted failure where it is the one.
+    pub(super) fn count(&self) -> CUresult {
+        let number = self.launched.fetch_add(1, Ordering::Relaxed) + 1;
+        match number == self.fails.load(Ordering::Relaxed) {
+            true => CUresult::CUDA_ERROR_LAUNCH_FAILED,
+            false => CUresult::CUDA_SUCCESS,
+        }
     }
 
     /// The context it belongs to.
@@ -138,7 +156,7 @@ impl Stream {
         if needed == 0 {
             return Ok(());
         }
-        self.count();
+        check("cuMemcpyHtoDAsync", self.count())?;
         // SAFETY: both ranges have `needed` bytes; the caller leaves the source alone.
         let got = unsafe {
             sys::cuMemcpyHtoDAsync_v2(to.address(), from.as_ptr().cast(), needed, self.raw)
@@ -166,7 +184,7 @@ impl Stream {
         if needed == 0 {
             return Ok(());
         }
-        self.count();
+        check("cuMemcpyDtoHAsync", self.count())?;
         // SAFETY: both ranges have `needed` bytes; the caller leaves the target alone.
         let got = unsafe {
             let target = to.bytes_mut().as_mut_ptr().cast();
@@ -208,7 +226,7 @@ impl Stream {
         if needed == 0 {
             return Ok(());
         }
-        self.count();
+        check("cuMemcpyDtoDAsync", self.count())?;
         // SAFETY: both ranges have `needed` bytes inside live allocations.
         let got =
             unsafe { sys::cuMemcpyDtoDAsync_v2(to.address(), from.address(), needed, self.raw) };
@@ -223,7 +241,7 @@ impl Stream {
         if slice.bytes() == 0 {
             return Ok(());
         }
-        self.count();
+        check("cuMemsetD8Async", self.count())?;
         // SAFETY: the range lies in a live allocation.
         let got = unsafe { sys::cuMemsetD8Async(slice.address(), byte, slice.bytes(), self.raw) };
         check("cuMemsetD8Async", got)

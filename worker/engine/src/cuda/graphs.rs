@@ -36,19 +36,43 @@ pub(super) fn kinds(limits: &Limits) -> Vec<Kind> {
         .collect()
 }
 
+/// What a captured kind of step launches; for reports and tests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Captured {
+    /// Padded rows.
+    pub rows: usize,
+    /// Whether it is for steps with prompt chunks.
+    pub prompts: bool,
+    /// Whether it draws just the likeliest tokens.
+    pub greedy: bool,
+    /// Names of its kernels, in alphabetical order.
+    pub kernels: Vec<String>,
+}
+
 /// The graphs that there are.
 #[derive(Debug, Default)]
 pub(super) struct Graphs {
-    by_kind: BTreeMap<Kind, Graph>,
+    by_kind: BTreeMap<Kind, (Graph, Vec<String>)>,
 }
 
 impl Graphs {
-    pub(super) fn insert(&mut self, kind: Kind, graph: Graph) {
-        self.by_kind.insert(kind, graph);
+    /// With the names of the kernels in it.
+    pub(super) fn insert(&mut self, kind: Kind, graph: Graph, kernels: Vec<String>) {
+        self.by_kind.insert(kind, (graph, kernels));
     }
 
     pub(super) fn get(&self, kind: Kind) -> Option<&Graph> {
-        self.by_kind.get(&kind)
+        self.by_kind.get(&kind).map(|(graph, _)| graph)
+    }
+
+    /// What each launches.
+    pub(super) fn captured(&self) -> impl Iterator<Item = Captured> {
+        self.by_kind.iter().map(|(kind, (_, kernels))| Captured {
+            rows: kind.bucket,
+            prompts: kind.prompts,
+            greedy: kind.greedy,
+            kernels: kernels.clone(),
+        })
     }
 }
 

@@ -24,6 +24,7 @@ mod sizes;
 mod weights;
 
 pub use facts::{CudaDevice, cuda_device};
+pub use graphs::Captured;
 pub use sizes::{CudaBytes, cuda_bytes};
 
 use crate::batch::Batch;
@@ -42,6 +43,7 @@ use limits::Limits;
 use model::lower::Lowered;
 use ops::cuda::{Dtype, Gpu, Queue, Rows, Tensor};
 use ops::flash::cuda::Partials;
+use ops::mla::cuda::expand::later::Passes;
 use ops::rope::Pairing;
 use ops::tokens::cuda::{Begin, begin};
 use ops::{embed, mla, moe};
@@ -71,6 +73,8 @@ pub(crate) struct Cuda {
     chosen: Place,
     logits: Place,
     capture: bool,
+    /// Which launch of steps is made to fail.
+    failing_launch: Option<u64>,
     /// What took how long until now.
     phases: Phases,
     memory: Option<Memory>,
@@ -138,6 +142,7 @@ impl Cuda {
             body: body.launches(&lowered.body)?,
             head: head.launches(&lowered.head)?,
             capture: options.graphs,
+            failing_launch: options.failing_launch,
             phases,
             memory: None,
             sizes,
@@ -169,8 +174,8 @@ impl Cuda {
         let partials = Partials::take(arena, lines, v_width)?;
         let mla = |mla| mla::cuda::Scratch::take(arena, mla, sizes.dtype, rows);
         let mla = sizes.mla.as_ref().map(mla).transpose()?;
-        let expanded = |mla| mla::cuda::expand::take(arena, mla, rows);
-        let expanded = sizes.expanded().map(expanded).transpose()?;
+        let expanded = |(mla, room)| mla::cuda::expand::Scratch::take(arena, mla, room);
+        let expanded = sizes.expanded(&limits).map(expanded).transpose()?;
         let pieces = |slots| {
             let map = mla::cuda::decode::cache_map(&cache)?;
             Ok::<_, CudaError>((map, mla::cuda::decode::Partials::take(arena, slots)?))
@@ -202,7 +207,21 @@ impl Cuda {
         }
         self.phases.end(StartPhase::Graphs);
         self.memory = Some(memory);
+        if let Some(launch) = self.failing_launch {
+            self.stream.plant_failure(launch);
+        }
         Ok(())
+    }
+
+    /// How often each kernel was enqueued or captured until now, of those that were.
+    pub(crate) fn launches(&self) -> Vec<(String, u64)> {
+        let kernels = self.gpu.kernels().iter().filter(|kernel| kernel.launches() > 0);
+        kernels.map(|kernel| (kernel.name().to_owned(), kernel.launches())).collect()
+    }
+
+    /// What captured steps launch.
+    pub(crate) fn captured(&self) -> Vec<Captured> {
+        self.memory.iter().flat_map(|memory| memory.graphs.captured()).collect()
     }
 
     /// What took how long since the last call.
@@ -220,8 +239,11 @@ impl Cuda {
         let mut graphs = Graphs::default();
         for kind in graphs::kinds(&memory.limits) {
             memory.bucket = kind.bucket;
-            let body = |_: &Stream| self.enqueue_body(memory, kind);
-            graphs.insert(kind, self.stream.capture(body)?);
+            let before = self.launches();
+            let body = |_: &Stream| self.enqueue_body(memory, kind, &[]);
+            let graph = self.stream.capture(body)?;
+            let launched = self.launches().into_iter().filter(|now| !before.contains(now));
+            graphs.insert(kind, graph, launched.map(|(name, _)| name).collect());
         }
         memory.graphs = graphs;
         Ok(())
@@ -242,6 +264,7 @@ impl Cuda {
             ids,
             views: memory.inputs.views(memory.bucket)?,
             prompts,
+            passes: &[],
             limits: &memory.limits,
             sizes: &self.sizes,
             rotations: &self.rotations,
@@ -262,7 +285,12 @@ impl Cuda {
 
     /// Enqueues the body for a batch whose inputs were sent, and the draws where it only decodes:
     /// then no more rows are wanted than there are.
-    fn enqueue_body(&self, memory: &Memory, kind: Kind) -> Result<(), CudaError> {
+    fn enqueue_body(
+        &self,
+        memory: &Memory,
+        kind: Kind,
+        passes: &[Passes],
+    ) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
         let rows = Rows { padded: memory.bucket, count: Some(&views.count) };
         let operands = Begin {
@@ -275,6 +303,7 @@ impl Cuda {
         };
         begin(self.queue(), rows, &operands)?;
         let step = self.step(memory, rows, &memory.inputs.ids, kind.prompts)?;
+        let step = Step { passes, ..step };
         self.body.iter().try_for_each(|launch| step.run(launch))?;
         match kind.prompts {
             true => Ok(()),
@@ -346,9 +375,12 @@ impl Cuda {
         memory.ahead.begin(&self.stream)?;
         let greedy = draws.iter().flatten().all(|draw| draw.how.is_greedy());
         let kind = Kind { bucket, prompts, greedy: greedy && !prompts };
-        match memory.graphs.get(kind) {
+        // How many launches passes take depends on the step; long kernels hide them.
+        let passes = memory.inputs.passes();
+        let captured = passes.iter().all(|of| of.passes.is_empty());
+        match memory.graphs.get(kind).filter(|_| captured) {
             Some(graph) => graph.launch(&self.stream)?,
-            None => self.enqueue_body(memory, kind)?,
+            None => self.enqueue_body(memory, kind, passes)?,
         }
         let wanted = if here { draws.len() } else { 0 };
         if prompts && wanted > 0 {

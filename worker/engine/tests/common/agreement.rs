@@ -6,9 +6,10 @@ use super::{Model, Setup, families, greedy, naive, native, prompt};
 pub fn every_family_agrees(base: Setup, tolerance: f64) {
     for (name, config) in families().into_iter().chain(native()) {
         let model = Model::new(&config, 11);
+        let mut session = model.session(base);
         for length in [1, 7, 64, 65, 150] {
             let tokens = prompt(length, length as u32);
-            let got = model.session(base).complete(&tokens, 1024, 6, greedy());
+            let got = session.complete(&tokens, 1024, 6, greedy());
             let all: Vec<u32> = tokens.iter().chain(&got.tokens).copied().collect();
             let expected = naive::logprobs(&model.config, model.weights, &all);
             let given = got.prompt.iter().chain(&got.logprobs);

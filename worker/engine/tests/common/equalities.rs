@@ -24,9 +24,10 @@ pub fn chunks_of_any_size_equal_the_whole_prompt(base: Setup, tolerance: f32) {
     for (name, config) in families() {
         let model = Model::new(&config, 3);
         let tokens = prompt(150, 9);
-        let whole = model.session(base).complete(&tokens, 1024, OUTPUT, greedy());
+        let mut session = model.session(base);
+        let whole = session.complete(&tokens, 1024, OUTPUT, greedy());
         for chunk in [1, 63, 64, 65] {
-            let got = model.session(base).complete(&tokens, chunk, OUTPUT, greedy());
+            let got = session.complete(&tokens, chunk, OUTPUT, greedy());
             whole.assert_close(&got, tolerance, &format!("{name}, chunks of {chunk}"));
         }
     }
@@ -118,8 +119,9 @@ pub fn a_batch_of_32_equals_one_by_one_of(base: Setup, tolerance: f32, most: usi
             })
             .collect();
         let together = batched(base, &model, &requests);
+        let mut session = model.session(base);
         for (at, ((tokens, sampling), got)) in requests.iter().zip(&together).enumerate() {
-            let alone = model.session(base).complete(tokens, 1024, OUTPUT, sampling.clone());
+            let alone = session.complete(tokens, 1024, OUTPUT, sampling.clone());
             alone.assert_close(got, tolerance, &format!("{name}, request {at}"));
         }
     }
@@ -198,5 +200,22 @@ pub fn a_shared_prefix_equals_a_cold_start(base: Setup, tolerance: f32) {
         }
         warm.prompt.clone_from(&cold.prompt);
         cold.assert_close(&warm, tolerance, name);
+    }
+}
+
+/// Runs of one request alone are the same to the bit, whatever ran before, greedily and drawn.
+pub fn runs_alone_are_one(base: Setup, model: &Model, runs: usize, name: &str) {
+    let tokens = prompt(70, 8);
+    let mut session = model.session(base);
+    for sampling in [greedy(), seeded(5)] {
+        let first = session.complete(&tokens, 1024, OUTPUT, sampling.clone());
+        for run in 1..runs {
+            if run % 10 == 0 {
+                // Something else in between, which leaves other memory behind.
+                session.complete(&prompt(33, run as u32), 16, 3, seeded(run as u64));
+            }
+            let again = session.complete(&tokens, 1024, OUTPUT, sampling.clone());
+            assert_eq!(again, first, "{name}: run {run}");
+        }
     }
 }

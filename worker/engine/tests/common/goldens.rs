@@ -1,8 +1,11 @@
 //! The goldens of transformers 5.17 in process: every prompt and step log-probability, the likeliest
 //! token where the margin is clear. The same cases run through HTTP elsewhere; here a failure points at
-//! the engine.
+//! the engine, and the kernels that ran have names.
 
+use super::launches::{self, Before};
+use super::roundings::Roundings;
 use super::{Model, Setup, greedy};
+use engine::{Device, KvDtype};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -11,7 +14,9 @@ const CLEAR: f64 = 1e-2;
 
 fn cases() -> Vec<PathBuf> {
     let root = "../../control-plane/tokenmill/tests/parity/cases";
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(root);
+    // Read when the test runs, so that it may be elsewhere than where it was built.
+    let here = std::env::var_os("CARGO_MANIFEST_DIR");
+    let root = here.map_or(env!("CARGO_MANIFEST_DIR").into(), PathBuf::from).join(root);
     let folders = |path: &Path| -> Vec<PathBuf> {
         let entries = std::fs::read_dir(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let mut paths: Vec<_> = entries.map(|entry| entry.expect("an entry").path()).collect();
@@ -40,37 +45,108 @@ fn worst(got: &[f32], expected: &[f64], what: &str) -> f64 {
     got.iter().zip(expected).map(|(got, e)| (f64::from(*got) - e).abs()).fold(0.0, f64::max)
 }
 
-/// Every case, on `base`, within `tolerance`.
-pub fn every_case_agrees(base: Setup, tolerance: f64) {
+/// One prompt of a case.
+struct Entry {
+    prompt: Vec<u32>,
+    continuation: Vec<u32>,
+    /// Of the prompt, then of the continuation.
+    logprobs: [Vec<f64>; 2],
+    margins: Vec<f64>,
+    what: String,
+}
+
+/// The cases by name, each with its model and prompts.
+fn each(mut check: impl FnMut(&str, &Model, &[Entry])) {
     let cases = cases();
-    assert!(cases.len() >= 20, "four cases for each of five families, found {}", cases.len());
-    for case in cases {
-        let name = case.display();
+    for case in &cases {
         let golden = read(&case.join("golden.json"));
         let seed = golden["seed"].as_u64().expect("a seed");
         let model = Model::new(&read(&case.join("config.json")), seed);
-        for entry in golden["prompts"].as_array().expect("prompts") {
+        let name: PathBuf = case.components().rev().take(2).collect();
+        let name: PathBuf = name.components().rev().collect();
+        let name = name.display().to_string();
+        let entry = |entry: &Value| {
             let prompt = tokens(&entry["prompt"]);
-            let continuation = tokens(&entry["continuation"]);
-            let expected = [numbers(&entry["prompt_logprobs"]), numbers(&entry["logprobs"])];
-            let what = format!("{name}, {} tokens", prompt.len());
+            Entry {
+                what: format!("{name}, {} tokens", prompt.len()),
+                prompt,
+                continuation: tokens(&entry["continuation"]),
+                logprobs: [numbers(&entry["prompt_logprobs"]), numbers(&entry["logprobs"])],
+                margins: numbers(&entry["margins"]),
+            }
+        };
+        let entries: Vec<Entry> =
+            golden["prompts"].as_array().expect("prompts").iter().map(entry).collect();
+        check(&name, &model, &entries);
+    }
+    assert!(cases.len() >= 20, "four cases for each of five families, found {}", cases.len());
+}
 
-            // Teacher forcing: the continuation as part of the prompt.
-            let forced: Vec<u32> = prompt.iter().chain(&continuation).copied().collect();
-            let got = model.session(base).complete(&forced, 1024, 1, greedy());
-            let off = worst(&got.prompt, &expected.concat(), &what);
+impl Entry {
+    /// Teacher forcing: the continuation as part of the prompt.
+    fn forced(&self) -> Vec<u32> {
+        self.prompt.iter().chain(&self.continuation).copied().collect()
+    }
+}
+
+/// Every case, on `base`, within `tolerance`; on a device in 32-bit floats on kernels for any shape.
+pub fn every_case_agrees(base: Setup, tolerance: f64) {
+    each(|name, model, entries| {
+        let mut session = model.session(base);
+        let before = Before::of(&session.engine);
+        for Entry { prompt, continuation, logprobs, margins, what } in entries {
+            let forced: Vec<u32> = prompt.iter().chain(continuation).copied().collect();
+            let got = session.complete(&forced, 1024, 1, greedy());
+            let off = worst(&got.prompt, &logprobs.concat(), what);
             assert!(off <= tolerance, "{what}: forced, off by {off}");
 
             // Decoding, as far as the tokens are the golden's; they must be where it is clear.
             let steps = continuation.len();
-            let got = model.session(base).complete(&prompt, 65, steps, greedy());
-            let same = got.tokens.iter().zip(&continuation).take_while(|(a, b)| a == b).count();
-            let margins = numbers(&entry["margins"]);
+            let got = session.complete(prompt, 65, steps, greedy());
+            let same = got.tokens.iter().zip(continuation).take_while(|(a, b)| a == b).count();
             assert!(same == steps || margins[same] <= CLEAR, "{what}: token {same} differs");
-            let off = worst(&got.logprobs[..same], &expected[1][..same], &what);
+            let off = worst(&got.logprobs[..same], &logprobs[1][..same], what);
             assert!(off <= tolerance, "{what}: decoded, off by {off}");
-            let off = worst(&got.prompt, &expected[0], &what);
+            let off = worst(&got.prompt, &logprobs[0], what);
             assert!(off <= tolerance, "{what}: in chunks, off by {off}");
         }
-    }
+        if base.device != Device::Cpu {
+            launches::are_generic(&before.since(&session.engine), name);
+        }
+    });
+}
+
+/// Every case in bf16 within its roundings, those with native head dimensions on the kernels that are
+/// made for them and no others.
+pub fn every_case_agrees_in_bf16(base: Setup) {
+    let mut native = 0;
+    each(|name, model, entries| {
+        let few = &entries.iter().find(|entry| entry.prompt.len() > 5).expect("a prompt").prompt;
+        let roundings = Roundings::of(&model.config, model.weights, &few[..few.len().min(40)]);
+        let mut session = model.session(Setup { kv_dtype: KvDtype::Bf16, ..base });
+        let before = Before::of(&session.engine);
+        let (mut whole, mut stepwise) = (Vec::new(), Vec::new());
+        for entry in entries {
+            let forced = entry.forced();
+            let exact = entry.logprobs.concat();
+            // In one step, and in short ones as decodes are: of one row, and of nine of nine requests.
+            for (chunk, off) in [(1024, &mut whole), (1, &mut stepwise)] {
+                let got = session.complete(&forced, chunk, 1, greedy()).prompt;
+                assert_eq!(got.len(), exact.len(), "{}", entry.what);
+                let apart = got.iter().zip(&exact).map(|(a, b)| (f64::from(*a) - b).abs());
+                off.extend(apart);
+            }
+        }
+        let names = before.since(&session.engine);
+        super::say(&format!("{name} in bf16: {names:?}"));
+        roundings.explain(whole, &format!("{name}, whole prompts in bf16"));
+        roundings.explain(stepwise, &format!("{name}, token by token in bf16"));
+        if name.contains("native") {
+            native += 1;
+            launches::are_production(&names, model, name);
+        } else {
+            launches::are_not_made_for_heads(&names, name);
+        }
+    });
+    assert!(native >= 8, "{native} cases have native head dimensions");
 }

@@ -5,10 +5,16 @@
 pub mod agreement;
 pub mod ahead;
 pub mod equalities;
+pub mod forced;
 pub mod goldens;
+pub mod launches;
+pub mod long;
+pub mod mixed;
 pub mod naive;
 pub mod origins;
 pub mod poison;
+pub mod prompts;
+pub mod roundings;
 
 use engine::{Device, Engine, EngineError, KvDtype, MlaForm, Options, WeightSource};
 use ids::{
@@ -125,6 +131,13 @@ pub fn native() -> Vec<(&'static str, Value)> {
     ]
 }
 
+/// A model of attention with so many heads, KV heads and their width.
+pub fn over_native(kind: &str, heads: usize, kv_heads: usize, width: usize) -> Value {
+    let fields = json!({"num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": width, "num_hidden_layers": 2});
+    over(base(kind), fields)
+}
+
 /// A model with its weights, for as long as the test process lives.
 #[derive(Clone)]
 pub struct Model {
@@ -178,6 +191,7 @@ impl Model {
             cache_bytes: Bytes(1 << 20),
             graphs: false,
             mla_form: MlaForm::Auto,
+            failing_launch: None,
         };
         Engine::new(&self.program, self.lowered.clone(), weights, options)
     }
@@ -191,6 +205,7 @@ impl Model {
             cache_bytes: Bytes(bytes),
             graphs: setup.graphs,
             mla_form: setup.form,
+            failing_launch: None,
         };
         let lowered = self.lowered.clone();
         let mut engine =
@@ -215,6 +230,7 @@ impl Model {
             cache_bytes: Bytes(1 << 30),
             graphs: options.graphs,
             mla_form: options.form,
+            failing_launch: None,
         };
         let lowered = self.lowered.clone();
         let mut engine = Engine::new(&self.program, lowered, weights, engine_options)
@@ -222,7 +238,7 @@ impl Model {
         let hello = engine.hello();
         let largest = hello.groups.iter().map(|g| g.block_bytes.0).max().expect("a group");
         let super_bytes = (largest * 3 + 64).next_multiple_of(hello.alignment.0);
-        let supers = 90;
+        let supers = options.supers;
         let per_super: Vec<u32> =
             hello.groups.iter().map(|g| (super_bytes / g.block_bytes.0) as u32).collect();
         // Super-blocks go round the groups; within a group, blocks come in a scattered order.
@@ -241,14 +257,15 @@ impl Model {
         let free = free.collect();
         let configure = Configure {
             incarnation: LIFE,
-            max_slots: 40,
-            max_step_tokens: Tokens(1024),
-            max_context: Tokens(512),
+            max_slots: options.slots,
+            max_step_tokens: Tokens(options.tokens),
+            max_context: Tokens(options.context),
             carving: Carving { super_bytes: Bytes(super_bytes), supers, per_super },
         };
         engine.configure(&configure).expect("a carving that fits");
         Session {
             engine,
+            prompt_logprobs: Some(2),
             seq: StepSeq::ZERO,
             free,
             slots: BTreeMap::new(),
@@ -267,6 +284,11 @@ pub struct Setup {
     pub form: MlaForm,
     pub scattered: bool,
     pub graphs: bool,
+    /// Requests at once, tokens of a step, tokens of a context, super-blocks of three blocks.
+    pub slots: u32,
+    pub tokens: u32,
+    pub context: u32,
+    pub supers: u32,
 }
 
 impl Default for Setup {
@@ -277,6 +299,10 @@ impl Default for Setup {
             form: MlaForm::Auto,
             scattered: true,
             graphs: false,
+            slots: 40,
+            tokens: 1024,
+            context: 512,
+            supers: 90,
         }
     }
 }
@@ -286,12 +312,16 @@ struct Known {
     known: u32,
     computed: u32,
     blocks: u32,
+    /// Blocks of every table that were another slot's first.
+    shared: usize,
     decodes: bool,
     tables: Vec<Vec<BlockId>>,
 }
 
 pub struct Session {
     pub engine: Engine<'static>,
+    /// How many likeliest tokens are listed with each one of a prompt.
+    pub prompt_logprobs: Option<u8>,
     seq: StepSeq,
     free: Vec<Vec<u32>>,
     slots: BTreeMap<u32, Known>,
@@ -300,6 +330,11 @@ pub struct Session {
 }
 
 impl Session {
+    /// Known and computed tokens of a slot.
+    pub fn progress(&self, slot: u32) -> (u32, u32) {
+        (self.slots[&slot].known, self.slots[&slot].computed)
+    }
+
     /// Blocks of a slot as its tables have them, per group.
     pub fn blocks(&self, slot: u32) -> Vec<Vec<BlockId>> {
         self.slots[&slot].tables.clone()
@@ -347,15 +382,22 @@ impl Session {
                 })
                 .collect(),
             sampling: Arc::new(sampling),
-            prompt_logprobs: Some(2),
+            prompt_logprobs: self.prompt_logprobs,
         })));
         let (known, blocks) = (tokens.len() as u32, shared[0].len() as u32);
-        let computed = blocks * BLOCK_TOKENS;
-        self.slots.insert(slot, Known { known, computed, blocks, decodes: false, tables: shared });
+        let (computed, of_others) = (blocks * BLOCK_TOKENS, shared[0].len());
+        self.slots.insert(
+            slot,
+            Known { known, computed, blocks, shared: of_others, decodes: false, tables: shared },
+        );
     }
 
+    /// Its own blocks are the next ones taken, with all that they hold.
     pub fn retire(&mut self, slot: u32) {
-        self.slots.remove(&slot);
+        let known = self.slots.remove(&slot).expect("admitted");
+        for (free, table) in self.free.iter_mut().zip(&known.tables) {
+            free.extend(table[known.shared..].iter().map(|block| block.0));
+        }
         self.ops.push(SlotOp::Retire { slot: SlotId(slot) });
     }
 
@@ -493,4 +535,10 @@ pub fn prompt(n: usize, seed: u32) -> Vec<u32> {
             (state >> 16) % 97
         })
         .collect()
+}
+
+/// Past the test runner's capture.
+pub fn say(what: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "{what}");
 }

@@ -9,7 +9,7 @@ use model::config::{
 use std::f64::consts::PI;
 use weights::Weights;
 
-type Rows = Vec<Vec<f64>>;
+pub type Rows = Vec<Vec<f64>>;
 /// From router logits to experts and their weights.
 type Choice<'a> = dyn Fn(&[f64]) -> Vec<(usize, f64)> + 'a;
 
@@ -18,29 +18,29 @@ pub fn logprobs(config: &ModelConfig, weights: &Weights, tokens: &[u32]) -> Rows
     Naive { config, weights }.logprobs(tokens)
 }
 
-struct Naive<'a> {
-    config: &'a ModelConfig,
-    weights: &'a Weights,
+pub struct Naive<'a> {
+    pub config: &'a ModelConfig,
+    pub weights: &'a Weights,
 }
 
 fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
 
-fn softmax(x: &[f64]) -> Vec<f64> {
+pub fn softmax(x: &[f64]) -> Vec<f64> {
     let top = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let e: Vec<f64> = x.iter().map(|x| (x - top).exp()).collect();
     let sum: f64 = e.iter().sum();
     e.into_iter().map(|e| e / sum).collect()
 }
 
-fn add(x: &mut Rows, y: &Rows) {
+pub fn add(x: &mut Rows, y: &Rows) {
     for (x, y) in x.iter_mut().zip(y) {
         x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
     }
 }
 
-fn rms(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
+pub fn rms(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
     let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
     x.iter().zip(weight).map(|(x, w)| x / (mean + eps).sqrt() * w).collect()
 }
@@ -54,12 +54,12 @@ fn top(x: &[f64], k: usize) -> Vec<usize> {
 }
 
 impl Naive<'_> {
-    fn get(&self, name: &str) -> Vec<f64> {
+    pub fn get(&self, name: &str) -> Vec<f64> {
         let weight = self.weights.get(name).unwrap_or_else(|| panic!("no weight {name}"));
         weight.data.to_f32().into_iter().map(f64::from).collect()
     }
 
-    fn linear(&self, x: &Rows, name: &str) -> Rows {
+    pub fn linear(&self, x: &Rows, name: &str) -> Rows {
         let w = self.get(&format!("{name}.weight"));
         let bias =
             self.weights.get(&format!("{name}.bias")).map(|_| self.get(&format!("{name}.bias")));
@@ -74,7 +74,7 @@ impl Naive<'_> {
         x.iter().map(row).collect()
     }
 
-    fn norm(&self, x: &Rows, name: &str, eps: f64) -> Rows {
+    pub fn norm(&self, x: &Rows, name: &str, eps: f64) -> Rows {
         let weight = self.get(&format!("{name}.weight"));
         x.iter().map(|x| rms(x, &weight, eps)).collect()
     }
@@ -219,7 +219,7 @@ impl Naive<'_> {
         }
     }
 
-    fn mlp(&self, h: &Rows, name: &str) -> Rows {
+    pub fn mlp(&self, h: &Rows, name: &str) -> Rows {
         let mut gate = self.linear(h, &format!("{name}.gate_proj"));
         let up = self.linear(h, &format!("{name}.up_proj"));
         for (gate, up) in gate.iter_mut().zip(&up) {
@@ -273,7 +273,7 @@ fn deepseek_choice(c: &DeepSeek, logits: &[f64], bias: &[f64]) -> Vec<(usize, f6
 }
 
 /// Rotates a head at a position, frequencies from their definitions.
-fn rotate(x: &mut [f64], position: usize, rope: &RopeConfig) {
+pub fn rotate(x: &mut [f64], position: usize, rope: &RopeConfig) {
     let dim = x.len();
     let mut factor = 1.0;
     let original = x.to_vec();

@@ -1,10 +1,11 @@
 //! NaN in one request's activations and cache.
 
-use super::{Model, Setup, families, greedy, prompt};
+use super::{Model, Setup, families, greedy, native, prompt};
 use engine::{WeightError, WeightSource};
+use ids::TokenId;
 use ops::{Matrix, WeightSlice};
 use std::borrow::Cow;
-use step::{SampleFault, Sampling};
+use step::{Logprobs, Outcome, SampleFault, Sampling};
 use weights::Weights;
 
 /// Weights whose embedding of one token is NaN.
@@ -41,31 +42,99 @@ fn poisoned(model: &Model) -> (&'static Poisoned, Vec<u32>, Vec<u32>) {
     (poisoned, clean, bad)
 }
 
-/// A NaN ends its request; its batch mates' results are the same to the bit.
-pub fn a_nan_ends_one_request(base: Setup) {
-    for (name, config) in families() {
+/// What came back for one slot of a step, to the bit.
+fn of_slot(outcome: &Outcome, request: u64, slot: u32) -> (Vec<u32>, Vec<u32>, bool) {
+    let sampled = outcome.sampled.iter().filter(|one| one.slot.0 == slot);
+    let bits = |logprobs: &Logprobs| -> Vec<u32> {
+        let all = std::iter::once(&logprobs.chosen).chain(&logprobs.top);
+        all.flat_map(|one| [one.token.0, one.logprob.to_bits()]).collect()
+    };
+    let mut drawn = Vec::new();
+    let mut faulty = false;
+    for one in sampled {
+        faulty |= one.fault.is_some();
+        drawn.push(one.token.0);
+        drawn.extend(one.logprobs.iter().flat_map(|logprobs| bits(logprobs)));
+    }
+    let parts = outcome.prompt_logprobs.iter().filter(|part| part.request.0 == request);
+    (drawn, parts.flat_map(|part| part.entries.iter().flat_map(bits)).collect(), faulty)
+}
+
+/// A NaN in one request's activations and cache ends it; its `mates` get what they get in a run
+/// without it, through the step with the prompts and decodes behind it. So does who takes its blocks
+/// afterwards, with NaN in all that it does not write itself.
+///
+/// To the bit, or where which kernel an expert runs on depends on how many rows chose it, as on the
+/// processor, within rounding.
+pub fn a_nan_ends_one_request(base: Setup, mates: u32, exact: bool) {
+    for (name, config) in families().into_iter().chain(native()) {
         if name.contains("tied") {
             // There the poisoned row is a row of the head too, and every request holds it.
             continue;
         }
         let model = Model::new(&config, 2);
         let (poisoned, clean, bad) = poisoned(&model);
-
-        let run = |with_bad: bool| {
-            let mut session = model.session_over(poisoned, base);
-            session.admit(0, &clean, 80, greedy());
-            session.admit(1, if with_bad { &bad } else { &clean }, 80, greedy());
-            let outcome = session.step(&[(0, 80), (1, 80)]);
-            outcome.sampled
+        let mut session = model.session_over(poisoned, base);
+        // Nobody else draws the token.
+        let likeliest = Sampling { logit_bias: [(TokenId(POISON), -1e4)].into(), ..greedy() };
+        // The bad one lies between the others.
+        let place = mates / 2;
+        let length = |slot: u32| if slot == place { 80 } else { 80 - slot % 40 };
+        let mut run = |with_bad: bool| {
+            let first = u64::from(session.generations) + 1;
+            for slot in 0..=mates {
+                let all = if slot == place && with_bad { &bad } else { &clean };
+                let tokens = &all[..length(slot) as usize];
+                session.admit(slot, tokens, tokens.len(), likeliest.clone());
+            }
+            let chunks: Vec<_> = (0..=mates).map(|slot| (slot, length(slot))).collect();
+            let mut outcomes = vec![session.step(&chunks)];
+            outcomes.extend((0..3).map(|_| session.step(&[])));
+            // Whoever comes next takes the blocks of who left last.
+            (0..=mates).filter(|slot| *slot != place).for_each(|slot| session.retire(slot));
+            session.retire(place);
+            session.admit(place, &clean[..70], 70, likeliest.clone());
+            outcomes.push(session.step(&[(place, 70)]));
+            outcomes.push(session.step(&[]));
+            session.retire(place);
+            let results = outcomes.iter().enumerate().map(|(step, outcome)| {
+                (0..=mates)
+                    .map(|slot| {
+                        let after = if step < 4 { slot } else { mates + 1 };
+                        of_slot(outcome, first + u64::from(after), slot)
+                    })
+                    .collect::<Vec<_>>()
+            });
+            results.collect::<Vec<_>>()
         };
-        let sampled = run(true);
-        assert_eq!(sampled[1].fault, Some(SampleFault::NotANumber), "{name}");
-        // Which kernel an expert runs on depends on how many rows chose it, hence the rounding.
-        let (mate, clean) = (&sampled[0], &run(false)[0]);
-        assert_eq!((mate.token, mate.fault), (clean.token, None), "{name}");
-        let logprob = |sampled: &step::Sampled| sampled.logprobs.as_ref().map(|l| l.chosen.logprob);
-        let apart = logprob(mate).zip(logprob(clean)).map(|(a, b)| (a - b).abs());
-        assert!(apart.is_some_and(|apart| apart < 1e-5), "{name}: {apart:?}");
+        let without = run(false);
+        let with = run(true);
+        for (step, (with, without)) in with.iter().zip(&without).enumerate() {
+            for slot in 0..=mates {
+                let (got, expected) = (&with[slot as usize], &without[slot as usize]);
+                let what = format!("{name}, {mates} mates, step {step}, slot {slot}");
+                if slot == place && step < 4 {
+                    assert!(got.2, "{what}: no fault");
+                    continue;
+                }
+                assert!(!got.2 && !expected.2, "{what}: a fault");
+                if exact {
+                    assert_eq!(got, expected, "{what}");
+                } else {
+                    near(&got.0, &expected.0, &what);
+                    near(&got.1, &expected.1, &what);
+                }
+            }
+        }
+    }
+}
+
+/// Words of results that are tokens or floats, the latter within rounding.
+fn near(got: &[u32], expected: &[u32], what: &str) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    for (got, expected) in got.iter().zip(expected) {
+        let apart = (f32::from_bits(*got) - f32::from_bits(*expected)).abs();
+        assert!(got == expected || apart < 1e-5, "{what}: {got:x} for {expected:x}");
     }
 }
 

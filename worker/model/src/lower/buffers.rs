@@ -3,8 +3,13 @@
 //! Widths are per token, so one plan serves every number of tokens: a buffer lies at
 //! `offset * tokens`. Invariant: two buffers that are alive in the same op are disjoint; and those of
 //! ops that lie between experts and the sum with what lies beside them, so that both may run at once.
+//! Every buffer begins on a vector whatever the number of tokens, because kernels load vectors.
 
 use super::{BufferId, Op};
+
+/// Elements of 16 bytes at two bytes each: offsets are multiples, so that any number of tokens times
+/// an offset is.
+const VECTOR: usize = 8;
 
 /// How many rows a buffer has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +60,7 @@ pub(super) fn plan(
         }
     }
     live_beside_experts(ops, &mut last_use);
+    live_until_attention(ops, &mut last_use);
     last_use[result.0] = usize::MAX;
 
     let mut live: Vec<BufferId> = Vec::new();
@@ -98,6 +104,23 @@ fn live_beside_experts(ops: &[Op], last_use: &mut [usize]) {
     }
 }
 
+/// Extends lives of what is written into the cache to the attention behind it, which may read it where
+/// it lies instead: its result must not lie there too.
+fn live_until_attention(ops: &[Op], last_use: &mut [usize]) {
+    let mut written: Vec<BufferId> = Vec::new();
+    for (at, op) in ops.iter().enumerate() {
+        match op {
+            Op::WriteKv { rows, .. } => written.push(*rows),
+            Op::Attention { .. } => {
+                for rows in written.drain(..) {
+                    last_use[rows.0] = last_use[rows.0].max(at);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
 /// The lowest gap among `live` (sorted by offset) that takes `size`.
 fn first_fit(size: usize, live: &[BufferId], buffers: &[Buffer]) -> usize {
     let mut end = 0;
@@ -106,7 +129,7 @@ fn first_fit(size: usize, live: &[BufferId], buffers: &[Buffer]) -> usize {
         if buffer.offset >= end + size {
             break;
         }
-        end = end.max(buffer.offset + buffer.per_token());
+        end = end.max((buffer.offset + buffer.per_token()).next_multiple_of(VECTOR));
     }
     end
 }

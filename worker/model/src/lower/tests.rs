@@ -53,7 +53,29 @@ fn buffers_alive_together_never_overlap() {
             let low = lowered(kind, mesh, 0).expect(kind);
             for ops in [&low.body, &low.head] {
                 check_disjoint(&low, ops);
+                check_written_rows(&low, ops);
             }
+        }
+    }
+}
+
+/// An attention may read the step's own keys where they lie: its result lies elsewhere. And every buffer
+/// begins on 16 bytes, with one row as with any other number.
+fn check_written_rows(low: &Lowered, ops: &[Op]) {
+    let mut written = None;
+    for op in ops {
+        match op {
+            Op::WriteKv { rows, .. } => written = Some(&low.buffers[rows.0]),
+            Op::Attention { out, .. } => {
+                let (kv, out) = (written.expect("keys in front"), &low.buffers[out.0]);
+                let apart = kv.offset + kv.per_token() <= out.offset
+                    || out.offset + out.per_token() <= kv.offset;
+                assert!(apart, "{kv:?} and {out:?} in {op:?}");
+            }
+            _ => {}
+        }
+        if let Some(made) = op.uses().writes {
+            assert_eq!(low.buffers[made.0].offset * 2 % 16, 0, "{:?}", low.buffers[made.0]);
         }
     }
 }

@@ -158,6 +158,18 @@ pub fn attention(
     out: &DeviceSlice,
 ) -> Result<(), CudaError> {
     pieces(on, rows, mla, queries, layer, arena, plan, partials, out)?;
+    merge(on, rows, mla, plan, partials, out)
+}
+
+/// The second kernel of [`attention`]: results of rows in several pieces.
+pub(super) fn merge(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    mla: &Mla,
+    plan: &Plan<'_>,
+    partials: &Partials,
+    out: &DeviceSlice,
+) -> Result<(), CudaError> {
     let merge = MergeParams {
         partial: partials.sums.address(),
         partial_lse: partials.masses.address(),

@@ -2,6 +2,7 @@
 // latent's norm, its way into the cache and queries into latent space; after them the merge of partial
 // results and values out of latent space. Weights are on their way before the kernel in front has ended.
 #include "cuda/async.cuh"
+#include "mla/cuda/heads.cuh"
 #include "mla/cuda/merge.cuh"
 
 namespace mla_block {
@@ -297,6 +298,12 @@ __device__ void values(const ValuesParams& p) {
     }
 }
 
+struct alignas(128) PrepareManyParams {
+    mla_heads::Params product;
+    PrepareParams rows;
+};
+static_assert(kPrepareThreads == mla_heads::kThreads, "either kind of block");
+
 }  // namespace mla_block
 
 extern "C" __global__ void __launch_bounds__(mla_block::kPrepareThreads) mla_prepare(const __grid_constant__ mla_block::PrepareParams p) {
@@ -309,4 +316,14 @@ extern "C" __global__ void __launch_bounds__(mla_block::kPrepareThreads) mla_pre
 }
 extern "C" __global__ void __launch_bounds__(mla_block::kValuesThreads, 2) mla_values(const __grid_constant__ mla_block::ValuesParams p) {
     mla_block::values(p);
+}
+// As mla_prepare, for many rows.
+extern "C" __global__ void __launch_bounds__(mla_block::kPrepareThreads) mla_prepare_many(const __grid_constant__ mla_block::PrepareManyParams p) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    allow_next();
+    if (blockIdx.x < p.rows.rows) {
+        mla_block::prepare_row(p.rows, blockIdx.x);
+    } else {
+        mla_heads::product_of<mla_heads::ToLatent>(p.product, blockIdx.x - p.rows.rows, shared_address(memory));
+    }
 }

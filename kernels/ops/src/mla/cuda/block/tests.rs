@@ -216,10 +216,16 @@ fn a_block_agrees_with_its_ops() {
 #[test]
 fn a_row_that_is_not_a_number_leaves_its_neighbours_alone() {
     let Some(device) = device() else { return };
-    let contexts = [300, 77, 500, 1];
+    for rows in [4, 100] {
+        a_broken_row(&device, rows);
+    }
+}
+
+fn a_broken_row(device: &Device, rows: usize) {
+    let contexts: Vec<usize> = [300, 77, 500, 1].into_iter().cycle().take(rows).collect();
     let clean = Decodes::new(16, &contexts, Pairing::Interleaved);
     let width = 16 * VALUE;
-    let expected = clean.run(&device, true, 132);
+    let expected = clean.run(device, true, 132);
     // In its keys, in its query.
     for in_keys in [true, false] {
         let mut broken = Decodes::new(16, &contexts, Pairing::Interleaved);
@@ -229,7 +235,7 @@ fn a_row_that_is_not_a_number_leaves_its_neighbours_alone() {
         } else {
             broken.q[16 * QUERY..][..16 * QUERY].fill(f32::NAN);
         }
-        let got = broken.run(&device, true, 132);
+        let got = broken.run(device, true, 132);
         assert_eq!(got[0][..width], expected[0][..width], "{in_keys}: before");
         assert_eq!(got[0][2 * width..], expected[0][2 * width..], "{in_keys}: after");
         assert!(got[0][width..2 * width].iter().all(|x| x.is_nan()), "{in_keys}: itself");
