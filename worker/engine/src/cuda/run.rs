@@ -62,6 +62,8 @@ pub(super) struct Step<'a> {
     pub(super) ids: &'a DeviceSlice,
     pub(super) views: &'a Views,
     pub(super) prompts: bool,
+    /// Whether there are few rows, of short contexts.
+    pub(super) near: bool,
     /// Of prompts whose keys are gathered, by attention; none in steps that are captured.
     pub(super) passes: &'a [Passes],
     pub(super) limits: &'a Limits,
@@ -297,7 +299,10 @@ impl Step<'_> {
             scratch: self.scratch.mla.as_ref().ok_or_else(|| missing("mla"))?,
             out: &self.at(block.out),
         };
-        mla::cuda::block::attention(self.on, self.rows, &block.shape, &operands)
+        match self.near {
+            true => mla::cuda::near::attention(self.on, self.rows, &block.shape, &operands),
+            false => mla::cuda::block::attention(self.on, self.rows, &block.shape, &operands),
+        }
     }
 
     fn product<'a>(
