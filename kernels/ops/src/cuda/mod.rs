@@ -155,7 +155,9 @@ impl Gpu {
         let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
         let large = large
             .chain(crate::moe::cuda::wide::LARGE)
+            .chain(crate::moe::cuda::many::LARGE)
             .chain(crate::mla::cuda::heads::LARGE)
+            .chain(crate::gqa::cuda::decode::ALL)
             .chain(linear::cuda::stream::LARGE)
             .chain(near::LARGE)
             .copied()
