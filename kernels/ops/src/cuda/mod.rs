@@ -132,7 +132,8 @@ pub struct Gpu {
     facts: DeviceFacts,
     /// One for each lane of streams.
     shared: [linear::cuda::wide::Shared; Lane::COUNT],
-    ticket: flash::cuda::prompt::Ticket,
+    /// Of prompt attention, which one lane has.
+    prompts: flash::cuda::prompt::Shared,
     library: Result<linear::cuda::Library, CudaError>,
 }
 
@@ -161,9 +162,9 @@ impl Gpu {
         }
         let shared = || linear::cuda::wide::Shared::new(context);
         let shared = [shared()?, shared()?];
-        let ticket = prompt::Ticket::new(context)?;
+        let prompts = prompt::Shared::new(context)?;
         let library = linear::cuda::Library::open(context);
-        Ok(Self { kernels, facts, shared, ticket, library })
+        Ok(Self { kernels, facts, shared, prompts, library })
     }
 
     /// Bytes of device memory that [`Gpu::new`] allocates, the library's included.
@@ -171,7 +172,7 @@ impl Gpu {
     pub fn bytes(multiprocessors: usize) -> usize {
         let shared = linear::cuda::wide::Shared::bytes(multiprocessors);
         Lane::COUNT * (shared + linear::cuda::Library::WORKSPACE)
-            + flash::cuda::prompt::Ticket::BYTES
+            + flash::cuda::prompt::Shared::bytes(multiprocessors)
     }
 
     /// As [`Gpu::new`], where the library of products counts as absent.
@@ -226,9 +227,9 @@ impl<'a> Queue<'a> {
         &self.gpu.shared[self.stream.lane() as usize]
     }
 
-    /// Where blocks of prompt attention find their tiles.
-    pub(crate) const fn ticket(&self) -> &'a flash::cuda::prompt::Ticket {
-        &self.gpu.ticket
+    /// What blocks of prompt attention share.
+    pub(crate) const fn prompts(&self) -> &'a flash::cuda::prompt::Shared {
+        &self.gpu.prompts
     }
 
     /// Multiprocessors of the device.
