@@ -158,6 +158,7 @@ impl Gpu {
             .chain(crate::moe::cuda::wide::LARGE)
             .chain(crate::moe::cuda::many::LARGE)
             .chain(crate::mla::cuda::heads::LARGE)
+            .chain(crate::gqa::cuda::decode::ALL)
             .chain(linear::cuda::stream::LARGE)
             .chain(near::LARGE)
             .copied()
