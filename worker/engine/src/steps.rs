@@ -215,8 +215,7 @@ impl Steps {
                             let row = &described[at * described_row..][..described_row];
                             described_on_device(row, draw.listed, *vocab)
                         });
-                        let entry =
-                            entry.unwrap_or_else(|| sampler.describe(row, life, position));
+                        let entry = entry.unwrap_or_else(|| sampler.describe(row, life, position));
                         push_prompt(&mut outcome.prompt_logprobs, life.request, position, entry);
                     }
                     Purpose::Sample => {

@@ -191,6 +191,7 @@ fn described(rig: &mut Rig) -> Result<Ready, Failure> {
             logits: &logits[i],
             vocab: VOCAB,
             chosen: &chosen,
+            given: None,
             wanted: &wanted,
             most: LIKELIEST,
             out: &out,
