@@ -92,6 +92,21 @@ impl Client {
         &self.model
     }
 
+    /// The body of a page of the server.
+    ///
+    /// # Errors
+    /// When the server cannot be reached or answers with an error.
+    pub async fn text(&self, path: &str) -> Result<String, ClientError> {
+        let sent = self.http.get(format!("{}{path}", self.url)).send().await;
+        let response = sent.map_err(|source| self.transport(source))?;
+        let status = response.status();
+        let text = response.text().await.map_err(|source| self.transport(source))?;
+        if status.is_success() {
+            return Ok(text);
+        }
+        Err(ClientError::Refused { status: status.as_u16(), message: text })
+    }
+
     async fn first_model(&self) -> Result<String, ClientError> {
         let response = self
             .http

@@ -5,6 +5,7 @@
 //! figure counts only streams that ended as they should, and failures are counted beside it.
 
 mod client;
+mod labels;
 mod pareto;
 mod report;
 mod run;

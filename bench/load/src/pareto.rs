@@ -2,6 +2,7 @@
 //!
 //! It measures nothing. Invariant: every point of every curve is drawn, with its concurrency beside it.
 
+use crate::labels::places;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -119,27 +120,37 @@ fn chart(
         .bold_line_style(RGBColor(225, 225, 225))
         .draw()
         .map_err(failed)?;
-    for (index, curve) in curves.iter().enumerate() {
+    let sorted: Vec<Vec<Point>> = curves
+        .iter()
+        .map(|curve| {
+            let mut points = curve.points.clone();
+            points.sort_by(|a, b| a.per_user.total_cmp(&b.per_user));
+            points
+        })
+        .collect();
+    let label = |point: &Point| point.concurrency.to_string();
+    let pixel = |point: &Point| {
+        (chart.backend_coord(&(point.per_user, point.per_gpu)), label(point).len() as i32)
+    };
+    let pixels: Vec<Vec<_>> =
+        sorted.iter().map(|curve| curve.iter().map(pixel).collect()).collect();
+    let places = places(&pixels, SIZE.0 as i32);
+    for (index, (curve, points)) in curves.iter().zip(&sorted).enumerate() {
         let colour = COLOURS[index % COLOURS.len()];
-        let mut points = curve.points.clone();
-        points.sort_by(|a, b| a.per_user.total_cmp(&b.per_user));
-        let places = points.iter().map(|point| (point.per_user, point.per_gpu));
+        let line = points.iter().map(|point| (point.per_user, point.per_gpu));
         chart
-            .draw_series(LineSeries::new(places, colour.stroke_width(2)))
+            .draw_series(LineSeries::new(line, colour.stroke_width(2)))
             .map_err(failed)?
             .label(&curve.label)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(2)));
-        // Labels of the first curve above its points, of the others below, where they meet least.
-        let above = index == 0;
-        let (anchor, away) = match above {
-            true => (Pos::new(HPos::Left, VPos::Bottom), (5, -5)),
-            false => (Pos::new(HPos::Right, VPos::Top), (-5, 5)),
-        };
+        let anchor = Pos::new(HPos::Left, VPos::Top);
         let style = TextStyle::from((FONT, 13).into_font()).color(&colour).pos(anchor);
-        let marks = points.iter().map(|point| {
+        let beside = pixels[index].iter().zip(&places[index]);
+        let marks = points.iter().zip(beside).map(|(point, ((at, _), corner))| {
+            let away = (corner.0 - at.0, corner.1 - at.1);
             EmptyElement::at((point.per_user, point.per_gpu))
                 + Circle::new((0, 0), 4, colour.filled())
-                + Text::new(point.concurrency.to_string(), away, style.clone())
+                + Text::new(label(point), away, style.clone())
         });
         chart.draw_series(marks).map_err(failed)?;
     }

@@ -26,7 +26,9 @@ pub(crate) async fn readyz(State(gateway): State<AppState>) -> Result<Json<Value
 /// Prometheus text.
 pub(crate) async fn metrics(State(gateway): State<AppState>) -> impl IntoResponse {
     gateway.metrics.ready.set(i64::from(gateway.readiness() == Readiness::Ready));
-    let text = gateway.metrics.render(gateway.vllm_metric_names);
+    // A device may take milliseconds to say how it is.
+    let render = move || gateway.metrics.render(gateway.vllm_metric_names);
+    let text = tokio::task::spawn_blocking(render).await.unwrap_or_default();
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 

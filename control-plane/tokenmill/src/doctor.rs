@@ -4,6 +4,7 @@
 
 use crate::serve::device::is_absent;
 use anyhow::{Result, bail};
+use engine::{GpuFigures, Nvml, Throttle};
 use std::path::Path;
 
 /// How a check came out.
@@ -18,16 +19,18 @@ enum Finding {
 /// Prints every check; fails when one is bad.
 #[expect(clippy::print_stdout, reason = "the report is the command's output")]
 pub(crate) fn run() -> Result<()> {
+    let (gpu, state) = gpu();
     let checks = [
         ("version", Finding::Ok(crate::cli::VERSION.to_owned())),
         ("processor", processor()),
         ("memory", memory()),
-        ("gpu", gpu()),
+        ("gpu", gpu),
         ("temporary folder", writable(&std::env::temp_dir(), "set TMPDIR to a writable folder")),
         ("port 8000", port(8000)),
     ];
     let mut bad = 0;
-    for (name, finding) in checks {
+    let state = state.map(|state| ("gpu state", state));
+    for (name, finding) in checks.into_iter().chain(state) {
         let (mark, text) = match finding {
             Finding::Ok(text) => ("ok  ", text),
             Finding::Note(text) => ("note", text),
@@ -64,22 +67,57 @@ fn memory() -> Finding {
     }
 }
 
-fn gpu() -> Finding {
+/// The device, and how it is doing where there is one.
+fn gpu() -> (Finding, Option<Finding>) {
     let gib = |bytes: ids::Bytes| bytes.0 as f64 / (1_u64 << 30) as f64;
     match engine::cuda_device(0) {
         Ok(device) => {
             let (free, total) = (gib(device.free), gib(device.total));
             let (major, minor) = device.driver;
-            Finding::Ok(format!(
+            let found = format!(
                 "{}, {free:.1} of {total:.1} GiB free, a driver for CUDA {major}.{minor}, kernels built",
                 device.name
-            ))
+            );
+            let state = match Nvml::open(&device.pci) {
+                Ok(nvml) => state(&nvml.figures()),
+                Err(error) => {
+                    Finding::Note(format!("{error}. Metrics are without the device's state"))
+                }
+            };
+            (Finding::Ok(found), Some(state))
         }
         Err(error) if is_absent(&error) => {
-            Finding::Note(format!("{error}. The CPU backend serves"))
+            (Finding::Note(format!("{error}. The CPU backend serves")), None)
         }
-        Err(error) => Finding::Bad(format!("{error}; `serve --device cpu` serves without it")),
+        Err(error) => {
+            (Finding::Bad(format!("{error}; `serve --device cpu` serves without it")), None)
+        }
     }
+}
+
+/// What the management library says; worth a note where it slows down or has lost data.
+fn state(figures: &GpuFigures) -> Finding {
+    let gib = |bytes: u64| format!("{:.1}", bytes as f64 / (1_u64 << 30) as f64);
+    let mhz = |hertz: u64| hertz / 1_000_000;
+    let mut told = Vec::new();
+    let memory = figures.memory_used.zip(figures.memory_total);
+    told.extend(memory.map(|(used, total)| format!("{} of {} GiB used", gib(used), gib(total))));
+    told.extend(figures.utilisation.map(|share| format!("{:.0} % busy", 100.0 * share)));
+    told.extend(figures.power.map(|watts| format!("{watts:.0} W")));
+    told.extend(figures.temperature.map(|celsius| format!("{celsius} C")));
+    told.extend(figures.sm_clock.map(|hertz| format!("SM {} MHz", mhz(hertz))));
+    told.extend(figures.memory_clock.map(|hertz| format!("memory {} MHz", mhz(hertz))));
+    let errors = figures.ecc_uncorrected.unwrap_or(0);
+    let throttled = figures.throttled.as_deref().unwrap_or_default();
+    told.extend((errors > 0).then(|| format!("{errors} memory errors that were not corrected")));
+    let named = |reason: &Throttle| match reason {
+        Throttle::Power => "its power limit",
+        Throttle::Thermal => "temperature",
+        Throttle::Hardware => "a protection of the hardware",
+    };
+    told.extend(throttled.iter().map(|reason| format!("slowed down by {}", named(reason))));
+    let text = told.join(", ");
+    if errors > 0 || !throttled.is_empty() { Finding::Note(text) } else { Finding::Ok(text) }
 }
 
 fn writable(folder: &Path, advice: &str) -> Finding {
@@ -93,5 +131,19 @@ fn port(port: u16) -> Finding {
     match std::net::TcpListener::bind(("127.0.0.1", port)) {
         Ok(_) => Finding::Ok("free".into()),
         Err(error) => Finding::Note(format!("{error}; use `serve --port`")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_slows_down_is_worth_a_note() {
+        let mut figures = GpuFigures { power: Some(699.6), ..GpuFigures::default() };
+        assert!(matches!(state(&figures), Finding::Ok(text) if text == "700 W"));
+        figures.throttled = Some(vec![Throttle::Power]);
+        let Finding::Note(text) = state(&figures) else { panic!("a note") };
+        assert_eq!(text, "700 W, slowed down by its power limit");
     }
 }

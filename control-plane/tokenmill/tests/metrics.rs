@@ -2,8 +2,8 @@
 //!
 //! A metric that nothing feeds misleads whoever watches it. How values are spelled in the text format
 //! is the library's business. Stalled clients need a half-minute of silence; the gateway's own tests,
-//! with shorter timers, show that they are counted. Launches and idle time are a device's; the engine's
-//! own tests on one look at them.
+//! with shorter timers, show that they are counted. Launches, idle time and the state
+//! are a device's; tests on one look at them.
 
 mod common;
 
@@ -13,12 +13,20 @@ use std::io::Read;
 use std::time::Duration;
 
 /// Not fed here; see above.
-const ELSEWHERE: [&str; 5] = [
+const ELSEWHERE: [&str; 13] = [
     "tokenmill_stalled_clients_total",
     "tokenmill_build_info",
     "tokenmill_device_info",
     "tokenmill_worker_idle_seconds_total",
     "tokenmill_worker_launches_total",
+    "tokenmill_gpu_memory_used_bytes",
+    "tokenmill_gpu_memory_bytes",
+    "tokenmill_gpu_utilization_ratio",
+    "tokenmill_gpu_power_watts",
+    "tokenmill_gpu_temperature_celsius",
+    "tokenmill_gpu_clock_hertz",
+    "tokenmill_gpu_throttled",
+    "tokenmill_gpu_ecc_errors",
 ];
 /// Gauges are watched while work runs; afterwards they are back where they were.
 const GAUGES: [&str; 6] = [

@@ -1,5 +1,6 @@
 //! Devices. The CPU: a pool of threads that a step can use without allocating, buffers with the
-//! alignment that kernels want, and what the processor can do. CUDA: see [`cuda`].
+//! alignment that kernels want, and what the processor can do. CUDA: see [`cuda`], and
+//! [`nvml`] for a device's state.
 //!
 //! No operation lives here and no model is known. Invariant: work given to the pool is over when
 //! the call returns, also when a piece of it panics.
@@ -7,6 +8,7 @@
 mod buffer;
 pub mod cuda;
 mod isa;
+pub mod nvml;
 mod pool;
 
 pub use buffer::AlignedVec;

@@ -178,3 +178,35 @@ label! {
         Free = "free",
     }
 }
+
+label! {
+    /// A clock of a device.
+    Clock {
+        /// Of the multiprocessors
+        Multiprocessors = "sm",
+        /// Of the memory
+        Memory = "memory",
+    }
+}
+
+label! {
+    /// Why a device runs slower than it could.
+    Throttling {
+        /// Its power limit
+        Power = "power",
+        /// Temperature, by the driver's control
+        Thermal = "thermal",
+        /// A protection of the hardware
+        Hardware = "hardware",
+    }
+}
+
+label! {
+    /// An error of a device's memory.
+    EccError {
+        /// It was corrected
+        Corrected = "corrected",
+        /// It could not be
+        Uncorrected = "uncorrected",
+    }
+}

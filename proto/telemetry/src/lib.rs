@@ -4,11 +4,14 @@
 //! client sends becomes a label, so the number of series is bounded. This crate measures nothing.
 
 pub mod field;
+mod gpu;
 mod label;
 mod metrics;
 mod reference;
 
+pub use gpu::GpuMetrics;
 pub use label::{
-    BlockState, Door, FinishedBy, RefusedBy, StartupPhase, StatusClass, StepKind, StepsAhead,
+    BlockState, Clock, Door, EccError, FinishedBy, RefusedBy, StartupPhase, StatusClass, StepKind,
+    StepsAhead, Throttling,
 };
 pub use metrics::Metrics;

@@ -4,6 +4,7 @@
 //! yet is zero and not absent. Under [`Metrics::render`] the ones that dashboards for vLLM query
 //! can appear a second time under the names they have there.
 
+use crate::gpu::GpuMetrics;
 use crate::label::{
     BlockState, Door, FinishedBy, RefusedBy, StartupPhase, StatusClass, StepKind, StepsAhead,
 };
@@ -13,6 +14,8 @@ use prometheus::{
     Counter, Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter,
     IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
+use std::fmt;
+use std::sync::OnceLock;
 
 /// Seconds, for waits that a person feels: a millisecond to ten minutes.
 const LATENCY: &[f64] = &[
@@ -23,6 +26,12 @@ const LATENCY: &[f64] = &[
 const STEP: &[f64] = &[
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1,
     0.25, 0.5, 1.0, 2.5, 10.0,
+];
+
+/// Seconds of the scheduler's turns: 10 microseconds to a tenth of a second.
+const PLANNER: &[f64] = &[
+    0.00001, 0.000025, 0.00005, 0.000075, 0.0001, 0.00015, 0.0002, 0.0003, 0.0005, 0.001, 0.0025,
+    0.005, 0.01, 0.1,
 ];
 
 /// Our names and vLLM's, where type and meaning agree.
@@ -49,10 +58,22 @@ pub(crate) fn aliases() -> impl Iterator<Item = (&'static str, &'static str)> {
     VLLM_ALIASES.into_iter().chain([VLLM_SUCCESS])
 }
 
+/// Brings gauges up to date before somebody reads them.
+struct Sampler(Box<dyn Fn(&Metrics) + Send + Sync>);
+
+impl fmt::Debug for Sampler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sampler")
+    }
+}
+
 /// All metrics of one server.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
+    sampler: OnceLock<Sampler>,
+    /// The device that runs the model.
+    pub gpu: GpuMetrics,
     /// Requests queued and not yet running.
     pub requests_waiting: IntGauge,
     /// Requests that hold a slot.
@@ -81,6 +102,8 @@ pub struct Metrics {
     pub queue_time: Histogram,
     /// Time that the worker took for a step, as it says itself.
     pub step_duration: Histogram,
+    /// Turns of the scheduler in which it planned a step.
+    pub planner: Histogram,
     /// Launches of kernels, graphs and copies that the worker's host made.
     pub worker_launches: IntCounter,
     /// Steps whose tokens the worker's host drew, so that the next one waited for it.
@@ -119,6 +142,8 @@ impl Metrics {
         let registry = Registry::new();
         let make = Maker { registry: &registry, model };
         let metrics = Self {
+            sampler: OnceLock::new(),
+            gpu: GpuMetrics::new(&make),
             requests_waiting: make.gauge("requests_waiting", "Requests queued, not running."),
             requests_running: make.gauge("requests_running", "Requests that hold a slot."),
             kv_cache_usage: make.ratio("kv_cache_usage_ratio", "KV blocks in use, 0 to 1."),
@@ -158,6 +183,12 @@ impl Metrics {
                 "step_seconds",
                 "Time that the worker took for a step.",
                 STEP,
+            ),
+            planner: make.histogram(
+                "planner_seconds",
+                "Time of the scheduler's turns in which it planned a step: what it was told taken in, \
+                 steps planned, results given out.",
+                PLANNER,
             ),
             worker_launches: make.counter(
                 "worker_launches_total",
@@ -229,6 +260,12 @@ impl Metrics {
         metrics
     }
 
+    /// Has `sample` called whenever the metrics are read, on the reader's thread; the first one given
+    /// stays.
+    pub fn before_scrape(&self, sample: impl Fn(&Self) + Send + Sync + 'static) {
+        let _ = self.sampler.set(Sampler(Box::new(sample)));
+    }
+
     /// Seconds that a part of the start took.
     #[must_use]
     pub fn startup(&self, phase: StartupPhase) -> Gauge {
@@ -287,6 +324,9 @@ impl Metrics {
     /// second time under those names.
     #[must_use]
     pub fn render(&self, vllm_names: bool) -> String {
+        if let Some(Sampler(sample)) = self.sampler.get() {
+            sample(self);
+        }
         let mut families = self.families();
         if vllm_names {
             for (ours, theirs) in VLLM_ALIASES {
@@ -314,7 +354,7 @@ impl Metrics {
 }
 
 /// Makes and registers metrics under the common prefix.
-struct Maker<'a> {
+pub(crate) struct Maker<'a> {
     registry: &'a Registry,
     model: &'a str,
 }
@@ -330,15 +370,15 @@ impl Maker<'_> {
         Opts::new(format!("tokenmill_{name}"), help).const_label("model_name", self.model)
     }
 
-    fn gauge(&self, name: &str, help: &str) -> IntGauge {
+    pub(crate) fn gauge(&self, name: &str, help: &str) -> IntGauge {
         self.add(IntGauge::with_opts(self.opts(name, help)))
     }
 
-    fn ratio(&self, name: &str, help: &str) -> Gauge {
+    pub(crate) fn ratio(&self, name: &str, help: &str) -> Gauge {
         self.add(Gauge::with_opts(self.opts(name, help)))
     }
 
-    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+    pub(crate) fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
         self.add(IntGaugeVec::new(self.opts(name, help), labels))
     }
 
@@ -389,5 +429,16 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
         assert!(!metrics.render(false).contains("vllm:"));
+    }
+
+    #[test]
+    fn gauges_are_sampled_when_they_are_read() {
+        let metrics = Metrics::new("m", "1");
+        metrics.before_scrape(|metrics| metrics.gpu.temperature.inc());
+        metrics.before_scrape(|_| panic!("the first one stays"));
+        assert_eq!(metrics.gpu.temperature.get(), 0);
+        let text = metrics.render(false);
+        assert!(text.contains("tokenmill_gpu_temperature_celsius{model_name=\"m\"} 1"), "{text}");
+        assert!(text.contains("tokenmill_gpu_throttled{model_name=\"m\",reason=\"power\"} 0"));
     }
 }

@@ -26,6 +26,7 @@ mod tables;
 pub use batch::{Batch, Purpose, Run, Wanted};
 pub use cuda::{Captured, CudaBytes, CudaDevice, cuda_bytes, cuda_device};
 pub use device::cuda::CudaError;
+pub use device::nvml::{GpuFigures, Nvml, NvmlError, Throttle};
 pub use engine::Engine;
 pub use error::{EngineError, PlanError, StepError, WeightError};
 pub use executor::{Collected, DeviceTime, Executor, TableView};

@@ -8,7 +8,7 @@ use common::forced::{self, Forced};
 use common::roundings::Roundings;
 use common::{
     Completion, Model, Setup, agreement, ahead, equalities, families, goldens, greedy, long, mixed,
-    naive, native, origins, poison,
+    naive, native, origins, poison, prompts,
 };
 use engine::{CudaError, Device, EngineError, KvDtype, MlaForm};
 use ids::{TokenId, Tokens};
@@ -252,6 +252,12 @@ fn captured_steps_equal_launched_ones() {
         }
     }
     equalities::a_batch_of_32_equals_one_by_one_of(captured, TOLERANCE, 2);
+}
+
+#[test]
+fn prompts_that_run_apart_agree() {
+    let Some((setup, _turn)) = cuda() else { return };
+    prompts::prompts_that_run_apart_agree(setup);
 }
 
 #[test]

@@ -4,8 +4,9 @@ use super::step::{Step, attend};
 use crate::case::{Case, Check, Launch, Ready, Work};
 use crate::near::{Failure, near, some};
 use crate::rig::{Rig, cold_sets};
+use device::cuda::{CudaError, DeviceSlice};
 use ops::cuda::{Dtype, Rows, Tensor};
-use ops::flash::cuda::{Partials, Plan, max_tiles, splits, tiles};
+use ops::flash::cuda::{Partials, Plan, max_tiles, prompt as kernel, splits, tiles};
 use ops::gqa::{Gqa, cuda as gqa};
 use ops::paged::KvLayer;
 
@@ -32,18 +33,17 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new(format!("gqa_prefill.h32kv8.len{len}"), move |rig| {
             let seen = len as f64 * (len + 1) as f64 / 2.0;
             let flops = 4.0 * (GQA.heads * GQA.head_dim) as f64 * seen;
-            attention(rig, &Step::new(1, len, len, WIDTH), 1, Work::default().and_flops(flops))
+            prompt(rig, &Step::new(1, len, len, WIDTH), Work::default().and_flops(flops))
         })
     });
     decodes.chain(prompts).collect()
 }
 
 fn attention(rig: &mut Rig, step: &Step, sets: usize, work: Work) -> Result<Ready, Failure> {
-    let Gqa { heads, kv_heads, head_dim, scale, .. } = GQA;
+    let Gqa { heads, kv_heads, head_dim, .. } = GQA;
     let rows = step.rows();
-    let prompts = rows > step.segments.len();
     let group = heads / kv_heads;
-    let (variant, lines) = gqa::select(&GQA, LAYER, Dtype::Bf16, prompts);
+    let (variant, lines) = gqa::select(&GQA, LAYER, Dtype::Bf16, false);
     let mut list = Vec::new();
     tiles(&step.segments, group, lines, &mut list);
     let most = max_tiles(rows, step.segments.len(), group, lines);
@@ -54,8 +54,7 @@ fn attention(rig: &mut Rig, step: &Step, sets: usize, work: Work) -> Result<Read
     let segments = step.send_segments(rig)?;
     let tables = rig.u64s(&step.tables)?;
     let context = step.segments[0].context as usize;
-    let of_step = if prompts { most } else { rows * group.div_ceil(lines) };
-    let splits = splits(rig.multiprocessors(), of_step, kv_heads, context);
+    let splits = splits(rig.multiprocessors(), rows * group.div_ceil(lines), kv_heads, context);
     let partial = if splits > 1 { rows * heads * splits } else { 0 };
     let partials = Partials::take(rig.arena(), partial, head_dim)?;
     let caches = (0..sets).map(|_| rig.normal(step.elements(), 1.0));
@@ -76,9 +75,45 @@ fn attention(rig: &mut Rig, step: &Step, sets: usize, work: Work) -> Result<Read
         let kv = Tensor::new(&caches[i], Dtype::Bf16);
         gqa::attention(on, Rows::exactly(rows), &q, &GQA, LAYER, kv, &plan, &partials, &out)
     });
+    let check = check(step, [queries, cache, result]);
+    Ok(Ready { work, sets, launch, check })
+}
+
+/// Prompts that lie in the step as a whole.
+fn prompt(rig: &mut Rig, step: &Step, work: Work) -> Result<Ready, Failure> {
+    let Gqa { heads, head_dim, .. } = GQA;
+    let rows = step.rows();
+    let cut = gqa::prompt_cut(&GQA, LAYER, Dtype::Bf16);
+    let cut = cut.ok_or_else(|| CudaError::Shape { op: "gqa", why: format!("{GQA:?}") })?;
+    let mut list = Vec::new();
+    cut.tiles(&step.segments, |_| true, &mut list);
+    let max_tiles = list.len();
+    let count = rig.u32s(&[max_tiles as u32])?;
+    let words: Vec<u32> = list.iter().flat_map(|tile| [tile.segment, tile.line]).collect();
+    let tiles = rig.u32s(&words)?;
+    let segments = step.send_segments(rig)?;
+    let tables = rig.u64s(&step.tables)?;
+    let cache = rig.normal(step.elements(), 1.0)?;
+    let q = rig.normal(rows * heads * head_dim, 1.0)?;
+    let out = rig.space(rows * heads * head_dim * 2)?;
+    let check = check(step, [q.clone(), cache.clone(), out.clone()]);
+    let launch: Launch = Box::new(move |on, _| {
+        let (segments, tiles, tile_count) = (&segments, &tiles, &count);
+        let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
+        let (all, kv) = (Rows::exactly(rows), Tensor::new(&cache, Dtype::Bf16));
+        gqa::prompts(on, all, &q, &GQA, LAYER, kv, &tables, &plan, &out)
+    });
+    Ok(Ready { work, sets: 1, launch, check })
+}
+
+/// Some rows of some sequences in f64.
+fn check(step: &Step, [queries, cache, result]: [DeviceSlice; 3]) -> Check {
+    let Gqa { heads, kv_heads, head_dim, scale, .. } = GQA;
+    let (rows, group) = (step.rows(), heads / kv_heads);
+    let context = step.segments[0].context as usize;
     let (sequences, len) = (step.segments.len(), rows / step.segments.len());
     let step = Step::new(sequences, len, context, WIDTH);
-    let check: Check = Box::new(move |rig, launch| {
+    Box::new(move |rig, launch| {
         rig.poison(&result)?;
         rig.run(launch, 0)?;
         for sequence in some(sequences, 2) {
@@ -101,6 +136,5 @@ fn attention(rig: &mut Rig, step: &Step, sets: usize, work: Work) -> Result<Read
             }
         }
         Ok(())
-    });
-    Ok(Ready { work, sets, launch, check })
+    })
 }

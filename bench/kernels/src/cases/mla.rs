@@ -1,4 +1,5 @@
-//! Latent attention of 16 heads: decoding rows in pieces, and one long prompt in the expanded form.
+//! Latent attention of 16 heads: decoding rows in pieces, and one prompt in the expanded form, whole or
+//! behind a context.
 
 use super::step::{Step, attend};
 use crate::case::{Case, Check, Launch, Ready, Work};
@@ -6,9 +7,11 @@ use crate::near::{Failure, near, some};
 use crate::rig::{Rig, cold_sets};
 use device::cuda::{CudaError, DeviceSlice, TensorMap};
 use ops::cuda::{Dtype, Rows, Tensor};
-use ops::flash::cuda::{Query, tiles};
+use ops::flash::cuda::{Query, prompt as kernel};
 use ops::mla::Mla;
-use ops::mla::cuda::{decode, expand};
+use ops::mla::cuda::decode;
+use ops::mla::cuda::expand::later::{self, Later, Passes};
+use ops::mla::cuda::expand::{self, Room};
 use ops::paged::KvLayer;
 
 /// DeepSeek-V2-Lite's.
@@ -23,6 +26,8 @@ pub(super) const LAYER: KvLayer = KvLayer { offset: 0, row: WIDTH };
 const DECODES: [(usize, usize); 6] =
     [(1, 1024), (1, 8192), (4, 8192), (16, 8192), (64, 8192), (128, 8192)];
 const PROMPTS: [usize; 2] = [4096, 16_384];
+/// Rows and context.
+const BEHIND: [(usize, usize); 3] = [(2048, 4096), (2048, 10_240), (2048, 32_768)];
 
 pub(super) fn cases() -> Vec<Case> {
     let decodes = DECODES.into_iter().map(|(rows, context)| {
@@ -33,7 +38,12 @@ pub(super) fn cases() -> Vec<Case> {
     let prompts = PROMPTS
         .into_iter()
         .map(|len| Case::new(format!("mla_prefill.h16.len{len}"), move |rig| prompt(rig, len)));
-    decodes.chain(prompts).collect()
+    let behind = BEHIND.into_iter().map(|(len, context)| {
+        Case::new(format!("mla_prefill.h16.len{len}.ctx{context}"), move |rig| {
+            behind(rig, len, context)
+        })
+    });
+    decodes.chain(prompts).chain(behind).collect()
 }
 
 /// The cut of a step's keys on the device, over caches of several sets.
@@ -123,9 +133,10 @@ fn decoding(rig: &mut Rig, rows: usize, context: usize) -> Result<Ready, Failure
 /// are those of attention alone.
 fn prompt(rig: &mut Rig, len: usize) -> Result<Ready, Failure> {
     let Mla { heads, nope, v, latent, .. } = MLA;
-    let step = Step::new(1, len, len, WIDTH);
+    let mut step = Step::new(1, len, len, WIDTH);
+    step.segments.iter_mut().for_each(|segment| segment.table = segment.start);
     let mut list = Vec::new();
-    tiles(&step.segments, 1, expand::LINES, &mut list);
+    expand::cut().tiles(&step.segments, expand::is_whole, &mut list);
     let segments = step.send_segments(rig)?;
     let count = rig.u32s(&[list.len() as u32])?;
     let words: Vec<u32> = list.iter().flat_map(|tile| [tile.segment, tile.line]).collect();
@@ -133,36 +144,74 @@ fn prompt(rig: &mut Rig, len: usize) -> Result<Ready, Failure> {
     let q = rig.normal(len * heads * QUERY, 1.0)?;
     let kv = rig.normal(len * WIDTH, 1.0)?;
     let kv_b = rig.normal(heads * (nope + v) * latent, 1.0 / (latent as f64).sqrt())?;
-    let expanded = expand::take(rig.arena(), &MLA, len)?;
+    let scratch = expand::Scratch::take(rig.arena(), &MLA, Room { latents: 1, expanded: len })?;
     let out = rig.space(len * heads * v * 2)?;
-    let of = [&q, &kv, &kv_b, &out].map(DeviceSlice::clone);
+    let of = [&q, &kv_b, &out, &kv].map(DeviceSlice::clone);
     let launch: Launch = Box::new(move |on, _| -> Result<(), CudaError> {
-        let plan = expand::Plan {
-            segments: &segments,
-            tiles: &tiles,
-            tile_count: &count,
-            max_tiles,
-            expanded: &expanded,
-        };
-        expand::attention(on, Rows::exactly(len), &MLA, &q, &kv, &kv_b, &plan, &out)
+        let (segments, tiles, tile_count) = (&segments, &tiles, &count);
+        let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
+        let all = Rows::exactly(len);
+        expand::attention(on, all, &MLA, &q, &kv, &kv_b, &plan, &scratch, &out)
     });
-    let check: Check = Box::new(move |rig, launch| check_prompt(rig, launch, len, &of));
-    let seen = len as f64 * (len + 1) as f64 / 2.0;
-    let flops = 2.0 * (heads * (QUERY + v)) as f64 * seen;
-    Ok(Ready { work: Work::default().and_flops(flops), sets: 1, launch, check })
+    let check: Check = Box::new(move |rig, launch| {
+        let keys = rig.bf16s(&of[3], 0..len * WIDTH)?;
+        check_prompt(rig, launch, (len, &keys), &of)
+    });
+    Ok(Ready { work: Work::default().and_flops(flops(len, len)), sets: 1, launch, check })
+}
+
+/// Of attention alone.
+fn flops(len: usize, context: usize) -> f64 {
+    let seen = (context - len) as f64 * len as f64 + len as f64 * (len + 1) as f64 / 2.0;
+    2.0 * (MLA.heads * (QUERY + MLA.v)) as f64 * seen
+}
+
+/// The last rows of a prompt, the latents of all of which are in the cache: gathered, projected up, then
+/// attention. Operations are those of attention alone.
+fn behind(rig: &mut Rig, len: usize, context: usize) -> Result<Ready, Failure> {
+    let Mla { heads, nope, v, latent, .. } = MLA;
+    let step = Step::new(1, len, context, WIDTH);
+    let room = Room { latents: context, expanded: context };
+    let mut passes = Passes::default();
+    passes.make(&step.segments, room);
+    let words: Vec<u32> = passes.tiles.iter().flat_map(|t| [t.segment, t.line]).collect();
+    let (tiles, count) = (rig.u32s(&words)?, rig.u32s(&[passes.tiles.len() as u32])?);
+    let segment = passes.segments[0];
+    let segments = rig.u32s(&[segment.start, segment.len, segment.context, segment.table])?;
+    let (firsts, tables) = (rig.u32s(&passes.firsts)?, rig.u64s(&step.tables)?);
+    let q = rig.normal(len * heads * QUERY, 1.0)?;
+    let cache = rig.normal(step.elements(), 1.0)?;
+    let kv_b = rig.normal(heads * (nope + v) * latent, 1.0 / (latent as f64).sqrt())?;
+    let scratch = expand::Scratch::take(rig.arena(), &MLA, room)?;
+    let out = rig.space(len * heads * v * 2)?;
+    let of = [&q, &kv_b, &out, &cache].map(DeviceSlice::clone);
+    let launch: Launch = Box::new(move |on, _| -> Result<(), CudaError> {
+        let pass = &passes.passes[0];
+        let (segments, tiles, tile_count) = (&segments, &tiles, &count);
+        let max_tiles = passes.tiles.len();
+        let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
+        let later = Later { pass, plan, firsts: &firsts, tables: &tables };
+        let from = (LAYER, Tensor::new(&cache, Dtype::Bf16));
+        later::attention(on, len, &MLA, &q, &kv_b, from, &later, &scratch, &out)
+    });
+    let check: Check = Box::new(move |rig, launch| {
+        let keys = step.contents(rig, &of[3], 0)?;
+        check_prompt(rig, launch, (len, &keys[..context * WIDTH]), &of)
+    });
+    Ok(Ready { work: Work::default().and_flops(flops(len, context)), sets: 1, launch, check })
 }
 
 /// Some rows against the absorbed form in f64, which is the same with fewer products.
 fn check_prompt(
     rig: &Rig,
     launch: &Launch,
-    len: usize,
-    [q, kv, kv_b, out]: &[DeviceSlice; 4],
+    (len, keys): (usize, &[f32]),
+    [q, kv_b, out, _]: &[DeviceSlice; 4],
 ) -> Result<(), Failure> {
     let Mla { heads, nope, v, latent, scale, .. } = MLA;
     rig.poison(out)?;
     rig.run(launch, 0)?;
-    let keys = rig.bf16s(kv, 0..len * WIDTH)?;
+    let before = keys.len() / WIDTH - len;
     for head in some(heads, 2) {
         let first = head * (nope + v) * latent;
         let weights = rig.bf16s(kv_b, first..first + (nope + v) * latent)?;
@@ -175,7 +224,7 @@ fn check_prompt(
                 query.iter_mut().zip(*up).for_each(|(sum, w)| *sum += f64::from(q * w));
             }
             query.extend(q[nope..].iter().map(|x| f64::from(*x)));
-            let tokens = || keys.chunks_exact(WIDTH).take(row + 1);
+            let tokens = || keys.chunks_exact(WIDTH).take(before + row + 1);
             let sums = attend(scale, &query, tokens(), tokens().map(|key| &key[..latent]));
             let dot = |up: &&[f32]| sums.iter().zip(*up).map(|(s, w)| s * f64::from(*w)).sum();
             let expected: Vec<f64> = up[nope..].iter().map(dot).collect();

@@ -48,11 +48,12 @@ fn likeliest(rig: &mut Rig) -> Result<Ready, Failure> {
         rig.poison(&drawn)?;
         rig.run(launch, 0)?;
         let drawn = rig.words(&drawn)?;
-        for row in some(ROWS, CHECKED) {
+        // An error in one lane of many would be missed by few.
+        for (row, drawn) in drawn.iter().enumerate() {
             let logits = row_of(rig, &first, row)?;
             // The first of equal ones.
             let best = (0..VOCAB).rev().max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
-            equal(&format!("row {row}"), &[drawn[row] as usize], &[best.unwrap_or(VOCAB)])?;
+            equal(&format!("row {row}"), &[*drawn as usize], &[best.unwrap_or(VOCAB)])?;
         }
         Ok(())
     });

@@ -7,6 +7,7 @@
 mod kernels;
 mod planner;
 mod plot;
+mod server;
 mod sweep;
 
 use crate::cli::{BenchCommand, LatencyArgs, Target, ThroughputArgs};
@@ -14,6 +15,8 @@ use crate::terminal::bar;
 use anyhow::{Context, Result, ensure};
 use load::{Client, Load, Prompts, Report};
 use serde_json::{Value, json};
+use server::{Scrape, Server};
+use std::fmt;
 
 /// What is to be measured is not on this machine; nothing failed.
 #[derive(Debug, thiserror::Error)]
@@ -67,30 +70,50 @@ fn load_of(target: &Target, number: u64) -> Load {
     Load { requests: 0, concurrency: 1, rate: None, prompts, output: target.output_len }
 }
 
-async fn measure(client: &Client, load: Load) -> Report {
+/// What a load amounted to, from outside and by the server's own account.
+struct Measured {
+    report: Report,
+    server: Option<Server>,
+}
+
+impl fmt::Display for Measured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { report, server } = self;
+        write!(f, "{report}")?;
+        server.as_ref().map_or(Ok(()), |server| write!(f, "{server}"))
+    }
+}
+
+async fn measure(client: &Client, load: Load) -> Measured {
+    let before = Scrape::of(client).await;
     let progress = bar(u64::from(load.requests), "requests");
     let report = load::run(client, load, || progress.inc(1)).await;
     progress.finish_and_clear();
-    report
+    let after = Scrape::of(client).await;
+    let server = before.zip(after).map(|(before, after)| Server::between(&before, &after));
+    Measured { report, server }
 }
 
 #[expect(clippy::print_stdout, reason = "the report is the command's output")]
-fn finish(kind: &str, client: &Client, target: &Target, report: Report) -> Result<()> {
+fn finish(kind: &str, client: &Client, target: &Target, measured: Measured) -> Result<()> {
     if target.json {
-        println!("{}", line(kind, client, target, &report));
+        println!("{}", line(kind, client, target, &measured));
     } else {
         println!("model         {}", client.model());
-        print!("{report}");
+        print!("{measured}");
     }
+    let report = measured.report;
     ensure!(report.failed == 0, "{} of the requests failed", report.failed);
     Ok(())
 }
 
 /// A measurement as one object.
-fn line(kind: &str, client: &Client, target: &Target, report: &Report) -> Value {
+fn line(kind: &str, client: &Client, target: &Target, measured: &Measured) -> Value {
+    let Measured { report, server } = measured;
     json!({
         "bench": kind, "model": client.model(), "input_len": target.input_len,
         "output_len": target.output_len, "version": crate::cli::VERSION, "report": report,
+        "server": server.as_ref().map(Server::value),
     })
 }
 

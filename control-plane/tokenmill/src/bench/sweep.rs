@@ -33,15 +33,27 @@ pub(super) async fn run(args: ServeBenchArgs) -> Result<()> {
     });
     let mut record = record.take().transpose()?;
     let client = connect(&args.target).await?;
-    for (number, &concurrency) in (0..).zip(&args.max_concurrency) {
+    let mut loads = args.max_concurrency.clone();
+    if args.cold_start {
+        ensure!(loads.len() == 1, "--cold-start compares two loads of one concurrency");
+        loads.push(loads[0]);
+    } else if args.warm_up > 0 {
+        // Prompts of a number that no load has.
+        let load = Load { requests: args.warm_up, ..load_of(&args.target, u64::from(u32::MAX)) };
+        load::run(&client, load, || ()).await;
+    }
+    let mut first_tokens = Vec::new();
+    for (number, &concurrency) in (0..).zip(&loads) {
         let load = Load {
             requests: requests(&args, concurrency),
             concurrency,
             rate: args.request_rate,
             ..load_of(&args.target, number)
         };
-        let report = measure(&client, load).await;
-        let mut told = line("serve", &client, &args.target, &report);
+        let measured = measure(&client, load).await;
+        let mut told = line("serve", &client, &args.target, &measured);
+        let report = &measured.report;
+        first_tokens.push(report.ttft_ms.p99);
         if let Value::Object(fields) = &mut told {
             let more = json!({"label": args.label, "gpus": args.gpus, "concurrency": concurrency});
             fields.extend(
@@ -55,11 +67,28 @@ pub(super) async fn run(args: ServeBenchArgs) -> Result<()> {
                 println!("model         {}", client.model());
             }
             println!("concurrency   {concurrency}");
-            print!("{report}");
+            print!("{measured}");
         }
         ensure!(report.failed == 0, "{} of the requests failed", report.failed);
         if let Some(file) = &mut record {
             writeln!(file, "{told}").context("append to the record")?;
+        }
+    }
+    if let (true, [first, steady]) = (args.cold_start, first_tokens.as_slice()) {
+        let requests = requests(&args, loads[0]);
+        if args.target.json {
+            let line = json!({
+                "bench": "cold_start", "model": client.model(), "requests": requests,
+                "ttft_p99_ms": first, "steady_ttft_p99_ms": steady, "ratio": first / steady,
+                "version": crate::cli::VERSION,
+            });
+            println!("{line}");
+        } else {
+            println!(
+                "first token   p99 of the first {requests} requests {first:.2} ms, after them \
+                 {steady:.2} ms: {:.2} times",
+                first / steady
+            );
         }
     }
     Ok(())

@@ -94,6 +94,13 @@ pub(crate) struct ServeBenchArgs {
     /// Arrivals per second (Poisson); as fast as the concurrency allows when left out.
     #[arg(long)]
     pub(crate) request_rate: Option<f64>,
+    /// Requests sent one by one before the first load, and not counted.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) warm_up: u32,
+    /// The server has just started: nothing warms it up, and the load is measured once more, to compare
+    /// the first requests' time to first token with the steady one.
+    #[arg(long)]
+    pub(crate) cold_start: bool,
     /// Append a JSON line for each load to this file, for `bench plot`.
     #[arg(long)]
     pub(crate) record: Option<PathBuf>,

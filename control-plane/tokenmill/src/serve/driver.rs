@@ -81,7 +81,7 @@ impl Driver {
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return,
             };
-            let now = self.now();
+            let (now, begun) = (self.now(), Instant::now());
             let idle = first.is_none();
             match first {
                 Some(message) => self.take(now, message, &mut streams),
@@ -94,7 +94,9 @@ impl Driver {
             while let Ok(message) = self.inbox.try_recv() {
                 self.take(now, message, &mut streams);
             }
-            self.plan(&mut streams);
+            if self.plan(&mut streams) {
+                self.metrics.planner.observe(begun.elapsed().as_secs_f64());
+            }
             if gauges_due.is_none_or(|due| Instant::now() >= due) {
                 self.gauges();
                 gauges_due = (!idle).then(|| Instant::now() + GAUGES);
@@ -170,18 +172,22 @@ impl Driver {
         }
     }
 
-    fn plan(&mut self, streams: &mut Streams) {
+    /// Plans what can be planned; whether that was any step.
+    fn plan(&mut self, streams: &mut Streams) -> bool {
+        let mut any = false;
         loop {
             self.drain(streams);
             let Some(planned) = self.scheduler.plan_step(self.now()) else { break };
             self.drain(streams);
             self.metrics.steps_planned(StepsAhead::of(planned.report.ahead)).inc();
             self.life.command(ToWorker::Step(planned.plan));
+            any = true;
         }
         self.drain(streams);
         let gauges = self.scheduler.gauges();
         self.progress.working(gauges.running + gauges.waiting > 0);
         self.progress.queued(gauges.waiting, gauges.queued_tokens);
+        any
     }
 
     fn drain(&mut self, streams: &mut Streams) {

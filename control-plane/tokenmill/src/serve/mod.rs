@@ -7,6 +7,7 @@
 mod bundled;
 pub(crate) mod device;
 mod driver;
+mod gpu_state;
 mod handle;
 mod life;
 pub(crate) mod memory;
@@ -120,6 +121,9 @@ fn start_engine(
     if let Some(device) = &settings.device {
         tracing::info!(device = device.name(), "serving on {device}");
         metrics.serves_on(device.name(), &device.to_string());
+        if let Some(cuda) = &device.cuda {
+            gpu_state::watch(&metrics, cuda.pci.clone());
+        }
     }
     let startup = Arc::new(Startup::new(command, Arc::clone(&metrics)));
     let origin = Instant::now();

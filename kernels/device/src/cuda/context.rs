@@ -10,6 +10,8 @@ use std::sync::Arc;
 pub struct DeviceFacts {
     /// As the driver names it.
     pub name: String,
+    /// Where it is plugged in, as `0000:1b:00.0`.
+    pub pci: String,
     /// The newest CUDA that the driver serves, major and minor.
     pub driver: (u32, u32),
     /// Compute capability, major and minor.
@@ -125,6 +127,11 @@ fn facts(device: CUdevice) -> Result<DeviceFacts, CudaError> {
     let named = unsafe { sys::cuDeviceGetName(name.as_mut_ptr().cast(), 256, device) };
     check("cuDeviceGetName", named)?;
     let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    let mut pci = [0_u8; 32];
+    // SAFETY: as above.
+    let placed = unsafe { sys::cuDeviceGetPCIBusId(pci.as_mut_ptr().cast(), 32, device) };
+    check("cuDeviceGetPCIBusId", placed)?;
+    let pci_end = pci.iter().position(|byte| *byte == 0).unwrap_or(pci.len());
     let mut memory_bytes = 0;
     // SAFETY: the pointer is to a live integer.
     let got = unsafe { sys::cuDeviceTotalMem_v2(&raw mut memory_bytes, device) };
@@ -137,6 +144,7 @@ fn facts(device: CUdevice) -> Result<DeviceFacts, CudaError> {
         // Written as 1000 times the major, 10 times the minor.
         driver: (driver / 1000, driver % 1000 / 10),
         name: String::from_utf8_lossy(&name[..end]).into_owned(),
+        pci: String::from_utf8_lossy(&pci[..pci_end]).into_owned(),
         capability: (
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,

@@ -11,7 +11,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
-use crate::linear;
+use crate::{flash, linear};
 use device::cuda::{Context, CudaError, DeviceFacts, DeviceSlice, Kernel, Kernels, Lane, Stream};
 
 pub(crate) use operand::{bytes, dim, need, shape};
@@ -132,6 +132,7 @@ pub struct Gpu {
     facts: DeviceFacts,
     /// One for each lane of streams.
     shared: [linear::cuda::wide::Shared; Lane::COUNT],
+    ticket: flash::cuda::prompt::Ticket,
     library: Result<linear::cuda::Library, CudaError>,
 }
 
@@ -148,18 +149,25 @@ impl Gpu {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }
         // Attributes are set once, so that launches only launch.
-        use crate::mla::cuda::{block, decode, expand};
-        let pieces = [decode::DECODE, block::VALUES, expand::EXPANDED];
+        use crate::flash::cuda::prompt;
+        use crate::mla::cuda::{decode, near};
+        let pieces = [decode::DECODE];
         let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
-        let large =
-            large.chain(crate::moe::cuda::wide::LARGE).chain(linear::cuda::stream::LARGE).copied();
+        let large = large
+            .chain(crate::moe::cuda::wide::LARGE)
+            .chain(crate::mla::cuda::heads::LARGE)
+            .chain(linear::cuda::stream::LARGE)
+            .chain(near::LARGE)
+            .copied()
+            .chain(prompt::ALL);
         for name in large.chain(linear::cuda::wide::large()) {
             kernels.allow_shared(name, facts.shared_bytes)?;
         }
         let shared = || linear::cuda::wide::Shared::new(context);
         let shared = [shared()?, shared()?];
+        let ticket = prompt::Ticket::new(context)?;
         let library = linear::cuda::Library::open(context);
-        Ok(Self { kernels, facts, shared, library })
+        Ok(Self { kernels, facts, shared, ticket, library })
     }
 
     /// Bytes of device memory that [`Gpu::new`] allocates, the library's included.
@@ -167,6 +175,7 @@ impl Gpu {
     pub fn bytes(multiprocessors: usize) -> usize {
         let shared = linear::cuda::wide::Shared::bytes(multiprocessors);
         Lane::COUNT * (shared + linear::cuda::Library::WORKSPACE)
+            + flash::cuda::prompt::Ticket::BYTES
     }
 
     /// As [`Gpu::new`], where the library of products counts as absent.
@@ -219,6 +228,11 @@ impl<'a> Queue<'a> {
     /// Where sums of split products meet.
     pub(crate) fn shared(&self) -> &'a linear::cuda::wide::Shared {
         &self.gpu.shared[self.stream.lane() as usize]
+    }
+
+    /// Where blocks of prompt attention find their tiles.
+    pub(crate) const fn ticket(&self) -> &'a flash::cuda::prompt::Ticket {
+        &self.gpu.ticket
     }
 
     /// Multiprocessors of the device.

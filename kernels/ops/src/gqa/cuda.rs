@@ -1,10 +1,12 @@
-//! Launches of grouped-query attention.
+//! Launches of grouped-query attention: any rows by the tiles of `flash`, rows of prompts by its kernel for
+//! those, where it serves their heads.
 
 #[cfg(test)]
 mod tests;
 
 use super::Gqa;
 use crate::cuda::{Dtype, Queue, Rows, Tensor, shape};
+use crate::flash::cuda::prompt::{self, Cut, Keys};
 use crate::flash::cuda::{self as flash, Partials, Plan, Query, Shape, Variant};
 use crate::paged::KvLayer;
 use device::cuda::{CudaError, DeviceSlice};
@@ -61,4 +63,45 @@ pub fn attention(
     Tensor::new(q, arena.dtype).need(OP, "q", &[rows.padded, heads, head_dim])?;
     let query = Query { address: q.address(), row: heads * head_dim, head: head_dim };
     flash::attention(on, rows, &core, [query, query], layer, arena, plan, partials, out)
+}
+
+/// How prompts are cut into tiles for [`prompts`]; `None` where it does not serve them.
+#[must_use]
+pub const fn prompt_cut(gqa: &Gqa, layer: KvLayer, dtype: Dtype) -> Option<Cut> {
+    let Gqa { heads, kv_heads, head_dim, window, .. } = *gqa;
+    let served = matches!(dtype, Dtype::Bf16)
+        && window.is_none()
+        && kv_heads > 0
+        && heads.is_multiple_of(kv_heads)
+        && layer.row == 2 * kv_heads * head_dim
+        && layer.offset.is_multiple_of(prompt::LINE)
+        && (head_dim == 64 || head_dim == 128);
+    if served { Cut::new(heads / kv_heads, head_dim) } else { None }
+}
+
+/// As [`attention`] for the segments of a plan, whose rows alone are written; blocks begin on multiples of
+/// 64 elements.
+///
+/// # Errors
+/// As [`attention`].
+#[allow(clippy::too_many_arguments, reason = "the operands of attention")]
+pub fn prompts(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    q: &DeviceSlice,
+    gqa: &Gqa,
+    layer: KvLayer,
+    arena: Tensor<'_>,
+    tables: &DeviceSlice,
+    plan: &prompt::Plan<'_>,
+    out: &DeviceSlice,
+) -> Result<(), CudaError> {
+    if prompt_cut(gqa, layer, arena.dtype).is_none() {
+        return Err(shape("gqa", format!("{gqa:?} over {layer:?} for prompts")));
+    }
+    let Gqa { heads, kv_heads, head_dim, scale, .. } = *gqa;
+    let keys = Keys::Paged { arena: arena.slice, layer, tables };
+    let (rows, group, qk) = (rows.padded, heads / kv_heads, head_dim);
+    let operands = prompt::Operands { rows, heads, kv_heads, group, qk, scale, q, keys, out };
+    prompt::attention(on, &operands, plan)
 }

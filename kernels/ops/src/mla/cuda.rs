@@ -7,13 +7,15 @@
 pub mod block;
 pub mod decode;
 pub mod expand;
+pub(crate) mod heads;
+pub mod near;
 #[cfg(test)]
 mod tests;
 
 use super::Mla;
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use crate::flash::cuda::{self as flash, Partials, Plan, Query, Shape, Variant};
-use crate::linear::cuda::{Linear, linear};
+use crate::linear::cuda::{FEW_ROWS, Linear, linear};
 use crate::paged::KvLayer;
 use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters};
 
@@ -190,22 +192,13 @@ pub fn attention(
     need(OP, "out", out, &[rows.padded, heads, v], size)?;
     need(OP, "scratch", &scratch.queries, &[rows.padded, heads, latent], size)?;
 
-    let to_latent = Linear {
-        x_stride: heads * width,
-        out_stride: heads * latent,
-        batch: heads,
-        x_batch: width,
-        w_batch: latent * nope,
-        out_batch: latent,
-        ..Linear::plain(
-            Tensor::new(q, dtype),
-            weights.absorbed,
-            Tensor::new(&scratch.queries, dtype),
-            nope,
-            latent,
-        )
-    };
-    linear(on, rows, &to_latent)?;
+    // Few rows are streamed past their weights by plain kernels.
+    let by_heads = heads::serves(mla, dtype) && rows.padded > FEW_ROWS;
+    if by_heads {
+        heads::to_latent(on, rows, mla, q, weights.absorbed, &scratch.queries)?;
+    } else {
+        to_latent(on, rows, mla, Tensor::new(q, dtype), weights, &scratch.queries)?;
+    }
 
     let rotated = q.address() + (nope * size) as u64;
     let queries = [
@@ -222,17 +215,57 @@ pub fn attention(
         decode::attention(on, rows, mla, queries, layer, arena, plan, partials, results)?;
     }
 
+    if by_heads {
+        return heads::from_latent(on, rows, mla, results, weights.kv_b, out);
+    }
+    from_latent(on, rows, mla, Tensor::new(results, dtype), weights, out)
+}
+
+/// Queries into latent space, by products of any widths side by side.
+fn to_latent(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    mla: &Mla,
+    q: Tensor<'_>,
+    weights: &Weights<'_>,
+    queries: &DeviceSlice,
+) -> Result<(), CudaError> {
+    let Mla { heads, nope, rope, latent, .. } = *mla;
+    let width = nope + rope;
+    let product = Linear {
+        x_stride: heads * width,
+        out_stride: heads * latent,
+        batch: heads,
+        x_batch: width,
+        w_batch: latent * nope,
+        out_batch: latent,
+        ..Linear::plain(q, weights.absorbed, Tensor::new(queries, q.dtype), nope, latent)
+    };
+    linear(on, rows, &product)
+}
+
+/// Results out of it.
+fn from_latent(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    mla: &Mla,
+    results: Tensor<'_>,
+    weights: &Weights<'_>,
+    out: &DeviceSlice,
+) -> Result<(), CudaError> {
+    let Mla { heads, nope, v, latent, .. } = *mla;
+    let size = results.dtype.size();
     // The value half of head h begins `nope` rows into its part of `kv_b`.
     let all = heads * (nope + v) * latent * size;
     let values = weights.kv_b.slice(nope * latent * size..all);
-    let from_latent = Linear {
+    let product = Linear {
         x_stride: heads * latent,
         out_stride: heads * v,
         batch: heads,
         x_batch: latent,
         out_batch: v,
         w_batch: (nope + v) * latent,
-        ..Linear::plain(Tensor::new(results, dtype), &values, Tensor::new(out, dtype), latent, v)
+        ..Linear::plain(results, &values, Tensor::new(out, results.dtype), latent, v)
     };
-    linear(on, rows, &from_latent)
+    linear(on, rows, &product)
 }

@@ -10,6 +10,8 @@ pub struct CudaDevice {
     pub ordinal: usize,
     /// As the driver names it.
     pub name: String,
+    /// Where it is plugged in, by which [`Nvml`](device::nvml::Nvml) finds it.
+    pub pci: String,
     /// The newest CUDA that the driver serves, major and minor.
     pub driver: (u32, u32),
     /// Multiprocessors.
@@ -32,6 +34,7 @@ pub fn cuda_device(ordinal: usize) -> Result<CudaDevice, CudaError> {
     Ok(CudaDevice {
         ordinal,
         name: facts.name.clone(),
+        pci: facts.pci.clone(),
         driver: facts.driver,
         multiprocessors: facts.multiprocessors as usize,
         total: Bytes(total as u64),

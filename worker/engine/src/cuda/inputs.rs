@@ -8,7 +8,7 @@
 
 use super::ahead::most_rows;
 use super::limits::Limits;
-use super::sizes::{Sizes, Spec};
+use super::sizes::{Prompts, Sizes, Spec};
 use crate::batch::Batch;
 use crate::executor::{RowDraw, TableView};
 use core::ops::Range;
@@ -16,7 +16,8 @@ use device::cuda::{Arena, Context, CudaError, DeviceSlice, Stream, Upload};
 use ids::{BLOCK_TOKENS, SlotGeneration, SlotId};
 use ops::flash::cuda::{Segment, Tile, max_tiles, tiles};
 use ops::mla::cuda::decode::{Cut, Piece};
-use ops::mla::cuda::expand;
+use ops::mla::cuda::expand::later::{Pass, Passes, is_later};
+use ops::mla::cuda::expand::{self, Room};
 use ops::sample::cuda::SampleRow;
 use ops::tokens::NOT_KEPT;
 use ops::tokens::cuda::CHANGE_WORDS;
@@ -43,10 +44,9 @@ pub(super) struct Layout {
     tiles: Vec<(usize, Range<usize>)>,
     /// Per attention: pieces of decoding rows, and their slots; empty where there are none.
     pieces: Vec<[Range<usize>; 2]>,
-    /// Per attention: tiles of prompts that lie in the step as a whole, behind their number; empty where
-    /// they are not told apart.
-    whole: Vec<Range<usize>>,
-    /// Rows up to the last one of any other segment.
+    /// Per attention: segments and tiles of prompts that run apart; empty where none do.
+    prompts: Vec<PromptParts>,
+    /// Rows up to the last one of any segment that is not expanded.
     absorbed: usize,
     /// Real rows of each tile of logits that is drawn ahead.
     heads: Range<usize>,
@@ -59,6 +59,28 @@ pub(super) struct Layout {
     changes: usize,
     /// Changes, at most.
     most_changes: usize,
+}
+
+/// Prompts of an attention that run apart.
+#[derive(Clone, Debug)]
+struct PromptParts {
+    /// Where the number of tiles is.
+    count: Range<usize>,
+    tiles: Range<usize>,
+    /// Segments whose keys are rows of the step; empty where those of the cache's group serve.
+    segments: Range<usize>,
+    /// Those whose keys are gathered, in passes; empty likewise.
+    later: LaterParts,
+}
+
+/// Prompts whose keys are gathered: of every pass the number of its tiles; segments, their first blocks and
+/// tiles of all passes.
+#[derive(Clone, Debug)]
+struct LaterParts {
+    counts: Range<usize>,
+    segments: Range<usize>,
+    firsts: Range<usize>,
+    tiles: Range<usize>,
 }
 
 /// Entries of a slot's table in one group: a table may be a block longer than the context.
@@ -109,11 +131,23 @@ impl Layout {
             [part(most * Piece::WORDS), part(slots)]
         });
         let pieces = pieces.collect();
-        let whole = sizes.whole.iter().map(|whole| {
-            let most = max_tiles(bucket, segments, 1, expand::LINES);
-            if *whole { part(1 + most * size_of::<Tile>() / 4) } else { part(0) }
+        let prompts = sizes.prompts.iter().map(|prompts| {
+            let tiles = prompts.cut().map_or(0, |cut| cut.max_tiles(bucket, segments));
+            let tiles = tiles * size_of::<Tile>() / 4;
+            let of = |words| if *prompts == Prompts::Expanded { words } else { 0 };
+            PromptParts {
+                count: part(usize::from(tiles > 0)),
+                tiles: part(tiles),
+                segments: part(of(segment_words)),
+                later: LaterParts {
+                    counts: part(of(segments)),
+                    segments: part(of(segment_words)),
+                    firsts: part(of(segments)),
+                    tiles: part(of(tiles)),
+                },
+            }
         });
-        let whole = whole.collect();
+        let prompts = prompts.collect();
         let absorbed = part(1).start;
         let drawn = bucket.min(most_rows(limits));
         let heads = part(drawn.div_ceil(sizes.drawn_tile));
@@ -131,7 +165,7 @@ impl Layout {
             segments: segments_of,
             tiles,
             pieces,
-            whole,
+            prompts,
             absorbed,
             heads,
             how,
@@ -142,14 +176,47 @@ impl Layout {
         }
     }
 
-    /// Whether an attention's whole prompts have tiles of their own.
-    pub(super) fn tells_whole(&self, spec: usize) -> bool {
-        !self.whole[spec].is_empty()
+    /// Whether prompts of an attention run apart.
+    #[cfg(test)]
+    pub(super) fn has_prompts(&self, spec: usize) -> bool {
+        !self.prompts[spec].count.is_empty()
     }
 
     /// Bytes of everything.
     pub(super) fn bytes(&self) -> usize {
         self.most_changes.saturating_mul(4 * CHANGE_WORDS).saturating_add(self.changes * 4)
+    }
+}
+
+/// Prompts of an attention that run apart; empty where none do.
+pub(super) struct PromptViews {
+    pub(super) tile_count: DeviceSlice,
+    pub(super) tiles: DeviceSlice,
+    /// Of those whose keys are rows of the step.
+    pub(super) segments: DeviceSlice,
+    pub(super) later: LaterViews,
+}
+
+/// Prompts whose keys are gathered.
+pub(super) struct LaterViews {
+    counts: DeviceSlice,
+    segments: DeviceSlice,
+    firsts: DeviceSlice,
+    tiles: DeviceSlice,
+}
+
+impl LaterViews {
+    /// Pass number `index`: number of tiles, segments, their first blocks, tiles.
+    pub(super) fn pass(&self, index: usize, pass: &Pass) -> [DeviceSlice; 4] {
+        let part = |of: &DeviceSlice, range: &Range<usize>, size: usize| {
+            of.slice(range.start * size..range.end * size)
+        };
+        [
+            part(&self.counts, &(index..index + 1), 4),
+            part(&self.segments, &pass.segments, size_of::<Segment>()),
+            part(&self.firsts, &pass.segments, 4),
+            part(&self.tiles, &pass.tiles, size_of::<Tile>()),
+        ]
     }
 }
 
@@ -167,9 +234,9 @@ pub(super) struct Views {
     pub(super) tiles: Vec<(DeviceSlice, DeviceSlice)>,
     /// Pieces, and their slots.
     pub(super) pieces: Vec<[DeviceSlice; 2]>,
-    /// How many tiles of whole prompts, and which; empty where they are not told apart.
-    pub(super) whole: Vec<(DeviceSlice, DeviceSlice)>,
-    /// Rows up to the last one of any other segment.
+    /// Prompts that run apart, by attention.
+    pub(super) prompts: Vec<PromptViews>,
+    /// Rows up to the last one of any segment that is not expanded.
     pub(super) absorbed: DeviceSlice,
     /// Real rows of each tile of logits.
     pub(super) heads: Vec<DeviceSlice>,
@@ -195,10 +262,17 @@ impl Views {
             segments: layout.segments.iter().map(words).collect(),
             tiles: layout.tiles.iter().map(|(at, list)| (word(*at), words(list))).collect(),
             pieces: layout.pieces.iter().map(|parts| parts.each_ref().map(words)).collect(),
-            whole: (layout.whole.iter())
-                .map(|part| {
-                    let first = part.start..part.end.min(part.start + 1);
-                    (words(&first), words(&(first.end..part.end)))
+            prompts: (layout.prompts.iter())
+                .map(|of| PromptViews {
+                    tile_count: words(&of.count),
+                    tiles: words(&of.tiles),
+                    segments: words(&of.segments),
+                    later: LaterViews {
+                        counts: words(&of.later.counts),
+                        segments: words(&of.later.segments),
+                        firsts: words(&of.later.firsts),
+                        tiles: words(&of.later.tiles),
+                    },
                 })
                 .collect(),
             absorbed: word(layout.absorbed),
@@ -224,6 +298,10 @@ pub(super) struct Inputs {
     views: Vec<Views>,
     sent: Sent,
     specs: Vec<Spec>,
+    /// What runs apart, by attention, and which of that in passes in the step at hand.
+    prompts: Vec<Prompts>,
+    passes: Vec<Passes>,
+    room: Option<Room>,
     tile: usize,
     segments: Vec<Segment>,
     tiles: Vec<Tile>,
@@ -289,8 +367,8 @@ impl Inputs {
         let (ids, tables) = (arena.take(OP, ids)?, arena.take("block tables", tables)?);
         // Places in tables are 32 bits.
         narrow(entries(sizes, limits))?;
-        let whole = largest.whole.iter().map(Range::len);
-        let most_tiles = largest.tiles.iter().map(|(_, list)| list.len()).chain(whole).max();
+        let prompts = largest.prompts.iter().map(|of| of.tiles.len());
+        let most_tiles = largest.tiles.iter().map(|(_, list)| list.len()).chain(prompts).max();
         let most_tiles = most_tiles.unwrap_or(0);
         let cut = |spec: &Spec| {
             let decodes = spec.decodes(limits, limits.rows);
@@ -315,6 +393,14 @@ impl Inputs {
                 entries: vec![0; limits.slots * sizes.groups],
             },
             specs: sizes.specs.clone(),
+            prompts: sizes.prompts.clone(),
+            passes: (sizes.prompts.iter())
+                .map(|prompts| match prompts {
+                    Prompts::Expanded => Passes::with_capacity(limits.rows, limits.slots),
+                    _ => Passes::default(),
+                })
+                .collect(),
+            room: sizes.expanded(limits).map(|(_, room)| room),
             tile: sizes.drawn_tile,
             segments: Vec::with_capacity(limits.slots.min(limits.rows)),
             tiles: Vec::with_capacity(most_tiles),
@@ -332,6 +418,11 @@ impl Inputs {
         found.ok_or_else(|| refused(format!("{bucket} rows")))
     }
 
+    /// Passes of the step at hand, by attention.
+    pub(super) fn passes(&self) -> &[Passes] {
+        &self.passes
+    }
+
     /// Stages a batch padded to `bucket` and enqueues its copy. With `draws`, one per wanted row, all
     /// tokens are drawn ahead.
     pub(super) fn send(
@@ -346,6 +437,7 @@ impl Inputs {
             self;
         let (decodes, cuts, multiprocessors) =
             (&mut self.decodes, &mut self.cuts, self.multiprocessors);
+        let (apart, passes, room) = (&self.prompts, &mut self.passes, self.room);
         let views = views.iter().find(|views| views.bucket == bucket);
         let layout = &views.ok_or_else(|| refused(format!("{bucket} rows")))?.layout;
         *turn = (*turn + 1) % uploads.len();
@@ -389,9 +481,7 @@ impl Inputs {
                     table: first,
                 });
             }
-            let flat = segments.iter().flat_map(|s| [s.start, s.len, s.context, s.table]);
-            let to = part(words, &layout.segments[group], segments.len() * 4)?;
-            to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+            put_segments(words, &layout.segments[group], segments.iter().copied())?;
 
             decodes.clear();
             decodes.extend(segments.iter().filter(|segment| segment.len == 1));
@@ -412,25 +502,36 @@ impl Inputs {
         for (index, (spec, (count, range))) in specs.iter().zip(&layout.tiles).enumerate() {
             // Groups differ in tables alone, which tiles do not hold.
             tiles(segments, spec.group(), spec.kernels[prompts].1, list);
-            if spec.pieces.is_some() {
-                let of = |tile: &Tile| &segments[tile.segment as usize];
-                let apart = |of: &Segment| layout.tells_whole(index) && expand::is_whole(of);
-                list.retain(|tile| of(tile).len > 1 && !apart(of(tile)));
-            }
+            let elsewhere = |of: &Segment| {
+                let decodes = spec.pieces.is_some() && of.len == 1;
+                decodes || apart[index].takes(of)
+            };
+            list.retain(|tile| !elsewhere(&segments[tile.segment as usize]));
             words[*count] = narrow(list.len())?;
-            let flat = list.iter().flat_map(|tile| [tile.segment, tile.line]);
-            let to = part(words, range, list.len() * 2)?;
-            to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+            put_tiles(words, range, list)?;
         }
-        for part_of in layout.whole.iter().filter(|part| !part.is_empty()) {
-            tiles(segments, 1, expand::LINES, list);
-            list.retain(|tile| expand::is_whole(&segments[tile.segment as usize]));
-            let to = part(words, part_of, 1 + list.len() * 2)?;
-            to[0] = narrow(list.len())?;
-            let flat = list.iter().flat_map(|tile| [tile.segment, tile.line]);
-            to[1..].iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+        for ((of, prompts), passes) in layout.prompts.iter().zip(apart).zip(passes) {
+            let Some(cut) = prompts.cut() else { continue };
+            let expanded = *prompts == Prompts::Expanded;
+            let here =
+                |segment: &Segment| prompts.takes(segment) && !(expanded && is_later(segment));
+            cut.tiles(segments, here, list);
+            part(words, &of.count, 1)?[0] = narrow(list.len())?;
+            put_tiles(words, &of.tiles, list)?;
+            if let (true, Some(room)) = (expanded, room) {
+                let rows = segments.iter().map(|s| Segment { table: s.start, ..*s });
+                put_segments(words, &of.segments, rows)?;
+                passes.make(segments, room);
+                let counts = part(words, &of.later.counts, passes.passes.len())?;
+                for (to, pass) in counts.iter_mut().zip(&passes.passes) {
+                    *to = narrow(pass.tiles.len())?;
+                }
+                put_segments(words, &of.later.segments, passes.segments.iter().copied())?;
+                copy(words, &of.later.firsts, &passes.firsts)?;
+                put_tiles(words, &of.later.tiles, &passes.tiles)?;
+            }
         }
-        let others = segments.iter().filter(|segment| !expand::is_whole(segment));
+        let others = segments.iter().filter(|segment| !expand::is_expanded(segment));
         words[layout.absorbed] = others.map(|s| s.start + s.len).max().unwrap_or(0);
         upload.send(stream, &device.slice(0..(layout.changes + changed * CHANGE_WORDS) * 4))
     }
@@ -481,6 +582,24 @@ fn part<'a>(
         return Err(refused(format!("{len} words where {} fit", range.len())));
     }
     Ok(&mut words[range.start..range.start + len])
+}
+
+fn put_segments(
+    words: &mut [u32],
+    range: &Range<usize>,
+    segments: impl ExactSizeIterator<Item = Segment>,
+) -> Result<(), CudaError> {
+    let to = part(words, range, segments.len() * 4)?;
+    let flat = segments.flat_map(|s| [s.start, s.len, s.context, s.table]);
+    to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+    Ok(())
+}
+
+fn put_tiles(words: &mut [u32], range: &Range<usize>, tiles: &[Tile]) -> Result<(), CudaError> {
+    let flat = tiles.iter().flat_map(|tile| [tile.segment, tile.line]);
+    let to = part(words, range, tiles.len() * 2)?;
+    to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
+    Ok(())
 }
 
 fn copy(words: &mut [u32], range: &Range<usize>, from: &[u32]) -> Result<(), CudaError> {

@@ -43,6 +43,7 @@ use limits::Limits;
 use model::lower::Lowered;
 use ops::cuda::{Dtype, Gpu, Queue, Rows, Tensor};
 use ops::flash::cuda::Partials;
+use ops::mla::cuda::expand::later::Passes;
 use ops::rope::Pairing;
 use ops::tokens::cuda::{Begin, begin};
 use ops::{embed, mla, moe};
@@ -173,8 +174,8 @@ impl Cuda {
         let partials = Partials::take(arena, lines, v_width)?;
         let mla = |mla| mla::cuda::Scratch::take(arena, mla, sizes.dtype, rows);
         let mla = sizes.mla.as_ref().map(mla).transpose()?;
-        let expanded = |mla| mla::cuda::expand::take(arena, mla, rows);
-        let expanded = sizes.expanded().map(expanded).transpose()?;
+        let expanded = |(mla, room)| mla::cuda::expand::Scratch::take(arena, mla, room);
+        let expanded = sizes.expanded(&limits).map(expanded).transpose()?;
         let pieces = |slots| {
             let map = mla::cuda::decode::cache_map(&cache)?;
             Ok::<_, CudaError>((map, mla::cuda::decode::Partials::take(arena, slots)?))
@@ -236,10 +237,10 @@ impl Cuda {
     /// Captures the body of every step there can be, with the draws where it only decodes.
     fn capture(&self, memory: &mut Memory) -> Result<(), CudaError> {
         let mut graphs = Graphs::default();
-        for kind in graphs::kinds(&memory.limits) {
+        for kind in graphs::kinds(&memory.limits, self.near_rows()) {
             memory.bucket = kind.bucket;
             let before = self.launches();
-            let body = |_: &Stream| self.enqueue_body(memory, kind);
+            let body = |_: &Stream| self.enqueue_body(memory, kind, &[]);
             let graph = self.stream.capture(body)?;
             let launched = self.launches().into_iter().filter(|now| !before.contains(now));
             graphs.insert(kind, graph, launched.map(|(name, _)| name).collect());
@@ -248,13 +249,19 @@ impl Cuda {
         Ok(())
     }
 
+    /// Rows of steps whose contexts may be near: none as yet.
+    const fn near_rows(&self) -> usize {
+        let Self { .. } = self;
+        0
+    }
+
     /// The step in front of the launches of `rows` rows.
     fn step<'a>(
         &'a self,
         memory: &'a Memory,
         rows: Rows<'a>,
         ids: &'a DeviceSlice,
-        prompts: bool,
+        (prompts, near): (bool, bool),
     ) -> Result<Step<'a>, CudaError> {
         Ok(Step {
             on: self.queue(),
@@ -263,6 +270,8 @@ impl Cuda {
             ids,
             views: memory.inputs.views(memory.bucket)?,
             prompts,
+            near,
+            passes: &[],
             limits: &memory.limits,
             sizes: &self.sizes,
             rotations: &self.rotations,
@@ -283,7 +292,12 @@ impl Cuda {
 
     /// Enqueues the body for a batch whose inputs were sent, and the draws where it only decodes:
     /// then no more rows are wanted than there are.
-    fn enqueue_body(&self, memory: &Memory, kind: Kind) -> Result<(), CudaError> {
+    fn enqueue_body(
+        &self,
+        memory: &Memory,
+        kind: Kind,
+        passes: &[Passes],
+    ) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
         let rows = Rows { padded: memory.bucket, count: Some(&views.count) };
         let operands = Begin {
@@ -295,7 +309,8 @@ impl Cuda {
             tables: &views.tables,
         };
         begin(self.queue(), rows, &operands)?;
-        let step = self.step(memory, rows, &memory.inputs.ids, kind.prompts)?;
+        let step = self.step(memory, rows, &memory.inputs.ids, (kind.prompts, kind.near))?;
+        let step = Step { passes, ..step };
         self.body.iter().try_for_each(|launch| step.run(launch))?;
         match kind.prompts {
             true => Ok(()),
@@ -334,7 +349,7 @@ impl Cuda {
     fn enqueue_head(&self, memory: &Memory, first: usize, rows: Rows<'_>) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
         let ids = views.wanted.slice(first * 4..(first + rows.padded) * 4);
-        let step = self.step(memory, rows, &ids, false)?;
+        let step = self.step(memory, rows, &ids, (false, false))?;
         // Choosing rows of hidden states is looking them up.
         let hidden = memory.activations.at(self.hidden, memory.bucket);
         let choose = embed::cuda::Embed {
@@ -366,10 +381,15 @@ impl Cuda {
         memory.inputs.send(&self.stream, batch, bucket, tables, here.then_some(draws))?;
         memory.ahead.begin(&self.stream)?;
         let greedy = draws.iter().flatten().all(|draw| draw.how.is_greedy());
-        let kind = Kind { bucket, prompts, greedy: greedy && !prompts };
-        match memory.graphs.get(kind) {
+        let few = !prompts && bucket <= self.near_rows();
+        let near = few && mla::cuda::near::fits(batch.runs.iter().map(|run| run.context));
+        let kind = Kind { bucket, prompts, greedy: greedy && !prompts, near };
+        // How many launches passes take depends on the step; long kernels hide them.
+        let passes = memory.inputs.passes();
+        let captured = passes.iter().all(|of| of.passes.is_empty());
+        match memory.graphs.get(kind).filter(|_| captured) {
             Some(graph) => graph.launch(&self.stream)?,
-            None => self.enqueue_body(memory, kind)?,
+            None => self.enqueue_body(memory, kind, passes)?,
         }
         let wanted = if here { draws.len() } else { 0 };
         if prompts && wanted > 0 {

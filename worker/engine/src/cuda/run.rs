@@ -2,15 +2,17 @@
 //! and nothing waits.
 
 use super::fuse::Block;
-use super::inputs::Views;
+use super::inputs::{PromptViews, Views};
 use super::launch::{Activations, Latent, Launch, Layer, Place};
 use super::limits::Limits;
 use super::moe_layer::Layer as MoeLayer;
-use super::sizes::Sizes;
+use super::sizes::{Prompts, Sizes};
 use device::cuda::{Context, CudaError, DeviceSlice, Event, Lane, Stream, TensorMap};
 use ops::cuda::{Queue, Rows, Tensor};
+use ops::flash::cuda::prompt::{self, Cut};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
 use ops::linear::cuda::{Linear, Then, Variant, both, linear, linear_as, streams, takes_both};
+use ops::mla::cuda::expand::later::{self, Later, Passes};
 use ops::mla::cuda::{Core, decode, expand};
 use ops::moe::cuda::stream::Always;
 use ops::rope::Pairing;
@@ -27,8 +29,8 @@ pub(super) struct Rotation {
 pub(super) struct Scratch {
     pub(super) partials: Partials,
     pub(super) mla: Option<mla::cuda::Scratch>,
-    /// Keys and values of whole prompts.
-    pub(super) expanded: Option<DeviceSlice>,
+    /// Keys and values of prompts.
+    pub(super) expanded: Option<expand::Scratch>,
     /// The cache for the copy engine, and partial results of pieces.
     pub(super) pieces: Option<(TensorMap, decode::Partials)>,
     pub(super) moe: Option<moe::cuda::Scratch>,
@@ -60,6 +62,10 @@ pub(super) struct Step<'a> {
     pub(super) ids: &'a DeviceSlice,
     pub(super) views: &'a Views,
     pub(super) prompts: bool,
+    /// Whether there are few rows, of short contexts.
+    pub(super) near: bool,
+    /// Of prompts whose keys are gathered, by attention; none in steps that are captured.
+    pub(super) passes: &'a [Passes],
     pub(super) limits: &'a Limits,
     pub(super) sizes: &'a Sizes,
     pub(super) rotations: &'a [Rotation],
@@ -79,9 +85,9 @@ impl Step<'_> {
         let (variant, lines) = of.kernels[usize::from(self.prompts)];
         let bucket = self.rows.padded;
         let segments = bucket.min(self.limits.slots);
-        let most = match self.prompts {
+        let most = match self.prompts && of.paged.is_none() {
             true => max_tiles(bucket, segments, of.group(), lines),
-            false => bucket * of.group().div_ceil(lines),
+            false => segments * of.group().div_ceil(lines),
         };
         let (tile_count, tiles) = &self.views.tiles[spec];
         Plan {
@@ -93,6 +99,18 @@ impl Step<'_> {
             splits: of.splits(self.limits, bucket, self.prompts),
             variant,
         }
+    }
+
+    /// The part of the step of prompts that run apart.
+    fn prompts_of<'a>(
+        &'a self,
+        spec: usize,
+        cut: Cut,
+        segments: &'a DeviceSlice,
+    ) -> prompt::Plan<'a> {
+        let PromptViews { tile_count, tiles, .. } = &self.views.prompts[spec];
+        let most = cut.max_tiles(self.rows.padded, self.rows.padded.min(self.limits.slots));
+        prompt::Plan { segments, tiles, tile_count, max_tiles: most }
     }
 
     /// The part of the step of decoding rows whose keys are cut into pieces; `None` where they are not.
@@ -172,7 +190,14 @@ impl Step<'_> {
             Launch::Gqa { q, shape, layer, spec, out } => {
                 let scratch = &self.scratch.partials;
                 let (q, out, plan) = (at(q), at(out), self.plan(*spec, *layer));
-                gqa::cuda::attention(on, rows, &q, shape, layer.kv, cache, &plan, scratch, &out)
+                let kv = layer.kv;
+                // This may write rows between those that it computes, so prompts come after.
+                gqa::cuda::attention(on, rows, &q, shape, kv, cache, &plan, scratch, &out)?;
+                let cut = self.sizes.specs[*spec].paged.filter(|_| self.prompts);
+                let Some(cut) = cut else { return Ok(()) };
+                let (segments, tables) = (&self.views.segments[layer.group], &self.views.tables);
+                let prompts = self.prompts_of(*spec, cut, segments);
+                gqa::cuda::prompts(on, rows, &q, shape, kv, cache, tables, &prompts, &out)
             }
             Launch::Mla { q, shape, weights, layer, spec, out } => {
                 let scratch = self.scratch.mla.as_ref().ok_or_else(|| missing("mla"))?;
@@ -216,28 +241,34 @@ impl Step<'_> {
         }
     }
 
-    /// Latent attention op by op, whole prompts expanded.
+    /// Latent attention op by op, prompts expanded.
     fn apart(&self, block: &Block, apart: &[Launch]) -> Result<(), CudaError> {
-        let expanded = self.scratch.expanded.as_ref().filter(|_| self.sizes.whole[block.spec]);
-        let (Some(expanded), Some((last, before))) = (expanded, apart.split_last()) else {
+        let Block { shape, layer, spec, .. } = block;
+        let expanded = self.sizes.prompts[*spec] == Prompts::Expanded;
+        let scratch = self.scratch.expanded.as_ref().filter(|_| expanded);
+        let (Some(scratch), Some((last, before))) = (scratch, apart.split_last()) else {
             return apart.iter().try_for_each(|launch| self.run(launch));
         };
         before.iter().try_for_each(|launch| self.run(launch))?;
-        let (tile_count, tiles) = &self.views.whole[block.spec];
-        let segments = self.rows.padded.min(self.limits.slots);
-        let plan = expand::Plan {
-            segments: &self.views.segments[block.layer.group],
-            tiles,
-            tile_count,
-            max_tiles: max_tiles(self.rows.padded, segments, 1, expand::LINES),
-            expanded,
-        };
         let (q, kv, out) = (self.at(block.q), self.at(block.kv), self.at(block.out));
         let kv_b = &block.weights.kv_b;
-        // This may write rows between those that it computes, so whole prompts come after.
+        // This may write rows between those that it computes, so prompts come after.
         let rows = Rows { count: Some(&self.views.absorbed), ..self.rows };
         Step { rows, ..*self }.run(last)?;
-        expand::attention(self.on, self.rows, &block.shape, &q, &kv, kv_b, &plan, &out)
+        let views = &self.views.prompts[*spec];
+        let plan = self.prompts_of(*spec, expand::cut(), &views.segments);
+        expand::attention(self.on, self.rows, shape, &q, &kv, kv_b, &plan, scratch, &out)?;
+        let passes = self.passes.get(*spec).map_or(&[][..], |passes| &passes.passes);
+        for (index, pass) in passes.iter().enumerate() {
+            let [tile_count, segments, firsts, tiles] = &views.later.pass(index, pass);
+            let max_tiles = pass.tiles.len();
+            let plan = prompt::Plan { segments, tiles, tile_count, max_tiles };
+            let later = Later { pass, plan, firsts, tables: &self.views.tables };
+            let of = (layer.kv, Tensor::new(self.cache, self.sizes.dtype));
+            let rows = self.rows.padded;
+            later::attention(self.on, rows, shape, &q, kv_b, of, &later, scratch, &out)?;
+        }
+        Ok(())
     }
 
     /// Latent attention of decoding rows, with what surrounds it.
@@ -268,7 +299,10 @@ impl Step<'_> {
             scratch: self.scratch.mla.as_ref().ok_or_else(|| missing("mla"))?,
             out: &self.at(block.out),
         };
-        mla::cuda::block::attention(self.on, self.rows, &block.shape, &operands)
+        match self.near {
+            true => mla::cuda::near::attention(self.on, self.rows, &block.shape, &operands),
+            false => mla::cuda::block::attention(self.on, self.rows, &block.shape, &operands),
+        }
     }
 
     fn product<'a>(

@@ -12,8 +12,9 @@ use crate::memory::HEAD_ROWS;
 use device::cuda::Arena;
 use model::lower::{BufferId, LocalAttention, Lowered, Op};
 use ops::cuda::{Dtype, Gpu};
-use ops::flash::cuda::{Partials, Variant, splits};
-use ops::mla::cuda::decode;
+use ops::flash::cuda::prompt::Cut;
+use ops::flash::cuda::{Partials, Segment, Variant, splits};
+use ops::mla::cuda::{decode, expand};
 use ops::sample::cuda::{SampleRow, TokenLogprob};
 use ops::{gqa, mla, moe};
 use step::MAX_LOGPROBS;
@@ -36,7 +37,40 @@ pub(super) struct Spec {
     pub(super) kernels: [(Variant, usize); 2],
     /// Where the keys of decoding rows are cut into pieces: the cache group they lie in.
     pub(super) pieces: Option<usize>,
+    /// Where prompts over the cache have a kernel of their own: how it cuts them.
+    pub(super) paged: Option<Cut>,
     v_width: usize,
+}
+
+/// Segments that a kernel of their own computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Prompts {
+    /// None: all are tiles of the same kernel.
+    None,
+    /// Those of several rows, over the cache.
+    Paged(Cut),
+    /// Those that are expanded: where they lie in a step as a whole in one launch, others in passes.
+    Expanded,
+}
+
+impl Prompts {
+    /// How they are cut.
+    pub(super) const fn cut(self) -> Option<Cut> {
+        match self {
+            Self::None => None,
+            Self::Paged(cut) => Some(cut),
+            Self::Expanded => Some(expand::cut()),
+        }
+    }
+
+    /// Whether a segment is one.
+    pub(super) const fn takes(self, segment: &Segment) -> bool {
+        match self {
+            Self::None => false,
+            Self::Paged(_) => segment.len > 1,
+            Self::Expanded => expand::is_expanded(segment),
+        }
+    }
 }
 
 impl Spec {
@@ -44,18 +78,26 @@ impl Spec {
         let Layer { group, kv: layer } = layer;
         let kernels = |select: &dyn Fn(bool) -> (Variant, usize)| [select(false), select(true)];
         match attention_of(attention) {
-            Attention::Gqa(shape) => Self {
-                heads: shape.heads,
-                kv_heads: shape.kv_heads,
-                kernels: kernels(&|prompts| gqa::cuda::select(&shape, layer, dtype, prompts)),
-                pieces: None,
-                v_width: shape.head_dim,
-            },
+            Attention::Gqa(shape) => {
+                let paged = gqa::cuda::prompt_cut(&shape, layer, dtype);
+                // Where prompts have their kernel, those of tiles are for decoding rows.
+                let tiles = |prompts| prompts && paged.is_none();
+                let select = |prompts| gqa::cuda::select(&shape, layer, dtype, tiles(prompts));
+                Self {
+                    heads: shape.heads,
+                    kv_heads: shape.kv_heads,
+                    kernels: kernels(&select),
+                    pieces: None,
+                    paged,
+                    v_width: shape.head_dim,
+                }
+            }
             Attention::Mla(shape) => Self {
                 heads: shape.heads,
                 kv_heads: 1,
                 kernels: kernels(&|prompts| mla::cuda::select(&shape, layer, dtype, prompts)),
                 pieces: decode::serves(&shape, layer, dtype).then_some(group),
+                paged: None,
                 v_width: shape.latent,
             },
         }
@@ -74,9 +116,9 @@ impl Spec {
     /// Stretches that keys are cut into; the same for all steps of a bucket.
     pub(super) fn splits(&self, limits: &Limits, bucket: usize, prompts: bool) -> usize {
         let lines = self.kernels[usize::from(prompts)].1;
-        // Without chunks every row is a segment of its own; with them this is the least there is.
-        let tiles = match prompts {
-            false => bucket * self.group().div_ceil(lines),
+        // Where every row is a segment of its own; else this is the least there is.
+        let tiles = match prompts && self.paged.is_none() {
+            false => bucket.min(limits.slots) * self.group().div_ceil(lines),
             true => (bucket * self.group()).div_ceil(lines),
         };
         splits(limits.multiprocessors, tiles, self.kv_heads, limits.context)
@@ -120,8 +162,8 @@ pub(super) struct Sizes {
     pub(super) vocab: usize,
     pub(super) groups: usize,
     pub(super) specs: Vec<Spec>,
-    /// Of each: whether prompts that lie in a step as a whole run expanded, in every layer.
-    pub(super) whole: Vec<bool>,
+    /// Of each: prompts that run apart from its other rows, in every layer.
+    pub(super) prompts: Vec<Prompts>,
     pub(super) experts: Option<ExpertShape>,
     pub(super) mla: Option<mla::Mla>,
     /// Experts that a router scores, and experts per token.
@@ -141,7 +183,7 @@ impl Sizes {
             vocab,
             groups: lowered.groups.len(),
             specs: Vec::new(),
-            whole: Vec::new(),
+            prompts: Vec::new(),
             experts: None,
             mla: None,
             router: (0, 0),
@@ -155,10 +197,17 @@ impl Sizes {
                     let known = sizes.specs.iter().position(|known| *known == spec);
                     let index = known.unwrap_or_else(|| {
                         sizes.specs.push(spec);
-                        sizes.whole.push(expands);
+                        sizes.prompts.push(match spec.paged {
+                            Some(cut) => Prompts::Paged(cut),
+                            None if expands => Prompts::Expanded,
+                            None => Prompts::None,
+                        });
                         sizes.specs.len() - 1
                     });
-                    sizes.whole[index] &= expandable(lowered, at, dtype);
+                    let prompts = &mut sizes.prompts[index];
+                    if *prompts == Prompts::Expanded && !expandable(lowered, at, dtype) {
+                        *prompts = Prompts::None;
+                    }
                     if let Attention::Mla(mla) = attention_of(attention) {
                         sizes.mla = Some(mla);
                     }
@@ -248,9 +297,11 @@ impl Sizes {
         most
     }
 
-    /// The latent attention whose whole prompts run expanded.
-    pub(super) fn expanded(&self) -> Option<&mla::Mla> {
-        self.mla.as_ref().filter(|_| self.whole.contains(&true))
+    /// The latent attention whose prompts run expanded, and the room for that.
+    pub(super) fn expanded(&self, limits: &Limits) -> Option<(&mla::Mla, expand::Room)> {
+        let Limits { rows, slots, context, .. } = *limits;
+        let mla = self.mla.as_ref().filter(|_| self.prompts.contains(&Prompts::Expanded))?;
+        Some((mla, expand::Room::new(mla, rows, slots.min(rows), context)))
     }
 
     /// Slots of partial results of pieces, at most; none where no rows are cut so.
@@ -270,8 +321,7 @@ impl Sizes {
         let attention = Partials::bytes(lines, v_width)
             .saturating_add(self.mla.as_ref().map_or(0, latents))
             .saturating_add(
-                self.expanded()
-                    .map_or(0, |mla| Arena::padded(mla::cuda::expand::bytes(mla, limits.rows))),
+                self.expanded(limits).map_or(0, |(mla, room)| expand::Scratch::bytes(mla, room)),
             )
             .saturating_add(self.piece_slots(limits).map_or(0, decode::Partials::bytes));
         let experts = self.experts.map_or(0, |e| {
@@ -302,7 +352,7 @@ fn expandable(lowered: &Lowered, at: usize, dtype: Dtype) -> bool {
     let Some(Op::Attention { attention, .. }) = lowered.body.get(at) else { return false };
     let Attention::Mla(mla) = attention_of(attention) else { return false };
     let block = (at + 1).checked_sub(Found::LENGTH).map(|first| &lowered.body[first..=at]);
-    mla::cuda::expand::serves(&mla, dtype)
+    expand::serves(&mla, dtype)
         && block.is_some_and(|ops| fuse::find(lowered, ops, dtype).is_some())
 }
 
@@ -368,12 +418,13 @@ mod tests {
         ] {
             let sizes = sizes(nope, value, dtype, expands);
             let what = format!("{nope} and {value} in {dtype:?}, {expands}");
-            assert_eq!(sizes.whole, [whole], "{what}");
+            let expected = if whole { Prompts::Expanded } else { Prompts::None };
+            assert_eq!(sizes.prompts, [expected], "{what}");
             assert_eq!(sizes.specs[0].pieces.is_some(), dtype == Dtype::Bf16, "{what}");
-            assert_eq!(sizes.expanded().is_some(), whole, "{what}");
             let limits = Limits { rows: 64, slots: 8, context: 512, multiprocessors: 4 };
+            assert_eq!(sizes.expanded(&limits).is_some(), whole, "{what}");
             let layout = Layout::new(&sizes, &limits, 64);
-            assert_eq!(layout.tells_whole(0), whole, "{what}");
+            assert_eq!(layout.has_prompts(0), whole, "{what}");
         }
     }
 }

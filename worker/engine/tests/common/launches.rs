@@ -49,7 +49,7 @@ pub fn are_production(names: &Names, model: &Model, what: &str) {
     };
     match config {
         ModelConfig::DeepSeek(_) => {
-            ["mla_prepare", "mla_decode", "mla_values", "mla_expanded"].into_iter().for_each(has);
+            ["mla_prepare", "mla_decode", "mla_values", "mla_prompt"].into_iter().for_each(has);
         }
         _ => {
             let attention = begin(names, &["gqa_", "attention_mma"]);

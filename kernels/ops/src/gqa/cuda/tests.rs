@@ -1,5 +1,7 @@
 //! Every variant against the f64 reference at every border.
 
+mod prompts;
+
 use super::*;
 use crate::cuda::testing::paged::{Cache, LONG, RAGGED};
 use crate::cuda::testing::{Device, assert_near, device, rounded};

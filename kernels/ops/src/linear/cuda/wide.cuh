@@ -257,10 +257,11 @@ struct Target {
     uint64_t stride;
     uint32_t outputs;
     const float* bias;
-    __device__ Target(const Params& p, bool second)
-        : out(second ? p.second_out : p.out), stride(second ? p.second_stride : p.out_stride),
-          outputs(second ? p.second_outputs : p.outputs), bias(second ? nullptr : p.bias) {}
 };
+__device__ __forceinline__ Target target(const Params& p, bool second) {
+    if (second) return {p.second_out, p.second_stride, p.second_outputs, nullptr};
+    return {p.out, p.out_stride, p.outputs, p.bias};
+}
 
 // The results of 64 lines of weights, from `line` on.
 template <int N, Out kOut> __device__ __forceinline__ void store(const Target& p, const Segment& s, uint32_t line, float (&d)[N / 2]) {
@@ -400,7 +401,7 @@ __device__ __forceinline__ void consume(const Params& p, const Ring<S>& ring, Pl
         }
         if (s.end != s.whole) collect<S, N>(p, group, walk, walk.at + s.whole, d);
     }
-    const Target to(p, std::is_same_v<Walk, Balanced<S>> && s.expert != 0);
+    const Target to = target(p, std::is_same_v<Walk, Balanced<S>> && s.expert != 0);
 #pragma unroll
     for (int slab = 0; slab < S::kSlabs; slab++) store<N, kOut>(to, s, s.output + (group * S::kSlabs + slab) * 64, d[slab]);
 }

@@ -3,14 +3,14 @@
 //! their results and values out of latent space.
 //!
 //! It serves bf16 heads of DeepSeek's widths (128 + 64, values of 128, a latent of 512), any number of
-//! them; others are launched op by op. Each kernel starts reading its weights before the one in front
+//! them; others are launched op by op, few rows of short contexts in one launch by `near`. Each starts reading its weights before the one in front
 //! has ended. Invariant: what is stored has the roundings of the ops one by one.
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use super::decode::{self, LATENT, LINES, ROPE, WIDTH};
-use super::{Mla, OP, Scratch, Weights};
+use super::{Mla, OP, Scratch, Weights, heads as by_heads};
 use crate::cuda::{Dtype, Queue, Rows, dim, need, shape};
 use crate::flash::cuda::Query;
 use crate::norm::Heads;
@@ -18,23 +18,21 @@ use crate::paged::{KvLayer, cuda::Destination};
 use crate::rope::{Pairing, cuda::Rope};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
-const NOPE: usize = 128;
-const VALUE: usize = 128;
+pub(super) const NOPE: usize = 128;
+pub(super) const VALUE: usize = 128;
 /// Elements of a head's query.
-const QUERY: usize = NOPE + ROPE;
+pub(super) const QUERY: usize = NOPE + ROPE;
 /// Rows that tensor cores take at once.
 const TILE: usize = 16;
 const PREPARE: &str = "mla_prepare";
+const PREPARE_MANY: &str = "mla_prepare_many";
 const PREPARE_THREADS: u32 = 128;
 /// Blocks of the first kernel to a head, and on a multiprocessor.
 const PREPARE_PARTS: usize = 8;
 const PREPARE_WAVES: usize = 6;
-pub(crate) const VALUES: &str = "mla_values";
-const VALUES_THREADS: u32 = 512;
-/// Bytes of its `Shared`.
-const VALUES_SHARED: u32 = 65_920;
-/// Blocks of the last kernel to a head, and on a multiprocessor.
-const VALUES_SHARES: usize = 4;
+const VALUES_THREADS: u32 = 256;
+/// Blocks of a head, a cluster, that merge tiles of rows together, and on a multiprocessor.
+const VALUES_SHARES: usize = 8;
 const VALUES_WAVES: usize = 2;
 
 /// Whether these kernels serve the shape.
@@ -139,6 +137,16 @@ struct PrepareParams {
 // SAFETY: mirrors the kernel's struct; lengths are checked in `prepare`, offsets by the kernel.
 unsafe impl Parameters for PrepareParams {}
 
+/// Mirrors `PrepareManyParams`.
+#[repr(C, align(128))]
+#[derive(Clone, Copy)]
+struct PrepareManyParams {
+    product: by_heads::Params,
+    rows: PrepareParams,
+}
+// SAFETY: mirrors the kernel's struct; lengths are checked in `prepare`.
+unsafe impl Parameters for PrepareManyParams {}
+
 /// The first kernel: rotates, norms, writes the rows' keys, takes queries to latent space.
 ///
 /// # Errors
@@ -189,6 +197,15 @@ pub fn prepare(
         factor: rope.factor,
         interleaved: u32::from(rope.pairing == Pairing::Interleaved),
     };
+    if rows.padded > by_heads::MANY_ROWS {
+        let (product, items) = by_heads::part(rows, mla, q, weights.absorbed, &scratch.queries)?;
+        let params = PrepareManyParams { product, rows: params };
+        let grid = [dim(OP, rows.padded.saturating_add(items))?, 1, 1];
+        return Launch::new(on.kernel(PREPARE_MANY)?, grid, PREPARE_THREADS)
+            .shared(by_heads::PART_SHARED)
+            .dependent()
+            .on(on.stream, &params);
+    }
     let chunks = rows.padded.div_ceil(TILE * tiles.max(1));
     let grid = [dim(OP, rows.padded + chunks * of_tile)?, 1, 1];
     Launch::new(on.kernel(PREPARE)?, grid, PREPARE_THREADS).dependent().on(on.stream, &params)
@@ -256,6 +273,11 @@ pub fn values(
     need(OP, "slots", plan.slots, &[rows.padded, groups, 2], 4)?;
     need(OP, "scratch", &scratch.results, &[rows.padded, heads, LATENT], 2)?;
     need(OP, "out", out, &[rows.padded, heads, VALUE], 2)?;
+    if rows.padded > by_heads::MANY_ROWS {
+        // Few of so many rows are in several pieces.
+        decode::merge(on, rows, mla, plan, partials, &scratch.results)?;
+        return by_heads::from_latent(on, rows, mla, &scratch.results, weights.kv_b, out);
+    }
     let of_tile = heads * VALUES_SHARES;
     let tiles = tiles(rows.padded, of_tile, VALUES_WAVES * on.multiprocessors());
     let params = ValuesParams {
@@ -272,8 +294,8 @@ pub fn values(
     };
     let chunks = rows.padded.div_ceil(TILE * tiles.max(1));
     let grid = [dim(OP, chunks * of_tile)?, 1, 1];
-    Launch::new(on.kernel(VALUES)?, grid, VALUES_THREADS)
-        .shared(VALUES_SHARED)
+    Launch::new(on.kernel("mla_values")?, grid, VALUES_THREADS)
+        .cluster(VALUES_SHARES as u32)
         .dependent()
         .on(on.stream, &params)
 }

@@ -20,7 +20,7 @@ pub(super) const WIDTH: usize = LATENT + ROPE;
 /// Heads of a piece.
 pub(super) const LINES: usize = 16;
 /// Keys of one copy; pieces begin on multiples.
-const UNIT: u32 = 16;
+pub(super) const UNIT: u32 = 16;
 /// Elements of a line of the cache as the copy engine swizzles it; blocks begin on multiples.
 pub const LINE: usize = 64;
 const THREADS: u32 = 256;
@@ -158,6 +158,18 @@ pub fn attention(
     out: &DeviceSlice,
 ) -> Result<(), CudaError> {
     pieces(on, rows, mla, queries, layer, arena, plan, partials, out)?;
+    merge(on, rows, mla, plan, partials, out)
+}
+
+/// The second kernel of [`attention`]: results of rows in several pieces.
+pub(super) fn merge(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    mla: &Mla,
+    plan: &Plan<'_>,
+    partials: &Partials,
+    out: &DeviceSlice,
+) -> Result<(), CudaError> {
     let merge = MergeParams {
         partial: partials.sums.address(),
         partial_lse: partials.masses.address(),

@@ -1,26 +1,21 @@
-//! Latent attention in the expanded form on a device, for prompts that lie in the step as a whole: keys
-//! and values of all heads are projected up from the step's own latents, and nothing is read from the
-//! cache.
+//! Latent attention in the expanded form on a device, for prompts: keys and values of all heads are
+//! projected up from latents. Those of prompts that lie in the step as a whole are the step's own, and
+//! nothing is read from the cache; those of others come from there (`later`).
 //!
-//! It serves no row whose sequence begins in an earlier step; those run absorbed. Invariant: a segment
-//! is whole or absorbed, never both.
+//! Short segments run absorbed. Invariant: a segment is whole, later or absorbed, never two of them.
 
+pub mod later;
 #[cfg(test)]
 mod tests;
 
 use super::super::Mla;
-use crate::cuda::{Dtype, Queue, Rows, Tensor, dim, need, shape};
-use crate::flash::cuda::{Segment, Tile};
+use crate::cuda::{Dtype, Queue, Rows, Tensor, need, shape};
+use crate::flash::cuda::Segment;
+use crate::flash::cuda::prompt::{self, Cut, Keys};
 use crate::linear::cuda::{Linear, linear};
-use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters};
+use device::cuda::{Arena, CudaError, DeviceSlice};
 
 const OP: &str = "expanded mla";
-pub(crate) const EXPANDED: &str = "mla_expanded";
-const THREADS: u32 = 256;
-/// Two stages of keys and values.
-const SHARED: u32 = 86_016;
-/// Rows of a tile.
-pub const LINES: usize = 128;
 /// Fewest rows that are worth the projection of their latents.
 const LEAST: u32 = 16;
 
@@ -30,60 +25,91 @@ pub fn serves(mla: &Mla, dtype: Dtype) -> bool {
     dtype == Dtype::Bf16 && (mla.nope, mla.rope, mla.v, mla.latent) == (128, 64, 128, 512)
 }
 
+/// How prompts are cut into tiles.
+#[must_use]
+pub const fn cut() -> Cut {
+    match Cut::new(1, 192) {
+        Some(cut) => cut,
+        None => unreachable!(),
+    }
+}
+
 /// Whether a segment is computed here: a prompt of the step alone.
 #[must_use]
 pub const fn is_whole(segment: &Segment) -> bool {
     segment.context == segment.len && segment.len >= LEAST
 }
 
-/// Bytes of keys and values of up to `rows` rows.
+/// Whether a segment is computed here: a prompt or a chunk of one.
 #[must_use]
-pub const fn bytes(mla: &Mla, rows: usize) -> usize {
-    rows * mla.heads * (mla.nope + mla.v) * 2
+pub const fn is_expanded(segment: &Segment) -> bool {
+    is_whole(segment) || later::is_later(segment)
 }
 
-/// Cuts that memory from an arena.
-///
-/// # Errors
-/// When the arena is used up.
-pub fn take(arena: &mut Arena, mla: &Mla, rows: usize) -> Result<DeviceSlice, CudaError> {
-    arena.take(OP, bytes(mla, rows))
+/// Memory of a step, made once.
+#[derive(Clone, Debug)]
+pub struct Scratch {
+    /// Latents and keys out of the cache.
+    latents: DeviceSlice,
+    /// Keys and values of heads.
+    expanded: DeviceSlice,
 }
 
-/// A step's whole prompts.
-#[derive(Clone, Copy, Debug)]
-pub struct Plan<'a> {
-    /// All segments, whole or not.
-    pub segments: &'a DeviceSlice,
-    /// Tiles of [`LINES`] rows of the whole ones.
-    pub tiles: &'a DeviceSlice,
-    /// How many there are.
-    pub tile_count: &'a DeviceSlice,
-    /// How many there can be.
-    pub max_tiles: usize,
-    /// Keys and values, by [`take`].
-    pub expanded: &'a DeviceSlice,
+/// What [`Scratch`] holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Tokens out of the cache.
+    pub latents: usize,
+    /// Tokens with keys and values of all heads; those of fewer heads hold as many more.
+    pub expanded: usize,
 }
 
-/// Mirrors `mla_expand::Params`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Params {
-    q: u64,
-    up: u64,
-    kv: u64,
-    out: u64,
-    segments: u64,
-    tiles: u64,
-    tile_count: u64,
-    heads: u32,
-    scale: f32,
+impl Room {
+    /// For steps of up to `rows` rows in up to `slots` sequences of up to `context` tokens: one sequence
+    /// fits, and more of them as far as that takes no more than a fixed size.
+    #[must_use]
+    pub fn new(mla: &Mla, rows: usize, slots: usize, context: usize) -> Self {
+        /// Tokens projected at once, at most, unless the step itself has more.
+        const MOST: usize = 1 << 15;
+        /// The same in bytes.
+        const MOST_BYTES: usize = 1 << 29;
+        let all = slots.saturating_mul(context).min(MOST);
+        let fit = MOST_BYTES / Self::expanded_bytes(mla, 1).max(1);
+        Self { latents: context.max(all), expanded: context.max(all).min(MOST).min(fit).max(rows) }
+    }
+
+    const fn expanded_bytes(mla: &Mla, tokens: usize) -> usize {
+        tokens * mla.heads * (mla.nope + mla.v) * 2
+    }
+
+    const fn latent_bytes(self, mla: &Mla) -> usize {
+        self.latents * (mla.latent + mla.rope) * 2
+    }
 }
-// SAFETY: mirrors the kernel's struct; lengths are checked in `attention`.
-unsafe impl Parameters for Params {}
+
+impl Scratch {
+    /// Bytes of device memory.
+    #[must_use]
+    pub const fn bytes(mla: &Mla, room: Room) -> usize {
+        Arena::padded(room.latent_bytes(mla))
+            + Arena::padded(Room::expanded_bytes(mla, room.expanded))
+    }
+
+    /// Cuts it from an arena.
+    ///
+    /// # Errors
+    /// When the arena is used up.
+    pub fn take(arena: &mut Arena, mla: &Mla, room: Room) -> Result<Self, CudaError> {
+        Ok(Self {
+            latents: arena.take("latents of prompts", room.latent_bytes(mla))?,
+            expanded: arena.take(OP, Room::expanded_bytes(mla, room.expanded))?,
+        })
+    }
+}
 
 /// `q` is `[rows, heads * 192]`, rotated; `kv` `[rows, 576]`, latents normed and keys rotated; `kv_b`
-/// `[heads * 256, 512]`; rows of whole prompts in `out`, `[rows, heads * 128]`, are written.
+/// `[heads * 256, 512]`; rows of whole prompts, those of the plan, in `out`, `[rows, heads * 128]`, are
+/// written. Segments of the plan have their first row as `table`.
 ///
 /// # Errors
 /// When widths are others, an operand is too short, or a launch fails.
@@ -95,38 +121,36 @@ pub fn attention(
     q: &DeviceSlice,
     kv: &DeviceSlice,
     kv_b: &DeviceSlice,
-    plan: &Plan<'_>,
+    plan: &prompt::Plan<'_>,
+    scratch: &Scratch,
     out: &DeviceSlice,
 ) -> Result<(), CudaError> {
     let Mla { heads, nope, rope, v, latent, scale } = *mla;
     if !serves(mla, Dtype::Bf16) || heads == 0 {
         return Err(shape(OP, format!("{mla:?}")));
     }
+    let expanded = &scratch.expanded;
     let (padded, width) = (rows.padded, heads * (nope + v));
     need(OP, "q", q, &[padded, heads, nope + rope], 2)?;
     need(OP, "kv", kv, &[padded, latent + rope], 2)?;
     need(OP, "kv_b", kv_b, &[heads, nope + v, latent], 2)?;
-    need(OP, "keys and values", plan.expanded, &[padded, width], 2)?;
+    need(OP, "keys and values", expanded, &[padded, width], 2)?;
     need(OP, "out", out, &[padded, heads, v], 2)?;
-    need(OP, "tiles", plan.tiles, &[plan.max_tiles], size_of::<Tile>())?;
-    need(OP, "tile count", plan.tile_count, &[1], 4)?;
     let tensor = |slice| Tensor::new(slice, Dtype::Bf16);
-    let plain = Linear::plain(tensor(kv), kv_b, tensor(plan.expanded), latent, width);
+    let plain = Linear::plain(tensor(kv), kv_b, tensor(expanded), latent, width);
     linear(on, rows, &Linear { x_stride: latent + rope, ..plain })?;
-    let params = Params {
-        q: q.address(),
-        up: plan.expanded.address(),
-        kv: kv.address(),
-        out: out.address(),
-        segments: plan.segments.address(),
-        tiles: plan.tiles.address(),
-        tile_count: plan.tile_count.address(),
-        heads: dim(OP, heads)?,
-        scale: scale * core::f32::consts::LOG2_E,
+    let (shared, width) = (kv, latent + rope);
+    let keys = Keys::Rows { up: expanded, shared, width, rows: padded };
+    let operands = prompt::Operands {
+        rows: padded,
+        heads,
+        kv_heads: heads,
+        group: 1,
+        qk: nope + rope,
+        scale,
+        q,
+        keys,
+        out,
     };
-    let grid = [params.heads, dim(OP, plan.max_tiles)?, 1];
-    Launch::new(on.kernel(EXPANDED)?, grid, THREADS)
-        .shared(SHARED)
-        .dependent()
-        .on(on.stream, &params)
+    prompt::attention(on, &operands, plan)
 }

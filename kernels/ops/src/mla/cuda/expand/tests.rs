@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::cuda::testing::{Device, assert_near, device, rounded};
-use crate::flash::cuda::tiles;
 use crate::mla::cuda::tests::absorbed_row;
 use crate::testing::Random;
+use device::cuda::DeviceMemory;
 
 const fn mla(heads: usize) -> Mla {
     Mla { heads, nope: 128, rope: 64, v: 128, latent: 512, scale: 0.07 }
@@ -43,27 +43,25 @@ impl Case {
     fn run(&self, device: &Device) -> Vec<f32> {
         let Self { mla, rows, .. } = self;
         let mut list = Vec::new();
-        tiles(&self.segments, 1, LINES, &mut list);
-        list.retain(|tile| is_whole(&self.segments[tile.segment as usize]));
+        cut().tiles(&self.segments, is_whole, &mut list);
         let count = device.send(&[list.len() as u32]);
         let mut words: Vec<u32> = list.iter().flat_map(|tile| [tile.segment, tile.line]).collect();
         words.extend([u32::MAX; 4]);
         let (tiles_sent, max_tiles) = (device.send(&words), list.len() + 2);
-        let flat = self.segments.iter().flat_map(|s| [s.start, s.len, s.context, s.table]);
+        let flat = self.segments.iter().flat_map(|s| [s.start, s.len, s.context, s.start]);
         let segments = device.send(&flat.collect::<Vec<u32>>());
         let send = |values: &[f32]| device.send_as(values, Dtype::Bf16);
         let (q, kv, kv_b) = (send(&self.q), send(&self.kv), send(&self.kv_b));
-        let expanded = device.poisoned(bytes(mla, *rows));
-        let plan = Plan {
-            segments: &segments,
-            tiles: &tiles_sent,
-            tile_count: &count,
-            max_tiles,
-            expanded: &expanded,
-        };
+        let room = Room { latents: 1, expanded: *rows };
+        let memory = DeviceMemory::allocate(&device.context, "a test", Scratch::bytes(mla, room));
+        let memory = memory.expect("memory");
+        device.stream.fill(&memory, 0xFF).expect("a fill");
+        let scratch = Scratch::take(&mut Arena::new(memory), mla, room).expect("an arena");
+        let (segments, tiles) = (&segments, &tiles_sent);
+        let plan = prompt::Plan { segments, tiles, tile_count: &count, max_tiles };
         let out = device.poisoned(rows * mla.heads * 128 * 2);
         let (on, all) = (device.queue(), Rows::exactly(*rows));
-        attention(on, all, mla, &q, &kv, &kv_b, &plan, &out).expect("a launch");
+        attention(on, all, mla, &q, &kv, &kv_b, &plan, &scratch, &out).expect("a launch");
         device.fetch_as(&out, Dtype::Bf16)
     }
 

@@ -1,0 +1,95 @@
+"""The table and the result lines of bench/h200.sh: h200.py LINES RECORD VERSION.
+
+Peers are vLLM 0.26.0 on one H200, measured apart, of DeepSeek-V2-Lite with routing simulated uniformly.
+A decode step is the median time between tokens as a client sees it; beside it stands the mean of the
+steps on the device, from the server's own metrics.
+"""
+import json, subprocess, sys
+
+MODELS = {"v2": "deepseek_v2_lite", "qwen": "qwen3_8b"}
+# By name: peer, floor where there is one.
+PEERS = {
+    "decode.v2.ctx256": {1: (3.15, 1.15), 4: (4.91, 2.7), 16: (7.94, 5.9), 64: (9.96, 7.4), 256: (11.24, 7.75)},
+    "decode.v2.ctx8192": {1: (3.42, 1.21), 16: (8.93, 6.9), 64: (13.57, 11.2)},
+    "decode.v2.ctx32768": {1: (3.95, 1.39), 16: (11.78, 9.7)},
+    "decode.qwen.ctx256": {1: (5.23, 3.55), 4: (5.28, None), 16: (5.36, None), 64: (6.27, None), 256: (11.89, 7.1)},
+    "decode.qwen.ctx8192": {1: (5.45, 3.83), 16: (9.56, 8.1), 64: (22.94, 21.7)},
+    "decode.qwen.ctx32768": {1: (6.31, 4.68), 16: (22.77, 21.7)},
+    "prefill.v2": {"1x512": (31344, None), "1x4096": (60454, None), "1x16000": (74166, None), "16x2048": (91754, None)},
+    "prefill.qwen": {"1x512": (29655, None), "1x4096": (40451, None), "1x16000": (32446, None), "16x2048": (42010, None)},
+    "offline.v2.in1024": {"out256": (12280, None)}, "offline.v2.in256": {"out512": (27976, None)},
+    "offline.qwen.in1024": {"out256": (5946, None)}, "offline.qwen.in256": {"out512": (16040, None)},
+    "http": {1: (305, 51, 4.1), 4: (757, 104, 5.7), 16: (1762, 209, 9.1), 64: (4789, 354, 85.9), 256: (9681, 1479, 123.6)},
+}
+
+
+def figures(name, line):
+    """Name, value, unit, peer, floor, and what else is worth a word."""
+    report, server = line.get("report"), line.get("server") or {}
+    if report and report["failed"]:
+        print(f"{name}: {report['failed']} requests failed: {report['first_failure']}", file=sys.stderr)
+        return
+    kind, model, rest = (name.split(".", 2) + [""])[:3]
+    named = f"engine.{MODELS[model]}"
+    if kind == "decode":
+        context, batch = rest.split(".")
+        n = int(batch[2:])
+        peer, floor = PEERS[f"decode.{model}.{context}"].get(n, (None, None))
+        steps = [s for s in server.get("decode_steps", []) if s["tokens"] >= n]
+        more = {"device_step_ms": steps[0]["mean_ms"]} if steps else {}
+        for key in ("device_idle_percent", "planner_p99_us", "launches_per_step"):
+            more[key] = server.get(key)
+        of = "" if context == "ctx256" else f".{context}"
+        yield f"{named}.decode.{batch}{of}.ms", report["itl_ms"]["p50"], "ms", peer, floor, more
+    elif kind == "prefill":
+        peer, floor = PEERS[f"prefill.{model}"][rest]
+        tokens = int(rest.split("x")[1])
+        alone = rest.startswith("1x")
+        value = tokens / report["ttft_ms"]["p50"] * 1e3 if alone else report["total_tokens_per_s"]
+        yield f"{named}.prefill.{rest}.tokens_per_s", value, "tokens/s", peer, floor, {}
+    elif kind == "offline":
+        given, made = rest.split(".")
+        peer, floor = PEERS[f"offline.{model}.{given}"][made]
+        yield f"{named}.offline.{rest}.tokens_per_s", report["output_tokens_per_s"], "tokens/s", peer, floor, {}
+    elif kind == "http":
+        c = line["concurrency"]
+        tokens, first, between = PEERS["http"][c]
+        at = f"http.{MODELS[model]}.{rest}.c{c}"
+        yield f"{at}.tokens_per_s", report["output_tokens_per_s"], "tokens/s", tokens, None, {}
+        yield f"{at}.ttft_mean.ms", report["ttft_ms"]["mean"], "ms", first, None, {}
+        yield f"{at}.itl_p99.ms", report["itl_ms"]["p99"], "ms", between, None, {
+            k: server.get(k) for k in ("device_idle_percent", "planner_p99_us")}
+    elif line.get("bench") == "cold_start":
+        more = {"steady_ms": line["steady_ttft_p99_ms"], "ratio": round(line["ratio"], 2)}
+        yield f"startup.{MODELS[model]}.ttft_p99_first_100.ms", line["ttft_p99_ms"], "ms", None, None, more
+    elif kind == "startup":
+        yield f"startup.{MODELS[model]}.random.{rest}.s", line["seconds"], "s", None, None, {}
+
+
+def machine():
+    try:
+        ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "-i", "0"]
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "no GPU"
+
+
+def main(lines, record, version):
+    commit = version.rsplit("(", 1)[-1].rstrip(")\n")
+    found = {}
+    for text in open(lines):
+        name, command, line = text.rstrip("\n").split("\t")
+        for figure in figures(name, json.loads(line)):
+            # Of a measurement that was repeated the last counts.
+            found[figure[0]] = figure + (f"bench/h200.sh: tokenmill {command}",)
+    with open(record, "a") as out:
+        for name, value, unit, peer, floor, more, command in found.values():
+            told = {"name": name, "value": round(value, 3), "unit": unit, "floor": floor, "peer": peer,
+                    "commit": commit, "machine": machine(), "command": command, **more}
+            out.write(json.dumps(told) + "\n")
+            ratio = "" if not peer else f"{value / peer if unit == 'tokens/s' else peer / value:6.2f} of peer {peer}"
+            extra = ", ".join(f"{k} {v}" for k, v in more.items() if v is not None)
+            print(f"{name:<58}{value:>12.2f} {unit:<9}{ratio:<24}{extra}")
+
+
+main(*sys.argv[1:])
