@@ -54,6 +54,30 @@ fn it_says_what_it_is() {
     assert_eq!(session.engine.hello().backend, "cuda");
 }
 
+/// Which kernel a plan runs on, by name; it needs no device.
+#[test]
+fn decoding_attention_runs_on_the_kernel_that_is_meant() {
+    let of = |name: &str, kv_dtype| {
+        let mut all = families().into_iter().chain(native());
+        let (_, config) = all.find(|(found, _)| *found == name).expect(name);
+        Model::new(&config, 1).attention_kernels(kv_dtype)
+    };
+    let pieces = [
+        ("qwen3, native", "gqa_decode_fused_128"),
+        ("llama, native", "gqa_decode_fused_64"),
+        ("deepseek_v2, native", "mla_decode_16"),
+        ("deepseek_v3, native", "mla_decode_16"),
+    ];
+    for (name, kernel) in pieces {
+        assert_eq!(of(name, KvDtype::Bf16), [kernel; 2], "{name}");
+        assert_eq!(of(name, KvDtype::F32), ["tiles"; 2], "{name}");
+    }
+    for (name, config) in families() {
+        let kernels = Model::new(&config, 1).attention_kernels(KvDtype::Bf16);
+        assert!(kernels.iter().all(|kernel| *kernel == "tiles"), "{name}: {kernels:?}");
+    }
+}
+
 #[test]
 fn log_probabilities_agree_with_the_naive_model() {
     let Some((setup, _turn)) = cuda() else { return };

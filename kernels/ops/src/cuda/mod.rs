@@ -132,7 +132,8 @@ pub struct Gpu {
     facts: DeviceFacts,
     /// One for each lane of streams.
     shared: [linear::cuda::wide::Shared; Lane::COUNT],
-    ticket: flash::cuda::prompt::Ticket,
+    /// Of prompt attention, which one lane has.
+    prompts: flash::cuda::prompt::Shared,
     library: Result<linear::cuda::Library, CudaError>,
 }
 
@@ -155,7 +156,9 @@ impl Gpu {
         let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
         let large = large
             .chain(crate::moe::cuda::wide::LARGE)
+            .chain(crate::moe::cuda::many::LARGE)
             .chain(crate::mla::cuda::heads::LARGE)
+            .chain(crate::gqa::cuda::decode::ALL)
             .chain(linear::cuda::stream::LARGE)
             .chain(near::LARGE)
             .copied()
@@ -165,9 +168,9 @@ impl Gpu {
         }
         let shared = || linear::cuda::wide::Shared::new(context);
         let shared = [shared()?, shared()?];
-        let ticket = prompt::Ticket::new(context)?;
+        let prompts = prompt::Shared::new(context)?;
         let library = linear::cuda::Library::open(context);
-        Ok(Self { kernels, facts, shared, ticket, library })
+        Ok(Self { kernels, facts, shared, prompts, library })
     }
 
     /// Bytes of device memory that [`Gpu::new`] allocates, the library's included.
@@ -175,7 +178,7 @@ impl Gpu {
     pub fn bytes(multiprocessors: usize) -> usize {
         let shared = linear::cuda::wide::Shared::bytes(multiprocessors);
         Lane::COUNT * (shared + linear::cuda::Library::WORKSPACE)
-            + flash::cuda::prompt::Ticket::BYTES
+            + flash::cuda::prompt::Shared::bytes(multiprocessors)
     }
 
     /// As [`Gpu::new`], where the library of products counts as absent.
@@ -230,9 +233,9 @@ impl<'a> Queue<'a> {
         &self.gpu.shared[self.stream.lane() as usize]
     }
 
-    /// Where blocks of prompt attention find their tiles.
-    pub(crate) const fn ticket(&self) -> &'a flash::cuda::prompt::Ticket {
-        &self.gpu.ticket
+    /// What blocks of prompt attention share.
+    pub(crate) const fn prompts(&self) -> &'a flash::cuda::prompt::Shared {
+        &self.gpu.prompts
     }
 
     /// Multiprocessors of the device.

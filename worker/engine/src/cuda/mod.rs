@@ -25,7 +25,7 @@ mod weights;
 
 pub use facts::{CudaDevice, cuda_device};
 pub use graphs::Captured;
-pub use sizes::{CudaBytes, cuda_bytes};
+pub use sizes::{CudaBytes, cuda_attention, cuda_bytes};
 
 use crate::batch::Batch;
 use crate::executor::{Collected, Executor, RowDraw, TableView, Tile};
@@ -46,7 +46,7 @@ use ops::flash::cuda::Partials;
 use ops::mla::cuda::expand::later::Passes;
 use ops::rope::Pairing;
 use ops::tokens::cuda::{Begin, begin};
-use ops::{embed, mla, moe};
+use ops::{embed, gqa, mla, moe};
 use run::{Beside, Rotation, Scratch, Step};
 use sizes::{ExpertShape, Sizes};
 use std::time::Duration;
@@ -176,11 +176,18 @@ impl Cuda {
         let mla = sizes.mla.as_ref().map(mla).transpose()?;
         let expanded = |(mla, room)| mla::cuda::expand::Scratch::take(arena, mla, room);
         let expanded = sizes.expanded(&limits).map(expanded).transpose()?;
-        let pieces = |slots| {
+        let latent = |slots| {
             let map = mla::cuda::decode::cache_map(&cache)?;
             Ok::<_, CudaError>((map, mla::cuda::decode::Partials::take(arena, slots)?))
         };
-        let pieces = sizes.piece_slots(&limits).map(pieces).transpose()?;
+        let latent = sizes.latent_slots(&limits).map(latent).transpose()?;
+        let grouped = |(slots, width)| {
+            let maps = sizes.specs.iter().map(|spec| spec.cache_map(&cache));
+            let maps = maps.collect::<Result<Vec<_>, _>>()?;
+            let partials = gqa::cuda::decode::Partials::take(arena, &self.stream, slots, width)?;
+            Ok::<_, CudaError>((maps, partials))
+        };
+        let grouped = sizes.grouped_slots(&limits).map(grouped).transpose()?;
         let moe = |shape| {
             let ExpertShape { top_k, held, hidden, intermediate } = shape;
             moe::cuda::Scratch::take(arena, sizes.dtype, rows, top_k, held, hidden, intermediate)
@@ -192,7 +199,7 @@ impl Cuda {
             graphs: Graphs::default(),
             inputs: Inputs::take(&self.context, arena, sizes, &limits)?,
             activations: Activations::take(arena, sizes, &limits)?,
-            scratch: Scratch { partials, mla, expanded, pieces, moe, choices },
+            scratch: Scratch { partials, mla, expanded, latent, grouped, moe, choices },
             cache,
             ahead: Ahead::take(&self.context, arena, &limits)?,
             asked: Asked::take(&self.context, arena, sizes, &limits)?,
