@@ -320,7 +320,7 @@ fn a_step_that_only_decodes_is_three_launches() {
         assert_eq!(outcome.timing.launches, 3);
         assert!(outcome.timing.model_ns > 0 && !outcome.timing.host_draws);
     }
-    assert!(outcomes[0].timing.host_draws, "log-probabilities of the prompt come from the host");
+    assert!(outcomes[0].timing.host_draws, "the host waits for the prompt's log-probabilities");
 }
 
 #[test]
@@ -387,6 +387,41 @@ fn counts_lists_and_log_probabilities_of_the_device_are_the_processors() {
                 .each_mut()
                 .map(|session| session.complete(&tokens, 1024, 16, sampling.clone()));
             device.assert_close(&processor, TOLERANCE, name);
+        }
+    }
+}
+
+#[test]
+fn prompts_are_described_on_the_device_as_on_the_processor() {
+    let Some((setup, _turn)) = cuda() else { return };
+    for (name, config) in families() {
+        let model = Model::new(&config, 12);
+        let tokens = common::prompt(150, 5);
+        let described = |setup, listed| {
+            let mut session = model.session(setup);
+            session.prompt_logprobs = Some(listed);
+            session.admit(0, &tokens, tokens.len(), greedy());
+            // In a whole chunk, in one row, and to the end with a draw in the same step.
+            let parts = [100, 1, 49].map(|chunk| session.step(&[(0, chunk)]).prompt_logprobs);
+            let entries = parts.into_iter().flatten().flat_map(|part| part.entries);
+            entries.collect::<Vec<_>>()
+        };
+        for listed in [0, 3, 20] {
+            let (device, processor) =
+                (described(setup, listed), described(Setup::default(), listed));
+            assert_eq!((device.len(), processor.len()), (149, 149), "{name}");
+            for (at, (one, other)) in device.iter().zip(&processor).enumerate() {
+                let what = format!("{name}, {listed} listed, entry {at}");
+                assert_eq!((one.top.len(), other.top.len()), (listed.into(), listed.into()));
+                assert_eq!(one.chosen.token, TokenId(tokens[at + 1]), "{what}");
+                let all = std::iter::once((&one.chosen, &other.chosen));
+                for (place, (a, b)) in all.chain(one.top.iter().zip(&other.top)).enumerate() {
+                    let near = (a.logprob - b.logprob).abs() <= TOLERANCE;
+                    assert!(near, "{what}: {a:?} for {b:?}");
+                    // Equals may stand in another order, and of those sums differ.
+                    assert!(place == 0 || a.rank as usize <= place, "{what}: {a:?}");
+                }
+            }
         }
     }
 }

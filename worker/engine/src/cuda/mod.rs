@@ -4,8 +4,8 @@
 //! Activations, matrices and cache share one element type. No op allocates and none is chosen here;
 //! kernels read the numbers of rows and tiles on the device, so a step of a bucket differs from
 //! another in data alone. Tokens are drawn on the device and kept there, so that the next step is
-//! enqueued behind this one. Where log-probabilities are asked for the next step waits for this one;
-//! logits come back to the host for those of prompts, and for lists longer than their places. A step
+//! enqueued behind this one. Where log-probabilities are asked for, of prompts too, the next step waits for this one;
+//! logits come back to the host for lists longer than their places alone. A step
 //! that only decodes is a copy, a launch and a copy back. Invariant: enqueueing waits for nothing but
 //! a copy of the step before the last.
 
@@ -501,7 +501,11 @@ impl Executor for Cuda {
         self.memory.as_mut().ok_or_else(not_configured)?.ahead.collect()
     }
 
-    fn tile(&self) -> usize {
-        self.sizes.tile
+    fn tile(&self, draws: &[Option<RowDraw>]) -> usize {
+        match draws.iter().all(Option::is_some) {
+            true => self.sizes.drawn_tile,
+            // Logits go to the host.
+            false => self.sizes.tile,
+        }
     }
 }

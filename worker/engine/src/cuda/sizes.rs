@@ -298,15 +298,15 @@ impl Sizes {
         self.tile * self.vocab * 4
     }
 
-    /// Bytes that say how the rows of a host's tile are drawn, and what is listed of each.
+    /// Bytes that say how the rows of a tile are drawn, what is listed of each, and which are given.
     pub(super) const fn draw_bytes(&self) -> usize {
-        self.tile * (size_of::<SampleRow>() + size_of::<u32>())
+        self.drawn_tile * (size_of::<SampleRow>() + 2 * size_of::<u32>())
     }
 
     /// Bytes of such a tile's tokens, as many faults, and log-probabilities.
     pub(super) const fn drawn_bytes(&self) -> usize {
         let described = (1 + MAX_LOGPROBS as usize) * size_of::<TokenLogprob>();
-        self.tile * (2 * size_of::<u32>() + described)
+        self.drawn_tile * (2 * size_of::<u32>() + described)
     }
 
     /// Bytes of the router's scores.
