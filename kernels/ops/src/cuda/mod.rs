@@ -134,7 +134,7 @@ pub struct Gpu {
     shared: [linear::cuda::wide::Shared; Lane::COUNT],
     /// Of prompt attention, which one lane has.
     prompts: flash::cuda::prompt::Shared,
-    library: Result<linear::cuda::Library, CudaError>,
+    library: linear::cuda::Opening,
 }
 
 impl Gpu {
@@ -143,6 +143,11 @@ impl Gpu {
     /// # Errors
     /// When the program was built without kernels, or they do not fit the device.
     pub fn new(context: &Context) -> Result<Self, CudaError> {
+        check(context.facts())?;
+        Self::with(context, linear::cuda::Opening::begin(context))
+    }
+
+    fn with(context: &Context, library: linear::cuda::Opening) -> Result<Self, CudaError> {
         let facts = context.facts().clone();
         check(&facts)?;
         let kernels = Kernels::load(context, built::CUBINS, built::MISSING)?;
@@ -169,7 +174,6 @@ impl Gpu {
         let shared = || linear::cuda::wide::Shared::new(context);
         let shared = [shared()?, shared()?];
         let prompts = prompt::Shared::new(context)?;
-        let library = linear::cuda::Library::open(context);
         Ok(Self { kernels, facts, shared, prompts, library })
     }
 
@@ -186,19 +190,16 @@ impl Gpu {
     /// # Errors
     /// As [`Gpu::new`].
     pub fn without_library(context: &Context) -> Result<Self, CudaError> {
-        let library = Err(CudaError::NoLibrary {
-            library: "libcublasLt",
-            reason: "is not wanted".to_owned(),
-        });
-        Ok(Self { library, ..Self::new(context)? })
+        Self::with(context, linear::cuda::Opening::without())
     }
 
-    /// The vendor's library of products, or why everything runs on the kernels here.
+    /// The vendor's library of products, or why everything runs on the kernels here. The first call may
+    /// wait for it.
     ///
     /// # Errors
     /// When it is not there; the error says what was looked for.
-    pub const fn library(&self) -> Result<&linear::cuda::Library, &CudaError> {
-        self.library.as_ref()
+    pub fn library(&self) -> Result<&linear::cuda::Library, &CudaError> {
+        self.library.end()
     }
 
     /// What the device is.
