@@ -4,7 +4,7 @@
 //! returned an error nothing may be asked of the engine any more; the worker ends.
 
 use crate::cpu::Cpu;
-use crate::cuda::{Captured, Cuda};
+use crate::cuda::{self, Captured, Cuda};
 use crate::executor::Backend;
 use crate::slots::{MAX_CONTEXT, Slots};
 use crate::steps::Steps;
@@ -17,7 +17,7 @@ use model::program::{CacheKind, Program};
 use std::time::Duration;
 use step::{Configure, GroupKind, GroupSpec, Hello, Outcome, StartPhase, StepPlan, Upload};
 
-/// Alignment of super-blocks: two cache lines, which a device's copy engine takes as one.
+/// Least alignment of super-blocks: two cache lines, which a device's copy engine takes as one.
 const ALIGNMENT: u64 = 128;
 /// The most rows of the slot table.
 const MAX_SLOTS: u32 = 1 << 16;
@@ -31,6 +31,8 @@ pub struct Engine<'w> {
     max_context: Tokens,
     groups: Vec<GroupSpec>,
     options: Options,
+    /// Of super-blocks, in bytes.
+    alignment: u64,
     backend: Backend<'w>,
     configured: Option<Steps>,
 }
@@ -98,12 +100,15 @@ impl<'w> Engine<'w> {
             },
             block_bytes: memory::block_bytes(group, element),
         });
+        let of_rows = cuda::alignment(&lowered, options.kv_dtype, ALIGNMENT);
+        let backend = backend(lowered, &options)?;
         Ok(Self {
+            alignment: if matches!(backend, Backend::Cuda(_)) { of_rows } else { ALIGNMENT },
             architecture: program.architecture.clone(),
             vocab: program.vocab as u32,
             max_context: Tokens((program.max_context as u64).min(MAX_CONTEXT.into()) as u32),
             groups: groups.collect(),
-            backend: backend(lowered, &options)?,
+            backend,
             options,
             configured: None,
         })
@@ -143,7 +148,7 @@ impl<'w> Engine<'w> {
             max_context: self.max_context,
             groups: self.groups.clone(),
             cache_bytes: self.options.cache_bytes,
-            alignment: Bytes(ALIGNMENT),
+            alignment: Bytes(self.alignment),
             backend: self.backend.name().to_owned(),
         }
     }
@@ -165,7 +170,7 @@ impl<'w> Engine<'w> {
         limit("max_context", configure.max_context.0, self.max_context.0)?;
         let element = self.options.kv_dtype.bytes() as u64;
         let (carving, cache) = (&configure.carving, self.options.cache_bytes.0);
-        let carver = Carver::new(carving, &self.groups, cache, ALIGNMENT, element)?;
+        let carver = Carver::new(carving, &self.groups, cache, self.alignment, element)?;
         let max_step_tokens = configure.max_step_tokens.as_usize();
         let cache_bytes = carving.super_bytes.0 * u64::from(carving.supers);
         let max_slots = configure.max_slots;

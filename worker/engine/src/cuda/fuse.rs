@@ -114,7 +114,8 @@ pub(super) fn find_grouped(lowered: &Lowered, ops: &[Op], dtype: Dtype) -> Optio
     let rotates = lowered.ropes.get(rope.0).is_some_and(|rope| !rope.interleaved);
     let same = q != written && (rotated, turned) == (q, written) && rope.0 == of_key.0;
     let heads = [heads(lowered, *q, queries), heads(lowered, *written, keys)];
-    let served = grouped::serves(&shape, Layer::of(lowered, *slot).kv, dtype);
+    let layer = Layer::of(lowered, *slot);
+    let served = layer.whole && grouped::serves(&shape, layer.kv, dtype);
     (normed && rotates && same && to == slot && served && heads == grouped::heads(&shape))
         .then_some(norms + 4)
 }

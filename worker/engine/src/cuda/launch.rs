@@ -94,14 +94,18 @@ impl Activations {
 pub(super) struct Layer {
     pub(super) group: usize,
     pub(super) kv: KvLayer,
+    /// Whether a block of the group is a whole number of its rows.
+    pub(super) whole: bool,
 }
 
 impl Layer {
     /// Where a program's slot lies.
     pub(super) fn of(lowered: &Lowered, slot: CacheSlot) -> Self {
-        let row = lowered.groups[slot.group].layers[slot.row];
+        let group = &lowered.groups[slot.group];
+        let row = group.layers[slot.row];
         let kv = KvLayer { offset: row.offset, row: row.width };
-        Self { group: slot.group, kv }
+        let whole = group.block_elements.is_multiple_of(row.width.max(1));
+        Self { group: slot.group, kv, whole }
     }
 }
 

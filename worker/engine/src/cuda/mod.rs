@@ -25,6 +25,7 @@ mod weights;
 
 pub use facts::{CudaDevice, cuda_device};
 pub use graphs::Captured;
+pub(crate) use sizes::alignment;
 pub use sizes::{CudaBytes, cuda_attention, cuda_bytes};
 
 use crate::batch::Batch;

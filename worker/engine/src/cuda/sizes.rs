@@ -97,7 +97,7 @@ impl Prompts {
 
 impl Spec {
     pub(super) fn new(attention: &LocalAttention, layer: Layer, dtype: Dtype) -> Self {
-        let Layer { group, kv: layer } = layer;
+        let Layer { group, kv: layer, whole } = layer;
         let pieces =
             |serves: bool, lines, listed| serves.then_some(Pieces { group, lines, listed });
         let kernels = |select: &dyn Fn(bool) -> (Variant, usize)| [select(false), select(true)];
@@ -112,7 +112,7 @@ impl Spec {
                     kv_heads: shape.kv_heads,
                     kernels: kernels(&select),
                     pieces: pieces(
-                        grouped::serves(&shape, layer, dtype),
+                        whole && grouped::serves(&shape, layer, dtype),
                         grouped::lines(&shape),
                         false,
                     ),
@@ -435,6 +435,22 @@ pub fn cuda_attention(lowered: &Lowered, kv_dtype: crate::KvDtype) -> Vec<&'stat
     body.iter().enumerate().filter_map(name).collect()
 }
 
+/// What super-blocks begin on multiples of, in bytes: `least`, and the rows that pieces of grouped-query
+/// attention take for granted.
+pub(crate) fn alignment(lowered: &Lowered, kv_dtype: crate::KvDtype, least: u64) -> u64 {
+    let dtype = super::dtype_of(kv_dtype);
+    let row = |op: &Op| {
+        let Op::Attention { attention, slot, .. } = op else { return None };
+        let layer = Layer::of(lowered, *slot);
+        let pieces = Spec::new(attention, layer, dtype).pieces?;
+        (!pieces.listed).then_some((layer.kv.row * dtype.size()) as u64)
+    };
+    lowered.body.iter().filter_map(row).fold(least, |all, row| {
+        let multiple = |times: &u64| (all * times).is_multiple_of(row);
+        all * (1..=row).find(multiple).unwrap_or(1)
+    })
+}
+
 /// What a program takes of a device's memory, beside the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaBytes {
@@ -505,5 +521,19 @@ mod tests {
             let layout = Layout::new(&sizes, &limits, 64);
             assert_eq!(layout.has_prompts(0), whole, "{what}");
         }
+    }
+
+    #[test]
+    fn super_blocks_begin_on_rows_where_pieces_take_that_for_granted() {
+        let config = r#"{"model_type": "llama", "vocab_size": 64, "hidden_size": 32,
+            "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3,
+            "head_dim": 64, "intermediate_size": 48, "max_position_embeddings": 512}"#;
+        let config = model::config::parse(config).expect("a config").config;
+        let program = model::families::program(&config, false);
+        let lowered = lower(&program, Mesh::SINGLE, Rank(0), 64).expect("one rank");
+        // Keys and values of three heads of 64, two bytes each.
+        assert_eq!(alignment(&lowered, crate::KvDtype::Bf16, 128), 768);
+        assert_eq!(alignment(&lowered, crate::KvDtype::Bf16, 512), 1536);
+        assert_eq!(alignment(&lowered, crate::KvDtype::F32, 128), 128);
     }
 }
