@@ -156,8 +156,6 @@ pub struct Scratch {
     gate_up: DeviceSlice,
     inner: DeviceSlice,
     y: DeviceSlice,
-    /// What few tokens touch.
-    list: DeviceSlice,
 }
 
 /// Bytes of a `RowTile`.
@@ -174,12 +172,12 @@ impl Scratch {
         held: usize,
         hidden: usize,
         intermediate: usize,
-    ) -> [usize; 8] {
+    ) -> [usize; 7] {
         let pairs = rows * top_k;
         let tiles = held + pairs / LEAST_TILE;
         let wide = pairs * intermediate * dtype.size();
         let y = pairs * hidden * dtype.size();
-        [4 * pairs, 4 * pairs, tiles * TILE, 8, 2 * wide, wide, y, stream::LIST]
+        [4 * pairs, 4 * pairs, tiles * TILE, 8, 2 * wide, wide, y]
     }
 
     /// Bytes of device memory, for the memory plan.
@@ -220,7 +218,6 @@ impl Scratch {
             gate_up: take()?,
             inner: take()?,
             y: take()?,
-            list: take()?,
         })
     }
 }
