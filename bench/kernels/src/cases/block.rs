@@ -10,7 +10,7 @@ use crate::rig::{Rig, cold_sets};
 use device::cuda::{CudaError, DeviceSlice};
 use ops::cuda::{Dtype, Queue, Rows, Tensor};
 use ops::linear::cuda::{Linear, Variant, both, linear, linear_as, takes_both};
-use ops::mla::cuda::{self as mla, Core, block};
+use ops::mla::cuda::{self as mla, Core, block, near};
 use ops::norm::cuda::{add_rms_norm, head_norm};
 use ops::paged::cuda::{Destination, write_kv};
 use ops::rope::Pairing;
@@ -156,7 +156,10 @@ impl Layers {
             linear(on, rows, &q)?;
             linear(on, rows, &kv)?;
         }
-        self.with_block(set, |block| block::attention(on, rows, &MLA, block))?;
+        self.with_block(set, |block| match near::fits(std::iter::repeat_n(CONTEXT, self.rows)) {
+            true => near::attention(on, rows, &MLA, block),
+            false => block::attention(on, rows, &MLA, block),
+        })?;
         linear(on, rows, &o)
     }
 

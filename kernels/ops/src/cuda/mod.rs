@@ -151,13 +151,15 @@ impl Gpu {
         }
         // Attributes are set once, so that launches only launch.
         use crate::flash::cuda::prompt;
-        use crate::mla::cuda::{block, decode};
-        let pieces = [decode::DECODE, block::VALUES];
+        use crate::mla::cuda::{decode, near};
+        let pieces = [decode::DECODE];
         let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
         let large = large
             .chain(crate::moe::cuda::wide::LARGE)
+            .chain(crate::moe::cuda::many::LARGE)
             .chain(crate::mla::cuda::heads::LARGE)
             .chain(linear::cuda::stream::LARGE)
+            .chain(near::LARGE)
             .copied()
             .chain(prompt::ALL);
         for name in large.chain(linear::cuda::wide::large()) {

@@ -8,6 +8,7 @@ pub mod block;
 pub mod decode;
 pub mod expand;
 pub(crate) mod heads;
+pub mod near;
 #[cfg(test)]
 mod tests;
 

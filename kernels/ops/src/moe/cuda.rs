@@ -3,10 +3,12 @@
 //!
 //! The experts of a layer lie side by side: `gate_up` is `[held, 2 * intermediate, hidden]` (gate, then
 //! up), `down` is `[held, hidden, intermediate]`. Five launches: sort, two products, the activation
-//! between them, the sum; or, in `wide`, a copy by expert before and the activation in the first
-//! product. A token's result does not depend on the others.
+//! between them, the sum. Where operands are aligned, rows are laid by expert before, the activation is
+//! in the first product (`wide`), and for many tokens both products are one launch (`many`). A token's
+//! result does not depend on the others.
 
 mod lay;
+pub(crate) mod many;
 pub mod stream;
 #[cfg(test)]
 mod tests;
@@ -18,7 +20,7 @@ use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use crate::linear::cuda::{self as linear, Grouped, Variant};
 use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters};
 use lay::Lay;
-use wide::{Products, Wide};
+pub use many::Joined;
 
 /// Experts of a token, at most: each in a lane of a warp.
 const LANES: usize = 32;
@@ -156,6 +158,8 @@ pub struct Scratch {
     gate_up: DeviceSlice,
     inner: DeviceSlice,
     y: DeviceSlice,
+    /// How far many tokens are.
+    progress: DeviceSlice,
 }
 
 /// Bytes of a `RowTile`.
@@ -172,12 +176,13 @@ impl Scratch {
         held: usize,
         hidden: usize,
         intermediate: usize,
-    ) -> [usize; 7] {
+    ) -> [usize; 8] {
         let pairs = rows * top_k;
         let tiles = held + pairs / LEAST_TILE;
         let wide = pairs * intermediate * dtype.size();
         let y = pairs * hidden * dtype.size();
-        [4 * pairs, 4 * pairs, tiles * TILE, 8, 2 * wide, wide, y]
+        let progress = many::progress(rows, pairs, held);
+        [4 * pairs, 4 * pairs, tiles * TILE, 8, 2 * wide, wide, y, progress]
     }
 
     /// Bytes of device memory, for the memory plan.
@@ -218,6 +223,7 @@ impl Scratch {
             gate_up: take()?,
             inner: take()?,
             y: take()?,
+            progress: take()?,
         })
     }
 }
@@ -322,12 +328,46 @@ pub fn experts(
     out: &DeviceSlice,
     scratch: &Scratch,
 ) -> Result<(), CudaError> {
-    results(on, rows, x, routing, weights, scratch)?;
+    results(on, rows, x, routing, weights, None, scratch)?;
     let to = Combined { dtype: weights.gate_up.dtype, hidden: weights.hidden, out };
     combine(on, rows, routing, scratch, &to, None)
 }
 
-/// What the chosen experts make of `x`, left in the scratch for [`combine`].
+/// Whether operands of bf16 products lie as the fast kernels want them.
+fn is_aligned(dtype: Dtype, widths: [usize; 2], addresses: [u64; 3]) -> bool {
+    dtype == Dtype::Bf16
+        && widths.iter().all(|n| n.is_multiple_of(8))
+        && addresses.iter().all(|at| at.is_multiple_of(16))
+}
+
+/// Whether experts of this shape, aligned, run in one launch for steps of `rows` rows.
+const fn in_one(rows: usize, top_k: usize, held: usize, hidden: usize, width: usize) -> bool {
+    let each = (rows * top_k).div_ceil(if held == 0 { 1 } else { held });
+    rows > FEW_ROWS
+        && held > 0
+        && lay::takes(held, top_k)
+        && many::takes(hidden, width)
+        && many::pays(each)
+}
+
+/// Whether [`results`] takes experts of every row along, for steps of `rows` rows.
+#[must_use]
+pub fn joins(
+    rows: usize,
+    weights: &ExpertWeights<'_>,
+    top_k: usize,
+    always: &stream::Always<'_>,
+) -> bool {
+    let ExpertWeights { held, gate_up, down, hidden, intermediate, .. } = *weights;
+    let of_all = [always.gate_up.address(), always.down.address(), 0];
+    is_aligned(gate_up.dtype, [hidden, intermediate], [gate_up.address(), down.address(), 0])
+        && is_aligned(gate_up.dtype, [hidden, always.width], of_all)
+        && in_one(rows, top_k, held, hidden, intermediate)
+        && many::takes(hidden, always.width)
+}
+
+/// What the chosen experts make of `x`, left in the scratch for [`combine`]; of `joined` ones, where
+/// [`joins`] says so, in their own memory.
 ///
 /// # Errors
 /// As [`experts`].
@@ -337,6 +377,7 @@ pub fn results(
     x: &DeviceSlice,
     routing: &Routing<'_>,
     weights: &ExpertWeights<'_>,
+    joined: Option<Joined<'_>>,
     scratch: &Scratch,
 ) -> Result<(), CudaError> {
     const OP: &str = "experts";
@@ -358,14 +399,25 @@ pub fn results(
     need(OP, "scratch", &scratch.gate_up, &[pairs, 2, intermediate], size)?;
 
     let addresses = [x.address(), gate_up.address(), weights.down.address()];
-    let aligned = dtype == Dtype::Bf16
-        && hidden.is_multiple_of(8)
-        && intermediate.is_multiple_of(8)
-        && addresses.iter().all(|at| at.is_multiple_of(16));
+    let aligned = is_aligned(dtype, [hidden, intermediate], addresses);
     let variant = select(aligned, rows.padded, top_k, held);
-    let wide = (aligned && rows.padded > FEW_ROWS && held > 0 && lay::takes(held, top_k))
-        .then(|| Wide::select(pairs.div_ceil(held.max(1))));
-    let tile_rows = wide.map_or(variant.tile_rows(), Wide::tile_rows);
+    let in_one = aligned && in_one(rows.padded, top_k, held, hidden, intermediate);
+    let wide = aligned && rows.padded > FEW_ROWS && held > 0 && lay::takes(held, top_k);
+    let tile_rows = match (in_one, wide) {
+        (true, _) => many::ROWS,
+        (false, true) => wide::ROWS,
+        (false, false) => variant.tile_rows(),
+    };
+    if let Some(Joined { always, inner, out }) = &joined {
+        let (gate_up, down, width) = (always.gate_up, always.down, always.width);
+        if !in_one || !joins(rows.padded, weights, top_k, always) {
+            return Err(shape(OP, format!("experts of {width} with {weights:?}")));
+        }
+        need(OP, "gate_up of all rows", gate_up, &[2, width, hidden], size)?;
+        need(OP, "down of all rows", down, &[hidden, width], size)?;
+        need(OP, "inner of all rows", inner, &[rows.padded, width], size)?;
+        need(OP, "results of all rows", out, &[rows.padded, hidden], size)?;
+    }
     // Every expert's last tile may be part full, and no tile is empty.
     let max_tiles = (held + pairs / tile_rows).min(pairs);
     need(OP, "tiles", &scratch.tiles, &[max_tiles], TILE)?;
@@ -383,18 +435,39 @@ pub fn results(
         held: dim(OP, held)?,
         tile_rows: dim(OP, tile_rows)?,
     };
-    if let Some(wide) = wide {
-        let laid = Lay {
+    let laid = Lay {
+        x,
+        to: &scratch.y,
+        counts: &scratch.pairs,
+        progress: None,
+        hidden,
+        max_rows: rows.padded,
+        group: sorting,
+    };
+    if in_one {
+        let progress = many::progress(rows.padded, pairs, held);
+        need(OP, "progress", &scratch.progress, &[progress], 1)?;
+        let progress = scratch.progress.slice(0..progress);
+        lay::lay(on, &Lay { progress: Some(&progress), ..laid })?;
+        let products = many::Products {
             x,
-            to: &scratch.y,
-            counts: &scratch.pairs,
-            progress: None,
+            gate_up: gate_up.slice,
+            down: weights.down,
+            held,
             hidden,
-            max_rows: rows.padded,
-            group: sorting,
+            intermediate,
+            max_pairs: pairs,
+            tiles: &scratch.tiles,
+            totals: &scratch.totals,
+            progress: &progress,
+            inner: &scratch.inner,
+            y: &scratch.y,
+            joined,
         };
+        many::products(on, rows, &products)?;
+    } else if wide {
         lay::lay(on, &laid)?;
-        let products = Products {
+        let products = wide::Products {
             gate_up: gate_up.slice,
             down: weights.down,
             held,
@@ -406,7 +479,7 @@ pub fn results(
             inner: &scratch.inner,
             y: &scratch.y,
         };
-        wide::products(wide, on, &products)?;
+        wide::products(on, &products)?;
     } else {
         group(on, &sorting)?;
         let sorted = Grouped {
@@ -442,6 +515,8 @@ pub struct Behind<'a> {
     pub weight: &'a DeviceSlice,
     /// Of the norm.
     pub eps: f32,
+    /// Whether everything that is read was enqueued on this very stream.
+    pub follows: bool,
 }
 
 /// The weighted sum of what [`results`] left. With `behind` every sum is rounded where the ops one by
@@ -479,7 +554,7 @@ pub fn combine(
         width: dim(OP, hidden)?,
         eps: 0.0,
     };
-    let Some(Behind { beside, residual, weight, eps }) = behind else {
+    let Some(Behind { beside, residual, weight, eps, follows }) = behind else {
         let kernel = on.kernel(dtype.pick("combine_f32", "combine_bf16"))?;
         let parts = params.width.div_ceil(256 * 8);
         return Launch::new(kernel, [params.rows, parts, 1], 256)
@@ -494,6 +569,8 @@ pub fn combine(
     need(OP, "weight", weight, &[hidden], 4)?;
     (params.residual, params.norm, params.eps) = (residual.address(), weight.address(), *eps);
     let kernel = on.kernel(dtype.pick("combine_norm_f32", "combine_norm_bf16"))?;
-    // Two streams may meet in front of it.
-    Launch::new(kernel, [params.rows, 1, 1], 256).on(on.stream, &params)
+    let launch = Launch::new(kernel, [params.rows, 1, 1], 256);
+    // Where two streams meet in front of it, it may not begin before they have.
+    let launch = if *follows { launch.dependent() } else { launch };
+    launch.on(on.stream, &params)
 }

@@ -2,7 +2,7 @@
 //! the projections in front of it and the one behind.
 //!
 //! It finds them in a program and launches nothing. Invariant: what is found means the same in the
-//! order of its three kernels as op by op; the ops stay beside, for other steps.
+//! order of its kernels, three or one, as op by op; the ops stay beside, for other steps.
 
 use super::launch::{Latent, Layer, Place, heads};
 use super::sizes::{Attention, attention_of};

@@ -16,23 +16,26 @@ pub(super) struct Kind {
     pub(super) prompts: bool,
     /// Whether all tokens that are drawn with it are just the likeliest.
     pub(super) greedy: bool,
+    /// Whether latent attention of its few rows of short contexts takes one launch.
+    pub(super) near: bool,
 }
 
 /// Every kind of step within limits. Only requests that decode are a row each, so without prompt
-/// chunks a step has at most as many rows as there are slots.
-pub(super) fn kinds(limits: &Limits) -> Vec<Kind> {
+/// chunks a step has at most as many rows as there are slots. Contexts may be near in steps of up to
+/// `near` rows.
+pub(super) fn kinds(limits: &Limits, near: usize) -> Vec<Kind> {
     let slots = limits.bucket(limits.slots.min(limits.rows));
     let buckets = limits.buckets().into_iter();
     buckets
         .flat_map(|bucket| {
             // Draws behind prompt chunks are not part of the graph.
-            [(false, false), (false, true), (true, false)].map(|(prompts, greedy)| Kind {
-                bucket,
-                prompts,
-                greedy,
+            let draws = [(false, false), (false, true), (true, false)];
+            draws.into_iter().flat_map(move |(prompts, greedy)| {
+                [false, true].map(|near| Kind { bucket, prompts, greedy, near })
             })
         })
         .filter(|kind| if kind.prompts { kind.bucket > 1 } else { kind.bucket <= slots })
+        .filter(|kind| !kind.near || (!kind.prompts && kind.bucket <= near))
         .collect()
 }
 
@@ -83,15 +86,17 @@ mod tests {
     #[test]
     fn every_step_has_a_kind() {
         let limits = Limits { rows: 1000, slots: 20, context: 1, multiprocessors: 1 };
-        let kinds = kinds(&limits);
+        let kinds = kinds(&limits, 2);
         for rows in 1..=limits.rows {
             let bucket = limits.bucket(rows);
-            assert_eq!(kinds.contains(&Kind { bucket, prompts: true, greedy: false }), rows > 1);
-            for greedy in [false, true] {
-                let kind = Kind { bucket, prompts: false, greedy };
-                assert!(rows > limits.slots || kinds.contains(&kind));
+            let kind = Kind { bucket, prompts: true, greedy: false, near: false };
+            assert_eq!(kinds.contains(&kind), rows > 1);
+            for (greedy, near) in [(false, false), (true, false), (false, true), (true, true)] {
+                let kind = Kind { bucket, prompts: false, greedy, near };
+                let is_there = rows <= limits.slots && (!near || rows <= 2);
+                assert!(!is_there || kinds.contains(&kind));
             }
         }
-        assert!(kinds.len() < 50, "{}", kinds.len());
+        assert!(kinds.len() < 60, "{}", kinds.len());
     }
 }

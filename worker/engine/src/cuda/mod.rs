@@ -238,7 +238,7 @@ impl Cuda {
     /// Captures the body of every step there can be, with the draws where it only decodes.
     fn capture(&self, memory: &mut Memory) -> Result<(), CudaError> {
         let mut graphs = Graphs::default();
-        for kind in graphs::kinds(&memory.limits) {
+        for kind in graphs::kinds(&memory.limits, self.near_rows()) {
             memory.bucket = kind.bucket;
             let before = self.launches();
             let body = |_: &Stream| self.enqueue_body(memory, kind, &[]);
@@ -250,13 +250,19 @@ impl Cuda {
         Ok(())
     }
 
+    /// Rows of steps whose contexts may be near: none as yet.
+    const fn near_rows(&self) -> usize {
+        let Self { .. } = self;
+        0
+    }
+
     /// The step in front of the launches of `rows` rows.
     fn step<'a>(
         &'a self,
         memory: &'a Memory,
         rows: Rows<'a>,
         ids: &'a DeviceSlice,
-        prompts: bool,
+        (prompts, near): (bool, bool),
     ) -> Result<Step<'a>, CudaError> {
         Ok(Step {
             on: self.queue(),
@@ -265,6 +271,7 @@ impl Cuda {
             ids,
             views: memory.inputs.views(memory.bucket)?,
             prompts,
+            near,
             passes: &[],
             limits: &memory.limits,
             sizes: &self.sizes,
@@ -303,7 +310,7 @@ impl Cuda {
             tables: &views.tables,
         };
         begin(self.queue(), rows, &operands)?;
-        let step = self.step(memory, rows, &memory.inputs.ids, kind.prompts)?;
+        let step = self.step(memory, rows, &memory.inputs.ids, (kind.prompts, kind.near))?;
         Step { passes, ..step }.run_all(&self.body)?;
         match kind.prompts {
             true => Ok(()),
@@ -342,7 +349,7 @@ impl Cuda {
     fn enqueue_head(&self, memory: &Memory, first: usize, rows: Rows<'_>) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
         let ids = views.wanted.slice(first * 4..(first + rows.padded) * 4);
-        let step = self.step(memory, rows, &ids, false)?;
+        let step = self.step(memory, rows, &ids, (false, false))?;
         // Choosing rows of hidden states is looking them up.
         let hidden = memory.activations.at(self.hidden, memory.bucket);
         let choose = embed::cuda::Embed {
@@ -374,7 +381,9 @@ impl Cuda {
         memory.inputs.send(&self.stream, batch, bucket, tables, here.then_some(draws))?;
         memory.ahead.begin(&self.stream)?;
         let greedy = draws.iter().flatten().all(|draw| draw.how.is_greedy());
-        let kind = Kind { bucket, prompts, greedy: greedy && !prompts };
+        let few = !prompts && bucket <= self.near_rows();
+        let near = few && mla::cuda::near::fits(batch.runs.iter().map(|run| run.context));
+        let kind = Kind { bucket, prompts, greedy: greedy && !prompts, near };
         // How many launches passes take depends on the step; long kernels hide them.
         let passes = memory.inputs.passes();
         let captured = passes.iter().all(|of| of.passes.is_empty());

@@ -1,5 +1,6 @@
 //! A layer of experts with what surrounds it: the router and the routed experts on the step's stream,
-//! shared experts beside them on another, and one launch for all sums and the norm behind.
+//! shared experts beside them on another or in their launch, and one launch for all sums and the norm
+//! behind.
 //!
 //! It finds such layers in a program and launches nothing. Invariant: what is found means the same as
 //! its ops one by one, to the bit; what runs beside neither reads nor writes what the others write.
@@ -128,6 +129,16 @@ impl Layer {
             return None;
         };
         Some(Some(Always { gate_up, down, width: out.width }))
+    }
+
+    /// What is between the products of shared experts, and their result.
+    pub(super) fn shared_places(&self) -> Option<[Place; 2]> {
+        let (launches, result) = self.shared.as_ref()?;
+        let inner = launches.iter().find_map(|launch| match launch {
+            Launch::SiluMul { out, .. } => Some(*out),
+            _ => None,
+        })?;
+        Some([inner, *result])
     }
 }
 

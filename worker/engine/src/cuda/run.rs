@@ -63,6 +63,8 @@ pub(super) struct Step<'a> {
     pub(super) ids: &'a DeviceSlice,
     pub(super) views: &'a Views,
     pub(super) prompts: bool,
+    /// Whether there are few rows, of short contexts.
+    pub(super) near: bool,
     /// Of prompts whose keys are gathered, by attention; none in steps that are captured.
     pub(super) passes: &'a [Passes],
     pub(super) limits: &'a Limits,
@@ -298,7 +300,10 @@ impl Step<'_> {
             scratch: self.scratch.mla.as_ref().ok_or_else(|| missing("mla"))?,
             out: &self.at(block.out),
         };
-        mla::cuda::block::attention(self.on, self.rows, &block.shape, &operands)
+        match self.near {
+            true => mla::cuda::near::attention(self.on, self.rows, &block.shape, &operands),
+            false => mla::cuda::block::attention(self.on, self.rows, &block.shape, &operands),
+        }
     }
 
     pub(super) fn product<'a>(
@@ -401,8 +406,8 @@ impl Step<'_> {
         norm::cuda::rms_norm(on, rows, x.width, residual, weight, *eps, &self.at(*out))
     }
 
-    /// A layer of experts; shared ones beside the router and the routed ones. Of few tokens only, the norm
-    /// in front may be its own, and the one behind not.
+    /// A layer of experts; shared ones beside the router and the routed ones, or with these. Of few
+    /// tokens only, the norm in front may be its own, and the one behind not.
     pub(super) fn moe(
         &self,
         layer: &MoeLayer,
@@ -415,7 +420,17 @@ impl Step<'_> {
             return self.few(layer, always.as_ref(), norm, unnormed);
         }
         let scratch = self.scratch.moe.as_ref().ok_or_else(|| missing("experts"))?;
-        if let Some((launches, _)) = shared {
+        let weights = experts.weights(dtype);
+        // For many tokens shared experts run in the launch of the routed ones.
+        let always = layer
+            .always()
+            .flatten()
+            .filter(|always| moe::cuda::joins(rows.padded, &weights, experts.top_k, always));
+        let places = layer.shared_places().map(|places| places.map(|place| self.at(place)));
+        let joined = always.zip(places.as_ref());
+        let joined = joined.map(|(always, [inner, out])| moe::cuda::Joined { always, inner, out });
+        let apart = shared.as_ref().filter(|_| joined.is_none());
+        if let Some((launches, _)) = apart {
             beside.begin.record(on.stream)?;
             beside.stream.wait(&beside.begin)?;
             let step = Step { on: Queue { stream: &beside.stream, ..on }, ..*self };
@@ -425,13 +440,15 @@ impl Step<'_> {
         let (logits, routing) = (self.at(layer.logits), self.routing(experts.top_k));
         self.run(&layer.score)?;
         moe::cuda::route(on, rows, &self.scores(layer, &logits), &routing)?;
-        moe::cuda::results(on, rows, &self.at(*x), &routing, &experts.weights(dtype), scratch)?;
-        if shared.is_some() {
+        moe::cuda::results(on, rows, &self.at(*x), &routing, &weights, joined, scratch)?;
+        if apart.is_some() {
             on.stream.wait(&beside.end)?;
         }
         let (residual, out) = (&self.at(*residual), &self.at(*out));
         let shared = shared.as_ref().map(|(_, place)| self.at(*place));
-        let behind = moe::cuda::Behind { beside: shared.as_ref(), residual, weight, eps: *eps };
+        let follows = apart.is_none();
+        let (beside, eps) = (shared.as_ref(), *eps);
+        let behind = moe::cuda::Behind { beside, residual, weight, eps, follows };
         let to = moe::cuda::Combined { dtype, hidden: x.width, out };
         moe::cuda::combine(on, rows, &routing, scratch, &to, Some(&behind))
     }

@@ -57,7 +57,9 @@ pub fn are_production(names: &Names, model: &Model, what: &str) {
         }
     }
     if matches!(config, ModelConfig::DeepSeek(_) | ModelConfig::Qwen3Moe(_)) {
-        ["moe_stream_", "experts_wide"].into_iter().for_each(has);
+        has("moe_stream_");
+        let experts = begin(names, &["experts_wide", "experts_many"]);
+        assert!(!experts.is_empty(), "{what}: no experts of many tokens among {names:?}");
     }
 }
 

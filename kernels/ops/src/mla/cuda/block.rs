@@ -3,11 +3,11 @@
 //! their results and values out of latent space.
 //!
 //! It serves bf16 heads of DeepSeek's widths (128 + 64, values of 128, a latent of 512), any number of
-//! them; others are launched op by op. Each kernel starts reading its weights before the one in front
+//! them; others are launched op by op, few rows of short contexts in one launch by `near`. Each starts reading its weights before the one in front
 //! has ended. Invariant: what is stored has the roundings of the ops one by one.
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use super::decode::{self, LATENT, LINES, ROPE, WIDTH};
 use super::{Mla, OP, Scratch, Weights, heads as by_heads};
@@ -18,10 +18,10 @@ use crate::paged::{KvLayer, cuda::Destination};
 use crate::rope::{Pairing, cuda::Rope};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
-const NOPE: usize = 128;
-const VALUE: usize = 128;
+pub(super) const NOPE: usize = 128;
+pub(super) const VALUE: usize = 128;
 /// Elements of a head's query.
-const QUERY: usize = NOPE + ROPE;
+pub(super) const QUERY: usize = NOPE + ROPE;
 /// Rows that tensor cores take at once.
 const TILE: usize = 16;
 const PREPARE: &str = "mla_prepare";
@@ -30,12 +30,9 @@ const PREPARE_THREADS: u32 = 128;
 /// Blocks of the first kernel to a head, and on a multiprocessor.
 const PREPARE_PARTS: usize = 8;
 const PREPARE_WAVES: usize = 6;
-pub(crate) const VALUES: &str = "mla_values";
-const VALUES_THREADS: u32 = 512;
-/// Bytes of its `Shared`.
-const VALUES_SHARED: u32 = 65_920;
-/// Blocks of the last kernel to a head, and on a multiprocessor.
-const VALUES_SHARES: usize = 4;
+const VALUES_THREADS: u32 = 256;
+/// Blocks of a head, a cluster, that merge tiles of rows together, and on a multiprocessor.
+const VALUES_SHARES: usize = 8;
 const VALUES_WAVES: usize = 2;
 
 /// Whether these kernels serve the shape.
@@ -297,8 +294,8 @@ pub fn values(
     };
     let chunks = rows.padded.div_ceil(TILE * tiles.max(1));
     let grid = [dim(OP, chunks * of_tile)?, 1, 1];
-    Launch::new(on.kernel(VALUES)?, grid, VALUES_THREADS)
-        .shared(VALUES_SHARED)
+    Launch::new(on.kernel("mla_values")?, grid, VALUES_THREADS)
+        .cluster(VALUES_SHARES as u32)
         .dependent()
         .on(on.stream, &params)
 }

@@ -20,7 +20,7 @@ pub(super) const WIDTH: usize = LATENT + ROPE;
 /// Heads of a piece.
 pub(super) const LINES: usize = 16;
 /// Keys of one copy; pieces begin on multiples.
-const UNIT: u32 = 16;
+pub(super) const UNIT: u32 = 16;
 /// Elements of a line of the cache as the copy engine swizzles it; blocks begin on multiples.
 pub const LINE: usize = 64;
 const THREADS: u32 = 256;

@@ -1,10 +1,10 @@
 // Partial results of pieces, merged by their maxima and masses.
 #pragma once
-#include "cuda/common.cuh"
+#include "mla/cuda/keys.cuh"
 
 namespace mla_decode {
 
-constexpr int kLatent = 512;
+using mla::kLatent;
 constexpr int kLines = 16;  // heads of a piece, padded
 
 // A part of one row and head, four columns of it.
@@ -67,14 +67,13 @@ __device__ Merged merge_pieces(const Slots& p, uint2 mine, uint32_t line, uint32
 }
 
 // What several ways have merged; `sums` are `stride` apart.
-template <int kWays> __device__ Merged merge_ways(const float2* lse, const float4* sums, int stride) {
+__device__ __forceinline__ Merged merge_ways(const float2* lse, const float4* sums, uint32_t stride, uint32_t ways) {
     float high = -INFINITY;
-#pragma unroll
-    for (int w = 0; w < kWays; w++) high = fmaxf(high, lse[w].x);
+    for (uint32_t w = 0; w < ways; w++) high = fmaxf(high, lse[w].x);
     Merged m;
     m.rise(high);
-#pragma unroll
-    for (int w = 0; w < kWays; w++) m.add(lse[w], sums[w * stride]);
+#pragma unroll 4
+    for (uint32_t w = 0; w < ways; w++) m.add(lse[w], sums[w * stride]);
     return m;
 }
 

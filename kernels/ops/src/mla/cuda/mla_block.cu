@@ -1,34 +1,19 @@
 // What surrounds the pieces of decoding rows, for heads of 128 + 64 and 128: before them rotation, the
 // latent's norm, its way into the cache and queries into latent space; after them the merge of partial
 // results and values out of latent space. Weights are on their way before the kernel in front has ended.
-#include "cuda/async.cuh"
+#include "cuda/cluster.cuh"
 #include "mla/cuda/heads.cuh"
 #include "mla/cuda/merge.cuh"
+#include "mla/cuda/turn.cuh"
 
 namespace mla_block {
 
-using mla_decode::kLatent;
 using mla_decode::kLines;
 using mla_decode::Merged;
 
-constexpr int kNope = 128;
-constexpr int kValue = 128;
-constexpr int kRope = 64;
-constexpr int kPairs = kRope / 2;
-constexpr int kWidth = kLatent + kRope;
-constexpr uint32_t kTokens = 64;  // of a cache block
-constexpr int kTile = 16;         // rows that tensor cores take at once
+using namespace mla;
 
-// Products take the elements k of 32 in another order, the same for both operands: lane t of a quad has
-// 8 t to 8 t + 7, so that all come by 16 bytes. Outputs of a warp are permuted too: column c of tile j
-// is output 4 (c / 2) + 2 j + c % 2, so that a lane has four neighbours, 4 t to 4 t + 3.
-__device__ __forceinline__ int output_of(int j, int lane) { return lane / 8 * 4 + 2 * j + lane / 4 % 2; }
-
-// d[j] += x w[j] over 32 elements of k.
-__device__ __forceinline__ void mma_32(float (&d)[4], uint4 low, uint4 high, uint4 w) {
-    mma_16816(d, low.x, high.x, low.y, high.y, w.x, w.y);
-    mma_16816(d, low.z, high.z, low.w, high.w, w.z, w.w);
-}
+constexpr int kTile = 16;  // rows that tensor cores take at once
 
 struct PrepareParams {
     bf16* q;               // [rows, heads, 128 + 64], q_row apart; rotated in place
@@ -53,21 +38,6 @@ constexpr int kPrepareThreads = 128;
 constexpr int kParts = 8;  // blocks of a head
 constexpr int kPartOutputs = kLatent / kParts;
 
-struct Turn {
-    float cosine, sine;
-};
-// The two elements of a pair, which are neighbours or half a head apart.
-struct Pair {
-    int a, b;
-    __device__ Pair(int pair, bool interleaved)
-        : a(interleaved ? 2 * pair : pair), b(interleaved ? 2 * pair + 1 : pair + kPairs) {}
-    __device__ float2 load(const bf16* x) const { return {widen(x[a]), widen(x[b])}; }
-    __device__ void store(bf16* x, float2 v, Turn turn) const {
-        x[a] = narrow<bf16>(v.x * turn.cosine - v.y * turn.sine);
-        x[b] = narrow<bf16>(v.y * turn.cosine + v.x * turn.sine);
-    }
-};
-
 // One row: its latent and its rotated key into the cache, the rotation of its queries.
 __device__ void prepare_row(const PrepareParams& p, uint32_t row) {
     constexpr int kAtOnce = 4, kStep = kPrepareThreads / kPairs;
@@ -82,9 +52,7 @@ __device__ void prepare_row(const PrepareParams& p, uint32_t row) {
     const uint64_t at = p.layer_offset + uint64_t(position % kTokens) * kWidth;
     const bool inside = block <= p.arena_elements && at + kWidth <= p.arena_elements - block;
     const float4 weight = *reinterpret_cast<const float4*>(p.norm + thread * 4);
-    Turn turn;
-    sincosf(__fmul_rn(static_cast<float>(position), p.inv_freq[thread % kPairs]), &turn.sine, &turn.cosine);
-    turn.cosine *= p.factor, turn.sine *= p.factor;
+    const Turn turn = turn_of(position, p.inv_freq[thread % kPairs], p.factor);
     wait_for_previous();
 
     const bf16* kv = p.kv + row * p.kv_row;
@@ -178,123 +146,118 @@ struct ValuesParams {
     bf16* out;           // [rows, heads, 128]
     const uint32_t* count;
     uint32_t rows, heads, tiles;
+    __device__ mla_decode::Slots all() const { return {partial, partial_lse}; }
+    // Of a row, which is real.
+    __device__ uint2 of(uint32_t row, uint32_t head) const { return slots[row * ((heads + kLines - 1) / kLines) + head / kLines]; }
+    __device__ const bf16* result(uint32_t row, uint32_t head) const { return results + (uint64_t(row) * heads + head) * kLatent; }
+    __device__ bf16* to(uint32_t row, uint32_t head) const { return out + (uint64_t(row) * heads + head) * kValue; }
 };
 
-constexpr int kValuesThreads = 512;
-constexpr int kShares = 4;  // blocks of a head
-constexpr int kShare = kValue / kShares;
-constexpr int kQuads = kLatent / 4;
+constexpr int kValuesThreads = 256;
+constexpr int kValuesWarps = kValuesThreads / 32;
+constexpr int kShares = 8;                  // blocks of a head, a cluster
+constexpr int kSlice = kLatent / kShares;   // columns that a block merges and multiplies
+constexpr int kOutputs = kValue / kShares;  // outputs that it sums up
+constexpr int kQuads = kSlice / 4;
 constexpr int kTeams = kValuesThreads / kQuads;  // each has all columns of a row
 constexpr int kAtOnce = 8;
-constexpr uint32_t kAlone = 16;  // pieces that a team merges by itself, if others are as busy
-constexpr int kSlices = kValuesThreads / 32 / (kShare / 16);
-constexpr int kSlice = kLatent / kSlices;  // columns that a warp multiplies
-constexpr int kPitch = kLatent + 8;
+constexpr uint32_t kAlone = 16;  // pieces that a thread merges by itself, if others are as busy
+static_assert(kTeams == kTile, "a team to a row");
+static_assert(kShares == kValuesWarps, "a warp multiplies what one block sums up");
 
 struct Shared {
-    uint4 w[2][kSlice / 32][kValuesThreads];  // weights, each thread's own
-    union {
-        float part[kSlices][kTile][kShare];  // products over some columns
-        struct {
-            float4 sums[kTeams][kQuads];
-            float2 lse[kTeams];
-        };
-    };
-    bf16 x[kTile][kPitch];
+    float last[2][kShares][kTile][kOutputs];  // of every block's columns; in turn
+    float4 sums[kTeams][kQuads];
+    float2 lse[kTeams];
+    bf16 x[kTile][kSlice + 8];
     uint2 slots[kTile];
 };
-static_assert(sizeof(Shared) == 65920, "as block.rs says");
 
-// Results of a tile's rows into `s.x`. Teams share the pieces of one or two rows, take turns with more,
-// and come together for a row of many pieces among few such.
-__device__ __forceinline__ void merge_tile(const ValuesParams& p, Shared& s, uint32_t first, uint32_t real, uint32_t head, bool many) {
-    const mla_decode::Slots slots = {p.partial, p.partial_lse};
-    const uint32_t team = threadIdx.x / kQuads, quad = threadIdx.x % kQuads, column = quad * 4, line = head % kLines;
-    const uint32_t rows = min(real - first, uint32_t(kTile));
-    const uint32_t manies = __syncthreads_count(many);
-    const uint32_t limit = rows <= 2 ? 0 : kAlone * max(manies, 1u);
-    for (uint32_t r = team; r < kTile; r += kTeams) {
-        const uint2 of = s.slots[r];
-        uint2 v = {};
-        if (of.y > limit) continue;
-        if (r < rows && of.y == 0) {
-            v = *reinterpret_cast<const uint2*>(p.results + (uint64_t(first + r) * p.heads + head) * kLatent + column);
-        } else if (of.y > 0) {
-            v = mla_decode::merge_pieces<kAtOnce>(slots, of, line, column, 0, 1).result();
-        }
-        *reinterpret_cast<uint2*>(&s.x[r][column]) = v;
+// Results of a tile's rows into `s.x`. Teams share the pieces of few rows; all come together for a row of
+// many pieces among few such. Nobody looks at rows beyond the last.
+__device__ __forceinline__ void merge_tile(const ValuesParams& p, Shared& s, uint32_t first, uint32_t rows, uint32_t head, uint32_t columns) {
+    const mla_decode::Slots slots = p.all();
+    const uint32_t team = threadIdx.x / kQuads, quad = threadIdx.x % kQuads, column = columns + quad * 4, line = head % kLines;
+    const uint32_t ways = rows <= 1 ? 16 : rows <= 2 ? 8 : rows <= 4 ? 4 : rows <= 8 ? 2 : 1;
+    const uint32_t row = team / ways, way = team % ways;
+    const uint32_t manies = __syncthreads_count(threadIdx.x < rows && s.slots[threadIdx.x % kTile].y > kAlone * ways);
+    const uint32_t limit = kAlone * ways * max(manies, 1u);
+    const uint2 of = row < rows ? s.slots[row] : uint2{};
+    const auto store = [&](uint32_t at, uint2 v) { *reinterpret_cast<uint2*>(&s.x[at][quad * 4]) = v; };
+    const bool here = of.y > 0 && of.y <= limit;
+    Merged m;
+    if (here) m = mla_decode::merge_pieces<kAtOnce>(slots, of, line, column, way, ways);
+    if (of.y == 0 && way == 0 && row < rows) store(row, *reinterpret_cast<const uint2*>(p.result(first + row, head) + column));
+    if (ways > 1) {
+        s.sums[team][quad] = m.sum;
+        if (quad == 0) s.lse[team] = {m.top, m.mass};
+        __syncthreads();
+        if (here && way == 0) m = mla_decode::merge_ways(&s.lse[team], &s.sums[team][quad], kQuads, ways);
     }
-    if (rows <= 2 || manies > 0) {
-        for (uint32_t r = 0; r < rows; r++) {
-            const uint2 of = s.slots[r];
-            if (of.y <= limit) continue;
-            const Merged m = mla_decode::merge_pieces<kAtOnce>(slots, of, line, column, team, kTeams);
-            s.sums[team][quad] = m.sum;
-            if (quad == 0) s.lse[team] = {m.top, m.mass};
-            __syncthreads();
-            if (team == 0) {
-                const Merged all = mla_decode::merge_ways<kTeams>(s.lse, &s.sums[0][quad], kQuads);
-                *reinterpret_cast<uint2*>(&s.x[r][column]) = all.result();
-            }
-            __syncthreads();
-        }
+    if (here && way == 0) store(row, m.result());
+    for (uint32_t r = 0; r < rows && manies > 0; r++) {
+        const uint2 many = s.slots[r];
+        if (many.y <= limit) continue;
+        m = mla_decode::merge_pieces<kAtOnce>(slots, many, line, column, team, kTeams);
+        __syncthreads();
+        s.sums[team][quad] = m.sum;
+        if (quad == 0) s.lse[team] = {m.top, m.mass};
+        __syncthreads();
+        if (team == 0) store(r, mla_decode::merge_ways(s.lse, &s.sums[0][quad], kQuads, kTeams).result());
     }
     __syncthreads();
 }
 
-// Four blocks to a head: each merges all columns of its rows and multiplies them by a fourth of the
-// outputs, a warp some columns by 16 of them.
+// A cluster to a head: each block merges an eighth of the columns of its rows and multiplies it by the
+// weights of those; a block sums up what all have of its outputs.
 __device__ void values(const ValuesParams& p) {
-    extern __shared__ __align__(16) uint8_t memory[];
-    Shared& s = *reinterpret_cast<Shared*>(memory);
-    const uint32_t share = blockIdx.x % kShares, head = blockIdx.x / kShares % p.heads;
+    __shared__ Shared s;
+    const uint32_t share = cluster_rank(), head = blockIdx.x / kShares % p.heads;
     const uint32_t first = blockIdx.x / kShares / p.heads * p.tiles * kTile;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int slice = warp % kSlices, outputs = warp / kSlices * 16;
-    allow_next();
+    uint4 w[2][kSlice / 32];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-        const uint32_t output = head * (kNope + kValue) + kNope + share * kShare + outputs + output_of(j, lane);
-        const bf16* from = p.kv_b + uint64_t(output) * kLatent + slice * kSlice + t * 8;
+        const uint32_t output = head * (kNope + kValue) + kNope + warp * kOutputs + output_of(j, lane);
+        const bf16* from = p.kv_b + uint64_t(output) * kLatent + share * kSlice + t * 8;
 #pragma unroll
-        for (int c = 0; c < kSlice / 32; c++) copy_async(shared_address(&s.w[j][c][threadIdx.x]), from + c * 32, true);
+        for (int c = 0; c < kSlice / 32; c++) w[j][c] = load_ahead(from + c * 32);
     }
-    commit_copies();
-    const uint32_t real = real_rows(p.count, p.rows), groups = (p.heads + kLines - 1) / kLines;
+    const uint32_t real = real_rows(p.count, p.rows);
+    cluster_arrive();
     for (uint32_t tile = 0; tile < p.tiles; tile++) {
         const uint32_t row = first + tile * kTile;
-        uint2 mine = {};
-        if (threadIdx.x < kTile) {
-            if (row + threadIdx.x < real) mine = p.slots[(row + threadIdx.x) * groups + head / kLines];
-            s.slots[threadIdx.x] = mine;
-        }
+        if (threadIdx.x < kTile) s.slots[threadIdx.x] = row + threadIdx.x < real ? p.of(row + threadIdx.x, head) : uint2{};
+        __syncthreads();
         if (tile == 0) {
             wait_for_previous();
-            wait_copies<0>();
+            // Not before: the next kernel's weights would delay what is read here.
+            allow_next();
+            cluster_wait();
         }
+        // All blocks of the cluster leave together.
         if (row >= real) return;
-        merge_tile(p, s, row, real, head, mine.y > kAlone);
+        const uint32_t rows = min(real - row, uint32_t(kTile));
+        merge_tile(p, s, row, rows, head, share * kSlice);
         float d[2][4] = {};
 #pragma unroll
         for (int c = 0; c < kSlice / 32; c++) {
-            const int at = slice * kSlice + c * 32 + t * 8;
-            const uint4 low = *reinterpret_cast<const uint4*>(&s.x[g][at]);
-            const uint4 high = *reinterpret_cast<const uint4*>(&s.x[g + 8][at]);
-            mma_32(d[0], low, high, s.w[0][c][threadIdx.x]);
-            mma_32(d[1], low, high, s.w[1][c][threadIdx.x]);
+            const uint4 low = *reinterpret_cast<const uint4*>(&s.x[g][c * 32 + t * 8]);
+            const uint4 high = *reinterpret_cast<const uint4*>(&s.x[g + 8][c * 32 + t * 8]);
+            mma_32(d[0], low, high, w[0][c]);
+            mma_32(d[1], low, high, w[1][c]);
         }
-        float* to = &s.part[slice][g][outputs + t * 4];
-        *reinterpret_cast<float4*>(to) = {d[0][0], d[0][1], d[1][0], d[1][1]};
-        *reinterpret_cast<float4*>(to + 8 * kShare) = {d[0][2], d[0][3], d[1][2], d[1][3]};
-        __syncthreads();
-        const uint32_t mine_row = threadIdx.x / kShare, output = threadIdx.x % kShare;
+        float(&last)[kShares][kTile][kOutputs] = s.last[tile % 2];
+        const uint32_t to = remote_address(shared_address(&last[share][g][t * 4]), warp);
+        if (g < rows) store_remote16(to, {d[0][0], d[0][1], d[1][0], d[1][1]});
+        if (g + 8 < rows) store_remote16(to + 8 * kOutputs * 4, {d[0][2], d[0][3], d[1][2], d[1][3]});
+        cluster_arrive();
+        cluster_wait();
+        const uint32_t mine = threadIdx.x / kOutputs, output = threadIdx.x % kOutputs;
         float sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < kSlices; i++) sum += s.part[i][mine_row][output];
-        if (row + mine_row < real) {
-            p.out[(uint64_t(row + mine_row) * p.heads + head) * kValue + share * kShare + output] = narrow<bf16>(sum);
-        }
-        __syncthreads();
+        for (int i = 0; i < kShares; i++) sum += last[i][mine][output];
+        if (mine < rows) p.to(row + mine, head)[share * kOutputs + output] = narrow<bf16>(sum);
     }
 }
 
@@ -314,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(mla_block::kPrepareThreads) mla_pre
         mla_block::prepare_queries(p, blockIdx.x - p.rows);
     }
 }
-extern "C" __global__ void __launch_bounds__(mla_block::kValuesThreads, 2) mla_values(const __grid_constant__ mla_block::ValuesParams p) {
+extern "C" __global__ void __launch_bounds__(mla_block::kValuesThreads, 3) mla_values(const __grid_constant__ mla_block::ValuesParams p) {
     mla_block::values(p);
 }
 // As mla_prepare, for many rows.

@@ -4,23 +4,15 @@
 // to 64, by the copy engine, two tiles ahead; queries stay in registers. A row in several pieces leaves
 // partial sums, which `mla_decode_merge` merges. The host cuts the pieces (decode.rs), so that blocks
 // have equal work whatever the contexts are.
-#include "cuda/common.cuh"
-#include "cuda/mma.cuh"
-#include "cuda/async.cuh"
+#include "mla/cuda/keys.cuh"
 #include "mla/cuda/merge.cuh"
 
 namespace mla_decode {
 
-// A CUtensorMap, without the driver's header.
-struct alignas(64) TensorMap {
-    uint64_t opaque[16];
-};
+using namespace mla;
 
-constexpr int kBlock = 64;      // tokens of a cache block, and of a tile
-constexpr int kWidth = 576;     // latent and rope
-constexpr int kPitch = 584;     // of a query in shared memory: an odd number of 16-byte units
-constexpr int kBox = 16;        // keys of one copy
-constexpr int kLine = 64;       // elements that are swizzled together
+constexpr int kBlock = kTokens;  // keys of a tile
+constexpr int kPitch = 584;      // of a query in shared memory: an odd number of 16-byte units
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kBound = 288;  // registers as if for more threads, so that other blocks fit beside
@@ -100,9 +92,7 @@ struct Boxes {
     __device__ int from(uint32_t i) const { return line + int(i) * kBox * (kWidth / kLine); }
 };
 __device__ __forceinline__ Boxes boxes_of(const Params& p, const Cursor& c) {
-    uint64_t at = c.at.at;
-    const uint64_t bytes = p.layer_offset + uint64_t(kBlock) * kWidth;
-    if (at > p.arena_elements || bytes > p.arena_elements - at) at = 0;
+    const uint64_t at = inside(c.at.at, p.layer_offset, p.arena_elements);
     const int line = int((at + p.layer_offset) / kLine) + int(c.begin % kBlock) * (kWidth / kLine);
     return {(c.end() - c.begin + kBox - 1) / kBox, line};
 }
@@ -116,11 +106,6 @@ __device__ __forceinline__ void load_tile(const Params& p, Shared& s, int stage,
     for (uint32_t i = 0; i < boxes.count; i++) {
         tensor_load_2d(shared_address(&s.kv[stage][i * kBox][0]), &p.cache, 0, boxes.from(i), bar);
     }
-}
-
-// Address of 16 bytes of a key.
-__device__ __forceinline__ uint32_t key_unit(uint32_t stage, int key, int group, int unit) {
-    return stage + key * (kWidth * 2) + group * 128 + ((unit ^ (key + group)) & 7) * 16;
 }
 
 __device__ void decode(const Params& p) {
@@ -163,17 +148,17 @@ __device__ void decode(const Params& p) {
     int tile = 0;
     while (now.any) {
         const Piece piece = now.at;
+        // All at once: one after the other would wait behind the keys of all blocks each time.
         for (int i = threadIdx.x; i < kLines * kWidth / 8; i += kThreads) {
             const int line = i / (kWidth / 8), at = i % (kWidth / 8) * 8;
-            uint4 v = {};
-            if (piece.head + line < p.heads) {
-                const uint32_t head = piece.head + line;
-                const bf16* from = at < kLatent ? p.q + piece.row * p.q_row + head * p.q_head + at
-                                                : p.q_rest + piece.row * p.rest_row + head * p.rest_head + at - kLatent;
-                v = *reinterpret_cast<const uint4*>(from);
-            }
-            *reinterpret_cast<uint4*>(&s.q[line][at]) = v;
+            const bool there = piece.head + line < p.heads;
+            const uint32_t head = there ? piece.head + line : 0;
+            const bf16* from = at < kLatent ? p.q + piece.row * p.q_row + head * p.q_head + at
+                                            : p.q_rest + piece.row * p.rest_row + head * p.rest_head + at - kLatent;
+            copy_async(shared_address(&s.q[line][at]), from, there);
         }
+        commit_copies();
+        wait_copies<0>();
         __syncthreads();
         const auto query_at = [&](int k) { return shared_address(&s.q[lane % 16][k * 16 + lane / 16 * 8]); };
         uint32_t q[kHeld][4];
@@ -328,7 +313,7 @@ template <int kQuads, int kAtOnce> __device__ void merge_columns(const MergePara
     if (quad == 0) lse[way] = {part.top, part.mass};
     __syncthreads();
     if (way == 0) {
-        const Merged all = merge_ways<kWays>(lse, &sums[0][quad], kQuads);
+        const Merged all = merge_ways(lse, &sums[0][quad], kQuads, kWays);
         *reinterpret_cast<uint2*>(p.out + (uint64_t(row) * p.heads + head) * kLatent + column) = all.result();
     }
     __syncthreads();

@@ -18,8 +18,8 @@ const SORTED: usize = 2048;
 const CHUNK: usize = 1024;
 /// Blocks of it on a multiprocessor, where there are several chunks.
 const BLOCKS: usize = 4;
-/// 16-byte vectors that a warp copies at once.
-const AT_ONCE: usize = 128;
+/// 16-byte vectors of a row that a lane of a warp copies at once, where there are several chunks.
+const AT_ONCE: usize = 4;
 
 /// Mirrors `LayParams`.
 #[repr(C)]
@@ -43,7 +43,7 @@ struct Params {
     chunk_rows: u32,
     chunks: u32,
     progresses: u32,
-    pad: u32,
+    at_once: u32,
 }
 // SAFETY: mirrors the kernel's struct; lengths are checked in `experts` and `lay`.
 unsafe impl Parameters for Params {}
@@ -81,6 +81,7 @@ pub(super) fn lay(on: Queue<'_>, p: &Lay<'_>) -> Result<(), CudaError> {
     if chunks > 1 {
         need(OP, "counts of chunks", p.counts, &[chunks, held as usize], 4)?;
     }
+    let at_once = if chunks > 1 { AT_ONCE } else { 1 };
     let progresses = p.progress.map_or(0, DeviceSlice::bytes) / 4;
     let params = Params {
         x: p.x.address(),
@@ -101,7 +102,7 @@ pub(super) fn lay(on: Queue<'_>, p: &Lay<'_>) -> Result<(), CudaError> {
         chunk_rows: dim(OP, chunk_rows)?,
         chunks: dim(OP, chunks)?,
         progresses: dim(OP, progresses)?,
-        pad: 0,
+        at_once: dim(OP, at_once)?,
     };
     if chunks > 1 {
         Launch::new(on.kernel("count_pairs")?, [params.chunks, 1, 1], THREADS as u32)
@@ -109,7 +110,8 @@ pub(super) fn lay(on: Queue<'_>, p: &Lay<'_>) -> Result<(), CudaError> {
             .dependent()
             .on(on.stream, &params)?;
     }
-    let work = bytes(OP, &[p.max_rows, (p.hidden / 8).div_ceil(AT_ONCE)])?.div_ceil(THREADS / 32);
+    let work =
+        bytes(OP, &[p.max_rows, (p.hidden / 8).div_ceil(32 * at_once)])?.div_ceil(THREADS / 32);
     let most = on.multiprocessors() * if chunks > 1 { BLOCKS } else { 1 };
     let blocks = dim(OP, (work.min(most) / chunks).max(1) * chunks)?;
     Launch::new(on.kernel("lay_pairs")?, [blocks, 1, 1], THREADS as u32)

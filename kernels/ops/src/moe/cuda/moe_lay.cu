@@ -11,7 +11,7 @@
 // Pairs of a chunk and experts, at most, fit 48 KiB with the counters of all warps.
 constexpr uint32_t kSorted = 2048, kLayThreads = 512, kLayWarps = kLayThreads / 32;
 constexpr uint32_t kElsewhere = 0xffffffff;
-constexpr uint32_t kAtOnce = 4;  // vectors of a row that a lane copies
+constexpr uint32_t kAtOnce = 4;  // vectors of a row that a lane copies at once, at most
 
 struct LayParams {
     const uint4* x;          // [rows, vectors]
@@ -25,6 +25,7 @@ struct LayParams {
     uint32_t* progress;      // [progresses] that is zero when this has ended
     uint32_t rows, top_k, first, held, tile_rows, vectors;
     uint32_t chunk_rows, chunks, progresses;
+    uint32_t at_once;        // vectors of a row that a lane copies at once: few where rows are few
 };
 
 // One block a chunk.
@@ -155,13 +156,13 @@ extern "C" __global__ void __launch_bounds__(kLayThreads) lay_pairs(const __grid
     }
     __syncthreads();
     const uint4* x = p.x + uint64_t(row_before) * p.vectors;
-    const uint32_t parts = (p.vectors + 32 * kAtOnce - 1) / (32 * kAtOnce);
+    const uint32_t piece = 32 * p.at_once, parts = (p.vectors + piece - 1) / piece;
     for (uint32_t i = warp * shares + share; i < rows * parts; i += shares * kLayWarps) {
-        const uint32_t row = i / parts, column = i % parts * 32 * kAtOnce + lane;
+        const uint32_t row = i / parts, column = i % parts * piece + lane;
         uint4 value[kAtOnce];
 #pragma unroll
         for (uint32_t v = 0; v < kAtOnce; v++) {
-            if (column + 32 * v < p.vectors) value[v] = x[uint64_t(row) * p.vectors + column + 32 * v];
+            if (v < p.at_once && column + 32 * v < p.vectors) value[v] = x[uint64_t(row) * p.vectors + column + 32 * v];
         }
         for (uint32_t j = 0; j < p.top_k; j++) {
             const uint32_t place = at[row * p.top_k + j];
@@ -169,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(kLayThreads) lay_pairs(const __grid
             uint4* to = p.out + uint64_t(place) * p.vectors + column;
 #pragma unroll
             for (uint32_t v = 0; v < kAtOnce; v++) {
-                if (column + 32 * v < p.vectors) to[32 * v] = value[v];
+                if (v < p.at_once && column + 32 * v < p.vectors) to[32 * v] = value[v];
             }
         }
     }

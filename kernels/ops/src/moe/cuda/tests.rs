@@ -200,7 +200,8 @@ fn check_behind(
         .expect("a launch");
     let to = Combined { dtype, hidden, out: &two };
     let beside = beside.then_some(&other);
-    let behind = Behind { beside, residual: &together, weight: &weight, eps };
+    let follows = beside.is_some();
+    let behind = Behind { beside, residual: &together, weight: &weight, eps, follows };
     combine(on, rows, routing, scratch, &to, Some(&behind)).expect("a launch");
     let bits = |slice: &DeviceSlice| -> Vec<u32> {
         device.fetch_as(slice, dtype).into_iter().map(f32::to_bits).collect()
@@ -237,6 +238,10 @@ fn the_sum_of_experts_agrees_with_f64_for_few_and_many_tokens() {
             case(256, 256, 2, 24, 520, 72),
             case(3000, 2999, 3, 8, 16, 8),
             case(600, 590, 2, 300, 16, 8),
+            case(700, 690, 2, 4, 272, 200),
+            case(800, 800, 1, 5, 144, 104),
+            case(520, 520, 1, 1, 48, 72),
+            Case { first: 3, held: 2, ..case(400, 397, 2, 8, 80, 328) },
         ] {
             check_experts(&device, case, dtype);
         }

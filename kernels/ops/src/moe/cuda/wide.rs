@@ -12,49 +12,14 @@ use crate::linear::cuda::wide::{Params, Shape};
 use device::cuda::{CudaError, DeviceSlice, Launch};
 
 const OP: &str = "experts";
-/// Tokens of an expert, if all were equally busy, up to which tiles are small.
-const SMALL: usize = 48;
-
 /// Kernels that have more shared memory than the default.
-pub(crate) const LARGE: &[&str] = &[
-    "experts_wide_64_inner",
-    "experts_wide_64_down",
-    "experts_wide_256_inner",
-    "experts_wide_256_down",
-];
+pub(crate) const LARGE: &[&str] = &[INNER, DOWN];
+const INNER: &str = "experts_wide_inner";
+const DOWN: &str = "experts_wide_down";
 
-/// Which kernels.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Wide {
-    shape: Shape,
-    inner: &'static str,
-    down: &'static str,
-}
-
-/// Bound by reading.
-const FEW: Wide = Wide {
-    shape: Shape { groups: 2, slabs: 1, rows: 64, row_box: 8, boxes: 2, share: 1 },
-    inner: "experts_wide_64_inner",
-    down: "experts_wide_64_down",
-};
-/// Bound by arithmetic.
-const MANY: Wide = Wide {
-    shape: Shape { groups: 2, slabs: 1, rows: 256, row_box: 32, boxes: 1, share: 1 },
-    inner: "experts_wide_256_inner",
-    down: "experts_wide_256_down",
-};
-
-impl Wide {
-    /// For experts of `each` tokens if all were equally busy.
-    pub(super) const fn select(each: usize) -> Self {
-        if each <= SMALL { FEW } else { MANY }
-    }
-
-    /// Rows of a tile.
-    pub(super) const fn tile_rows(self) -> usize {
-        self.shape.rows
-    }
-}
+const SHAPE: Shape = Shape { groups: 2, slabs: 1, rows: 64, row_box: 8, boxes: 2, share: 1 };
+/// Rows of a tile.
+pub(super) const ROWS: usize = SHAPE.rows;
 
 /// Operands; lengths are checked by the caller.
 #[derive(Clone, Copy)]
@@ -78,14 +43,13 @@ pub(super) struct Products<'a> {
 }
 
 /// `y = down (silu(gate x) * up x)` by sorted place, after laying.
-pub(super) fn products(wide: Wide, on: Queue<'_>, p: &Products<'_>) -> Result<(), CudaError> {
+pub(super) fn products(on: Queue<'_>, p: &Products<'_>) -> Result<(), CudaError> {
     let Products { held, hidden, intermediate, max_pairs, .. } = *p;
-    let Wide { shape, inner, down } = wide;
-    let w = shape.pairs_map(p.gate_up, held, intermediate, hidden)?;
+    let w = SHAPE.pairs_map(p.gate_up, held, intermediate, hidden)?;
     let first = Params {
         w,
         second: w,
-        x: shape.x_map(p.y, max_pairs, hidden, hidden)?,
+        x: SHAPE.x_map(p.y, max_pairs, hidden, hidden)?,
         bias: 0,
         out: p.inner.address(),
         partial: 0,
@@ -101,8 +65,8 @@ pub(super) fn products(wide: Wide, on: Queue<'_>, p: &Products<'_>) -> Result<()
         second_stride: 0,
     };
     let second = Params {
-        w: shape.w_map(p.down, held, hidden, intermediate)?,
-        x: shape.x_map(p.inner, max_pairs, intermediate, intermediate)?,
+        w: SHAPE.w_map(p.down, held, hidden, intermediate)?,
+        x: SHAPE.x_map(p.inner, max_pairs, intermediate, intermediate)?,
         out: p.y.address(),
         out_stride: hidden as u64,
         outputs: dim(OP, hidden)?,
@@ -111,12 +75,12 @@ pub(super) fn products(wide: Wide, on: Queue<'_>, p: &Products<'_>) -> Result<()
     };
     // As many blocks as run at once, and no more than there are tiles.
     let blocks = |outputs: u32| -> Result<u32, CudaError> {
-        let tiles = max_pairs.saturating_mul((outputs as usize).div_ceil(shape.outputs()));
+        let tiles = max_pairs.saturating_mul((outputs as usize).div_ceil(SHAPE.outputs()));
         dim(OP, tiles.min(on.multiprocessors()))
     };
-    for (name, params) in [(inner, &first), (down, &second)] {
-        Launch::new(on.kernel(name)?, [blocks(params.outputs)?, 1, 1], shape.threads())
-            .shared(shape.shared())
+    for (name, params) in [(INNER, &first), (DOWN, &second)] {
+        Launch::new(on.kernel(name)?, [blocks(params.outputs)?, 1, 1], SHAPE.threads())
+            .shared(SHAPE.shared())
             .dependent()
             .on(on.stream, params)?;
     }

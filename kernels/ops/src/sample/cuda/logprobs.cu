@@ -1,6 +1,5 @@
 // Log-probabilities of raw rows, one cluster per row: of a given token, and of the likeliest with ranks.
 #include "sample/cuda/list.cuh"
-#include "sample/cuda/read.cuh"
 
 struct TokenLogprob {
     uint32_t token;
@@ -45,11 +44,10 @@ __device__ __noinline__ Listed list_by_cut(Stretch row, Weigher weigher, uint32_
 }
 
 // Lists the `n` likeliest, and perhaps others; says how many are listed.
-__device__ __forceinline__ uint32_t list_likeliest(Stretch& row, const Weigher& weigher, const Tops& tops, float own, uint32_t n) {
-    const float bound = reached_by(row, bins_between(weigher.highest, key_value(tops.lowest)), own, n);
-    Listed listed = list_where<false>(row, weigher, [&](float x, uint32_t) { return x >= bound; });
+__device__ __forceinline__ uint32_t list_likeliest(Stretch& row, const Weigher& weigher, const Highest& highest, uint32_t n) {
+    Listed listed = list_where<false>(row, weigher, [&](float x, uint32_t) { return x >= highest.bound; });
     if (listed.tokens < n || listed.tokens > kList) {
-        listed = list_by_cut(row, weigher, tops.highest, n);
+        listed = list_by_cut(row, weigher, highest.tops.highest, n);
     }
     send_list(row, listed.lower);
     return listed.tokens;
@@ -71,7 +69,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) logprobs(const __grid_
     const float own = look(row, source);
     const Tops here = block_tops(s, order_key(own));
     Stretch::cluster().barrier_wait(std::move(started));
-    const Tops tops = row_tops(row, here);
+    const Highest highest = row_highest(row, here, own, n);
+    const Tops& tops = highest.tops;
     if (tops.highest >= kBadKey || tops.highest == kNothingKey) {
         // No distribution; ranks mean nothing.
         const float nan = __uint_as_float(0x7fffffffu);
@@ -103,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) logprobs(const __grid_
     auto logprob = [&](float x) { return float(double(x) - double(weigher.highest) - log_sum); };
     if (row.leads() && threadIdx.x == 0 && chosen < p.vocab) out[0] = {chosen, logprob(logit), uint32_t(whole.likelier) + 1};
     if (n == 0) return;
-    const uint32_t listed = list_likeliest(row, weigher, tops, own, n);
+    const uint32_t listed = list_likeliest(row, weigher, highest, n);
     if (!row.leave_to_leader()) return;
     sort_list(s, listed);
     const uint32_t i = threadIdx.x;

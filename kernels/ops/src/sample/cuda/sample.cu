@@ -3,7 +3,6 @@
 //
 // Logits stay as they are: what is added and banned changes the copy in shared memory.
 #include "sample/cuda/list.cuh"
-#include "sample/cuda/read.cuh"
 
 struct SampleRow {
     uint64_t seed;
@@ -12,6 +11,8 @@ struct SampleRow {
     uint32_t top_k, choice, position;
     uint32_t slot;  // row of `seen`
     uint32_t bias_start, bias_count, banned_start, banned_count;
+
+    __device__ __forceinline__ bool filters_by_rank(uint32_t vocab) const { return top_k > 0 && top_k < vocab; }
 };
 
 struct SampleParams {
@@ -231,17 +232,15 @@ struct Draw {
 };
 
 // Tries to list everything that filters keep, by a guess that is checked.
-__device__ __forceinline__ Draw guess_list(Stretch& row, const Weigher& weigher, const SampleRow& how, uint32_t vocab, float lowest_top, float own) {
+__device__ __forceinline__ Draw guess_list(Stretch& row, const Weigher& weigher, const SampleRow& how, uint32_t vocab, const Highest& highest) {
     const float least = weigher.highest - kReach / weigher.scale;
-    const bool some_k = how.top_k > 0 && how.top_k < vocab, some_p = how.top_p < 1.0f;
+    const bool some_k = how.filters_by_rank(vocab), some_p = how.top_p < 1.0f;
     Draw draw = {false, 0, some_k ? how.top_k : kLast, 0};
     if ((some_k && how.top_k > kFew) || !(some_k || some_p || how.min_p > 0.0f)) return draw;
     float bound = weigher.highest + (logf(how.min_p) - kMargin) / weigher.scale;
     if (some_k || some_p) {
-        const Bins bins = bins_between(weigher.highest, fmaxf(lowest_top, least));
-        bound = reached_by(row, bins, own, some_k ? how.top_k : kSome);
         // Where the highest of threads lie far apart, everything that has mass.
-        if (bound == bins.lowest) bound = least;
+        bound = highest.bound <= key_value(highest.tops.lowest) ? least : fmaxf(highest.bound, least);
     }
     auto reaches = [&](float x, uint32_t) { return x >= bound; };
     const bool by_mass = some_p && !some_k;
@@ -303,14 +302,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sample(const __grid_co
         }
         return best.x >= kBadKey || best.x == kNothingKey ? result.failed(best.x) : result.drawn(best.y);
     }
-    const Tops tops = row_tops(row, here);
+    const uint32_t wanted = how.filters_by_rank(p.vocab) ? (how.top_k > kFew ? 0 : how.top_k) : how.top_p < 1.0f ? kSome : 0;
+    const Highest highest = row_highest(row, here, own, wanted);
+    const Tops& tops = highest.tops;
     if (tops.highest >= kBadKey || tops.highest == kNothingKey) {
         if (row.leads() && threadIdx.x == 0) result.failed(tops.highest);
         return;
     }
 
     const Weigher weigher = {key_value(tops.highest), fminf(__fdiv_rn(1.0f, how.temperature), 3.402823466e38f), kKeepAll};
-    const Draw draw = guess_list(row, weigher, how, p.vocab, key_value(tops.lowest), own);
+    const Draw draw = guess_list(row, weigher, how, p.vocab, highest);
     if (!draw.listed) {
         const bool cuts = (how.top_k > 0 && how.top_k < p.vocab) || how.top_p < 1.0f;
         if (cuts) return cut_and_draw(row, weigher, how, p.vocab, result);
