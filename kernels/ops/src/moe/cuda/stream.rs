@@ -116,7 +116,13 @@ impl Ring {
         let fixed = own + (tokens * rings[0].x_pitch as usize).next_multiple_of(128);
         let stages = (WHOLE.saturating_sub(fixed) / stage_bytes as usize).min(MOST_STAGES);
         let shared = narrow(fixed + stages * stage_bytes as usize)?;
-        let joined = rings.map(|ring| Self { stages: stages as u32, stage_bytes, ..ring });
+        // What is under way is waited for before its stage is used again.
+        let joined = rings.map(|ring| Self {
+            stages: stages as u32,
+            stage_bytes,
+            under_way: ring.under_way.min(stages as u32),
+            ..ring
+        });
         (stages >= LEAST_STAGES).then_some((joined, shared))
     }
 }
