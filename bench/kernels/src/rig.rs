@@ -97,6 +97,11 @@ impl Rig {
         &mut self.arena
     }
 
+    /// The same, and the stream on which it prepares it.
+    pub(crate) const fn arena_and_stream(&mut self) -> (&mut Arena, &Stream) {
+        (&mut self.arena, &self.stream)
+    }
+
     pub(crate) fn poison(&self, slice: &DeviceSlice) -> Result<(), Failure> {
         Ok(self.stream.fill(slice, 0xFF)?)
     }

@@ -25,9 +25,10 @@ macro_rules! built_in {
 }
 
 /// All of them.
-const ALL: [BuiltIn; 6] = [
+const ALL: [BuiltIn; 7] = [
     built_in!("bundled", "bundled"),
     built_in!("qwen3-0.6b", "Qwen/Qwen3-0.6B"),
+    built_in!("qwen3-8b", "Qwen/Qwen3-8B"),
     built_in!("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B"),
     built_in!("llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct"),
     built_in!("deepseek-v2-lite", "deepseek-ai/DeepSeek-V2-Lite-Chat"),

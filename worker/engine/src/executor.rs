@@ -58,6 +58,8 @@ pub struct RowDraw {
     /// How many of the likeliest tokens are listed with the one drawn, with log-probabilities;
     /// [`UNWANTED`] where none are asked for.
     pub listed: u32,
+    /// A token that is known already: nothing is drawn, it is described.
+    pub given: Option<u32>,
 }
 
 impl RowDraw {
@@ -148,8 +150,8 @@ pub trait Executor {
     /// When the device does.
     fn collect(&mut self) -> Result<Collected<'_>, CudaError>;
 
-    /// Most rows of one call of [`Executor::finish`].
-    fn tile(&self) -> usize;
+    /// Most rows of one call of [`Executor::finish`] for a step with these draws.
+    fn tile(&self, draws: &[Option<RowDraw>]) -> usize;
 }
 
 /// The executors there are.
@@ -252,10 +254,10 @@ impl Executor for Backend<'_> {
         }
     }
 
-    fn tile(&self) -> usize {
+    fn tile(&self, draws: &[Option<RowDraw>]) -> usize {
         match self {
-            Self::Cpu(cpu) => cpu.tile(),
-            Self::Cuda(cuda) => cuda.tile(),
+            Self::Cpu(cpu) => cpu.tile(draws),
+            Self::Cuda(cuda) => cuda.tile(draws),
         }
     }
 }

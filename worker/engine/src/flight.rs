@@ -64,8 +64,10 @@ impl Flight {
         for Wanted { slot, purpose, .. } in &self.batch.wanted {
             let generation = slots.row(*slot).generation;
             let life = slots.life_mut(*slot)?;
-            let sampled = *purpose == Purpose::Sample;
-            self.draws.push(sampled.then(|| Sampler::on_device(life, *slot)).flatten());
+            self.draws.push(match purpose {
+                Purpose::Sample => Sampler::on_device(life, *slot),
+                Purpose::Prompt { position } => Sampler::described(life, *position),
+            });
             self.lives.push(generation.unwrap_or_default());
         }
         Ok(())

@@ -9,7 +9,7 @@ use crate::slots::Life;
 use ids::{SlotId, TokenId, Tokens};
 use ops::sample::cuda::{SampleRow, UNWANTED, fault};
 use ops::sample::{Fault, LogSoftmax, Params, Seen, Workspace, sample};
-use step::{Logprobs, SampleFault, Sampling, TokenLogprob};
+use step::{Logprobs, MAX_LOGPROBS, SampleFault, Sampling, TokenLogprob};
 
 /// Biases that a slot has a place for on a device: as many as the gateway lets through.
 pub(crate) const MOST_BIASES: usize = 1024;
@@ -119,7 +119,19 @@ impl Sampler {
             banned_start: place,
             banned_count: banned(&state.banned, output, sampling.min_tokens).len() as u32,
         };
-        Some(RowDraw { how, listed: sampling.logprobs.map_or(UNWANTED, u32::from) })
+        let listed = sampling.logprobs.map_or(UNWANTED, u32::from);
+        Some(RowDraw { how, listed, given: None })
+    }
+
+    /// How the prompt token at `position` is described on a device, by the row before it; `None` where
+    /// more are listed than there is room for.
+    pub(crate) fn described(life: &Life, position: u32) -> Option<RowDraw> {
+        let listed = life.prompt_logprobs.unwrap_or(0);
+        (listed <= MAX_LOGPROBS).then(|| RowDraw {
+            how: SampleRow::GREEDY,
+            listed: listed.into(),
+            given: Some(life.token(position).unwrap_or_default()),
+        })
     }
 
     /// Draws the next token of a request from its row, which is changed.

@@ -192,7 +192,7 @@ impl Steps {
         flight: &Flight,
         outcome: &mut Outcome,
     ) -> Result<(), StepError> {
-        let most = backend.tile();
+        let most = backend.tile(&flight.draws);
         for first in (0..flight.batch.wanted.len()).step_by(most) {
             let range = first..(first + most).min(flight.batch.wanted.len());
             let draws = &flight.draws[range.clone()];
@@ -209,7 +209,13 @@ impl Steps {
                 let row = logits.get_mut(at * *vocab..(at + 1) * *vocab).unwrap_or_default();
                 match purpose {
                     Purpose::Prompt { position } => {
-                        let entry = sampler.describe(row, life, position);
+                        // Nothing is described where the executor draws nothing.
+                        let there = draws[at].filter(|_| !described.is_empty());
+                        let entry = there.and_then(|draw| {
+                            let row = &described[at * described_row..][..described_row];
+                            described_on_device(row, draw.listed, *vocab)
+                        });
+                        let entry = entry.unwrap_or_else(|| sampler.describe(row, life, position));
                         push_prompt(&mut outcome.prompt_logprobs, life.request, position, entry);
                     }
                     Purpose::Sample => {

@@ -54,6 +54,30 @@ fn it_says_what_it_is() {
     assert_eq!(session.engine.hello().backend, "cuda");
 }
 
+/// Which kernel a plan runs on, by name; it needs no device.
+#[test]
+fn decoding_attention_runs_on_the_kernel_that_is_meant() {
+    let of = |name: &str, kv_dtype| {
+        let mut all = families().into_iter().chain(native());
+        let (_, config) = all.find(|(found, _)| *found == name).expect(name);
+        Model::new(&config, 1).attention_kernels(kv_dtype)
+    };
+    let pieces = [
+        ("qwen3, native", "gqa_decode_fused_128"),
+        ("llama, native", "gqa_decode_fused_64"),
+        ("deepseek_v2, native", "mla_decode_16"),
+        ("deepseek_v3, native", "mla_decode_16"),
+    ];
+    for (name, kernel) in pieces {
+        assert_eq!(of(name, KvDtype::Bf16), [kernel; 2], "{name}");
+        assert_eq!(of(name, KvDtype::F32), ["tiles"; 2], "{name}");
+    }
+    for (name, config) in families() {
+        let kernels = Model::new(&config, 1).attention_kernels(KvDtype::Bf16);
+        assert!(kernels.iter().all(|kernel| *kernel == "tiles"), "{name}: {kernels:?}");
+    }
+}
+
 #[test]
 fn log_probabilities_agree_with_the_naive_model() {
     let Some((setup, _turn)) = cuda() else { return };
@@ -296,7 +320,7 @@ fn a_step_that_only_decodes_is_three_launches() {
         assert_eq!(outcome.timing.launches, 3);
         assert!(outcome.timing.model_ns > 0 && !outcome.timing.host_draws);
     }
-    assert!(outcomes[0].timing.host_draws, "log-probabilities of the prompt come from the host");
+    assert!(outcomes[0].timing.host_draws, "the host waits for the prompt's log-probabilities");
 }
 
 #[test]
@@ -363,6 +387,41 @@ fn counts_lists_and_log_probabilities_of_the_device_are_the_processors() {
                 .each_mut()
                 .map(|session| session.complete(&tokens, 1024, 16, sampling.clone()));
             device.assert_close(&processor, TOLERANCE, name);
+        }
+    }
+}
+
+#[test]
+fn prompts_are_described_on_the_device_as_on_the_processor() {
+    let Some((setup, _turn)) = cuda() else { return };
+    for (name, config) in families() {
+        let model = Model::new(&config, 12);
+        let tokens = common::prompt(150, 5);
+        let described = |setup, listed| {
+            let mut session = model.session(setup);
+            session.prompt_logprobs = Some(listed);
+            session.admit(0, &tokens, tokens.len(), greedy());
+            // In a whole chunk, in one row, and to the end with a draw in the same step.
+            let parts = [100, 1, 49].map(|chunk| session.step(&[(0, chunk)]).prompt_logprobs);
+            let entries = parts.into_iter().flatten().flat_map(|part| part.entries);
+            entries.collect::<Vec<_>>()
+        };
+        for listed in [0, 3, 20] {
+            let (device, processor) =
+                (described(setup, listed), described(Setup::default(), listed));
+            assert_eq!((device.len(), processor.len()), (149, 149), "{name}");
+            for (at, (one, other)) in device.iter().zip(&processor).enumerate() {
+                let what = format!("{name}, {listed} listed, entry {at}");
+                assert_eq!((one.top.len(), other.top.len()), (listed.into(), listed.into()));
+                assert_eq!(one.chosen.token, TokenId(tokens[at + 1]), "{what}");
+                let all = std::iter::once((&one.chosen, &other.chosen));
+                for (place, (a, b)) in all.chain(one.top.iter().zip(&other.top)).enumerate() {
+                    let near = (a.logprob - b.logprob).abs() <= TOLERANCE;
+                    assert!(near, "{what}: {a:?} for {b:?}");
+                    // Equals may stand in another order, and of those sums differ.
+                    assert!(place == 0 || a.rank as usize <= place, "{what}: {a:?}");
+                }
+            }
         }
     }
 }

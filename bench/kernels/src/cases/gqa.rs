@@ -6,8 +6,10 @@ use crate::near::{Failure, near, some};
 use crate::rig::{Rig, cold_sets};
 use device::cuda::{CudaError, DeviceSlice};
 use ops::cuda::{Dtype, Rows, Tensor};
-use ops::flash::cuda::{Partials, Plan, max_tiles, prompt as kernel, splits, tiles};
-use ops::gqa::{Gqa, cuda as gqa};
+use ops::flash::cuda::cut::{Cut, Piece};
+use ops::flash::cuda::prompt as kernel;
+use ops::gqa::Gqa;
+use ops::gqa::cuda::{self as gqa, decode};
 use ops::paged::KvLayer;
 
 const GQA: Gqa = Gqa { heads: 32, kv_heads: 8, head_dim: 128, scale: 0.088, window: None };
@@ -16,18 +18,26 @@ const WIDTH: usize = 2 * GQA.kv_heads * GQA.head_dim;
 const LAYER: KvLayer = KvLayer { offset: 0, row: WIDTH };
 
 /// Batch and context.
-const DECODES: [(usize, usize); 8] =
-    [(1, 256), (1, 4096), (1, 32_768), (4, 4096), (16, 4096), (16, 32_768), (64, 4096), (256, 256)];
+const DECODES: [(usize, usize); 12] = [
+    (1, 256),
+    (1, 4096),
+    (1, 8192),
+    (1, 32_768),
+    (4, 4096),
+    (4, 8192),
+    (16, 4096),
+    (16, 8192),
+    (16, 32_768),
+    (64, 4096),
+    (256, 256),
+    (256, 1024),
+];
 const PROMPTS: [usize; 2] = [4096, 16_384];
 
 pub(super) fn cases() -> Vec<Case> {
     let decodes = DECODES.into_iter().map(|(rows, context)| {
         let name = format!("gqa_decode.h32kv8.bs{rows}.ctx{context}");
-        Case::new(name, move |rig| {
-            let bytes = rows * context * WIDTH * 2;
-            let sets = cold_sets(bytes);
-            attention(rig, &Step::new(rows, 1, context, WIDTH), sets, Work::bytes(bytes))
-        })
+        Case::new(name, move |rig| decoding(rig, &Step::new(rows, 1, context, WIDTH)))
     });
     let prompts = PROMPTS.into_iter().map(|len| {
         Case::new(format!("gqa_prefill.h32kv8.len{len}"), move |rig| {
@@ -39,44 +49,36 @@ pub(super) fn cases() -> Vec<Case> {
     decodes.chain(prompts).collect()
 }
 
-fn attention(rig: &mut Rig, step: &Step, sets: usize, work: Work) -> Result<Ready, Failure> {
-    let Gqa { heads, kv_heads, head_dim, .. } = GQA;
+/// Rows that decode, their keys cut into pieces.
+fn decoding(rig: &mut Rig, step: &Step) -> Result<Ready, Failure> {
     let rows = step.rows();
-    let group = heads / kv_heads;
-    let (variant, lines) = gqa::select(&GQA, LAYER, Dtype::Bf16, false);
-    let mut list = Vec::new();
-    tiles(&step.segments, group, lines, &mut list);
-    let most = max_tiles(rows, step.segments.len(), group, lines);
-    let count = rig.u32s(&[list.len() as u32])?;
-    let mut words: Vec<u32> = list.iter().flat_map(|tile| [tile.segment, tile.line]).collect();
-    words.resize(2 * most, 0);
-    let list = rig.u32s(&words)?;
-    let segments = step.send_segments(rig)?;
-    let tables = rig.u64s(&step.tables)?;
-    let context = step.segments[0].context as usize;
-    let splits = splits(rig.multiprocessors(), rows * group.div_ceil(lines), kv_heads, context);
-    let partial = if splits > 1 { rows * heads * splits } else { 0 };
-    let partials = Partials::take(rig.arena(), partial, head_dim)?;
+    let bytes = rows * step.segments[0].context as usize * WIDTH * 2;
+    let sets = cold_sets(bytes);
+    let (blocks, lines) = (decode::blocks(rig.multiprocessors()), decode::lines(&GQA));
+    let mut cut = Cut::default();
+    let at = |entry: usize| step.tables.get(entry).copied();
+    cut.make(&step.segments, at, rows, lines, blocks);
+    let (most, slots) = Cut::most(rows, lines, blocks);
+    let mut words: Vec<u32> = cut.pieces.iter().flat_map(Piece::words).collect();
+    words.resize(most * Piece::WORDS, 0);
+    let (pieces, tables) = (rig.u32s(&words)?, rig.u64s(&step.tables)?);
+    let (arena, stream) = rig.arena_and_stream();
+    let partials = decode::Partials::take(arena, stream, slots, GQA.head_dim)?;
     let caches = (0..sets).map(|_| rig.normal(step.elements(), 1.0));
     let caches = caches.collect::<Result<Vec<_>, _>>()?;
-    let q = rig.normal(rows * heads * head_dim, 1.0)?;
-    let out = rig.space(rows * heads * head_dim * 2)?;
-    let (queries, cache, result) = (q.clone(), caches[0].clone(), out.clone());
+    let map = |cache| decode::cache_map(&GQA, cache);
+    let maps = caches.iter().map(map).collect::<Result<Vec<_>, _>>()?;
+    let q = rig.normal(rows * GQA.heads * GQA.head_dim, 1.0)?;
+    let out = rig.space(rows * GQA.heads * GQA.head_dim * 2)?;
+    let check = check(step, [q.clone(), caches[0].clone(), out.clone()]);
     let launch: Launch = Box::new(move |on, i| {
-        let plan = Plan {
-            segments: &segments,
-            tiles: &list,
-            tile_count: &count,
-            max_tiles: most,
-            tables: &tables,
-            splits,
-            variant,
-        };
+        let (map, pieces, tables) = (&maps[i], &pieces, &tables);
+        let plan = decode::Plan { map, pieces, tables, blocks, decodes: rows };
         let kv = Tensor::new(&caches[i], Dtype::Bf16);
-        gqa::attention(on, Rows::exactly(rows), &q, &GQA, LAYER, kv, &plan, &partials, &out)
+        let core = gqa::Core::Pieces(&plan, &partials);
+        gqa::attention(on, Rows::exactly(rows), &q, &GQA, LAYER, kv, core, &out)
     });
-    let check = check(step, [queries, cache, result]);
-    Ok(Ready { work, sets, launch, check })
+    Ok(Ready { work: Work::bytes(bytes), sets, launch, check })
 }
 
 /// Prompts that lie in the step as a whole.

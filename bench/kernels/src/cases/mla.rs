@@ -7,6 +7,7 @@ use crate::near::{Failure, near, some};
 use crate::rig::{Rig, cold_sets};
 use device::cuda::{CudaError, DeviceSlice, TensorMap};
 use ops::cuda::{Dtype, Rows, Tensor};
+use ops::flash::cuda::cut::{Cut, Piece};
 use ops::flash::cuda::{Query, prompt as kernel};
 use ops::mla::Mla;
 use ops::mla::cuda::decode;
@@ -61,12 +62,13 @@ pub(super) struct Pieces {
 impl Pieces {
     pub(super) fn new(rig: &mut Rig, step: &Step, sets: usize) -> Result<Self, Failure> {
         let (rows, blocks) = (step.rows(), rig.multiprocessors());
-        let mut cut = decode::Cut::default();
+        let mut cut = Cut::default();
         let at = |entry: usize| step.tables.get(entry).copied();
-        cut.make(&step.segments, at, rows, MLA.heads, blocks);
-        let (most, slots) = decode::Cut::most(rows, MLA.heads, blocks);
-        let mut words: Vec<u32> = cut.pieces.iter().flat_map(decode::Piece::words).collect();
-        words.resize(most * decode::Piece::WORDS, 0);
+        let lines = decode::lines(MLA.heads);
+        cut.make(&step.segments, at, rows, lines, blocks);
+        let (most, slots) = Cut::most(rows, lines, blocks);
+        let mut words: Vec<u32> = cut.pieces.iter().flat_map(Piece::words).collect();
+        words.resize(most * Piece::WORDS, 0);
         let caches = (0..sets).map(|_| rig.normal(step.elements(), 1.0));
         let caches = caches.collect::<Result<Vec<_>, _>>()?;
         let maps = caches.iter().map(decode::cache_map).collect::<Result<Vec<_>, _>>()?;

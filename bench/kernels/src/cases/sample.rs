@@ -192,6 +192,7 @@ fn described(rig: &mut Rig) -> Result<Ready, Failure> {
             logits: &logits[i],
             vocab: VOCAB,
             chosen: &chosen,
+            given: None,
             wanted: &wanted,
             most: LIKELIEST,
             out: &out,

@@ -1,17 +1,18 @@
 //! Products of matrices by cuBLASLt, opened at run time; a machine may do without it.
 //!
 //! It plans a product once, by the library's own heuristics, and runs the plan any number of times: a
-//! run allocates nothing, waits for nothing and can be captured. Which products are worth it is for the
-//! caller to say. Invariant: a plan is one kernel with one split of the sums, in an order that does not
+//! run allocates nothing, waits for nothing and can be captured. Where the library is not sure, a plan's
+//! ways can be timed against each other first. Which products are worth it is for the caller to say. Invariant: a plan is one kernel with one split of the sums, in an order that does not
 //! depend on timing, so a row of the result has the same bits whatever the other rows hold.
 
-use super::{Context, CudaError, DeviceSlice, Stream};
+use super::{Context, CudaError, DeviceSlice, Event, Stream};
 use cudarc::cublaslt::sys::{
     self, cublasComputeType_t, cublasLtMatmulDescAttributes_t as Attribute,
     cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreferenceAttributes_t as Wish, cublasStatus_t,
     cudaDataType,
 };
 use std::ffi::{CStr, c_void};
+use std::mem::MaybeUninit;
 use std::ptr::from_ref;
 
 /// The major version whose calls are declared here.
@@ -20,6 +21,8 @@ const MAJOR: usize = 13;
 const ALIGN: usize = 16;
 /// The library's number for a transposed operand; its declaration is another library's.
 const TRANSPOSED: i32 = 1;
+/// Ways of a plan.
+const WAYS: usize = 5;
 /// Of a bf16.
 const SIZE: usize = 2;
 
@@ -65,8 +68,8 @@ impl Blas {
         self.version
     }
 
-    /// How the library computes a product with up to `workspace` bytes beside the operands; `None` where
-    /// it does not.
+    /// How the library computes a product with up to `workspace` bytes beside the operands: the ways that
+    /// it expects to be fastest, of which the first is chosen; `None` where it does not.
     ///
     /// # Errors
     /// When the library refuses the description.
@@ -97,8 +100,8 @@ impl Blas {
             wishes.set(wish, ALIGN as u32)?;
         }
         let mut count = 0;
-        let mut found = std::mem::MaybeUninit::<cublasLtMatmulHeuristicResult_t>::zeroed();
-        // SAFETY: all handles are alive; the library writes at most one result, and how many.
+        let mut found = [const { MaybeUninit::<cublasLtMatmulHeuristicResult_t>::zeroed() }; WAYS];
+        // SAFETY: all handles are alive; the library writes at most so many results, and how many.
         let got = unsafe {
             sys::cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
@@ -108,8 +111,8 @@ impl Blas {
                 out.0,
                 out.0,
                 wishes.0,
-                1,
-                found.as_mut_ptr(),
+                WAYS as i32,
+                found.as_mut_ptr().cast(),
                 &raw mut count,
             )
         };
@@ -117,19 +120,51 @@ impl Blas {
             return Ok(None);
         }
         check("cublasLtMatmulAlgoGetHeuristic", got)?;
-        // SAFETY: the call succeeded and wrote one result.
-        let found = unsafe { found.assume_init() };
-        check("cublasLtMatmulAlgoGetHeuristic", found.state)?;
-        let algorithm = found.algo;
-        Ok(Some(BlasPlan {
-            product,
-            description,
-            w,
-            x,
-            out,
-            algorithm,
-            workspace: found.workspaceSize,
-        }))
+        let found = found.iter().take(usize::try_from(count).unwrap_or(0));
+        // SAFETY: the call succeeded and wrote so many results.
+        let found = found.map(|result| unsafe { result.assume_init() });
+        let ways: Vec<Way> = found
+            .filter(|result| is_success(result.state))
+            .map(|result| Way { algorithm: result.algo, workspace: result.workspaceSize })
+            .collect();
+        let plan = BlasPlan { product, description, w, x, out, ways, chosen: 0 };
+        Ok((!plan.ways.is_empty()).then_some(plan))
+    }
+
+    /// Runs every way of a plan on an idle stream, and chooses the one that was fastest; the first one if
+    /// hardly any slower. The result is written, whatever the operands hold.
+    ///
+    /// # Errors
+    /// As [`Blas::run`].
+    pub fn choose(
+        &self,
+        plan: &mut BlasPlan,
+        stream: &Stream,
+        operands: [&DeviceSlice; 4],
+    ) -> Result<(), CudaError> {
+        const RUNS: usize = 2;
+        /// Of the first one's time: what a measurement may be wrong by.
+        const ENOUGH: f32 = 0.98;
+        let ends = [Event::new(&self.context, true)?, Event::new(&self.context, true)?];
+        let mut least = f32::INFINITY;
+        let mut chosen = 0;
+        for way in 0..plan.ways.len() {
+            plan.chosen = way;
+            self.run(plan, stream, operands)?;
+            ends[0].record(stream)?;
+            for _ in 0..RUNS {
+                self.run(plan, stream, operands)?;
+            }
+            ends[1].record(stream)?;
+            ends[1].synchronize()?;
+            let took = ends[1].micros_since(&ends[0])?;
+            if took < least {
+                least = if way == 0 { took * ENOUGH } else { took };
+                chosen = way;
+            }
+        }
+        plan.chosen = chosen;
+        Ok(())
     }
 
     /// Enqueues `out = x w^T`: `w` is `[outputs, inputs]`, `x` `[rows, inputs]`, of bf16. Products that
@@ -155,7 +190,7 @@ impl Blas {
             ("w", w, matrix(outputs, inputs, inputs, SIZE)),
             ("x", x, matrix(rows, x_stride, inputs, SIZE)),
             ("out", out, matrix(rows, out_stride, outputs, out_size)),
-            ("workspace", workspace, plan.workspace),
+            ("workspace", workspace, plan.ways[plan.chosen].workspace),
         ] {
             let got = slice.bytes();
             if got < needed {
@@ -166,6 +201,7 @@ impl Blas {
                 return Err(CudaError::Shape { op: OP, why });
             }
         }
+        let way = &plan.ways[plan.chosen];
         let (one, zero) = (1.0_f32, 0.0_f32);
         let [w_at, x_at, out_at, workspace_at] =
             [w, x, out, workspace].map(|slice| slice.address() as *mut c_void);
@@ -186,7 +222,7 @@ impl Blas {
                 plan.out.0,
                 out_at,
                 plan.out.0,
-                &raw const plan.algorithm,
+                &raw const way.algorithm,
                 workspace_at,
                 workspace.bytes(),
                 stream.raw().cast(),
@@ -222,7 +258,15 @@ pub struct Product {
     pub exact: bool,
 }
 
-/// How the library computes one product.
+impl Product {
+    /// Additions and multiplications.
+    #[must_use]
+    pub const fn operations(&self) -> usize {
+        self.rows.saturating_mul(self.outputs).saturating_mul(self.inputs).saturating_mul(2)
+    }
+}
+
+/// How the library may compute one product, and which way it does.
 #[derive(Debug)]
 pub struct BlasPlan {
     product: Product,
@@ -230,6 +274,15 @@ pub struct BlasPlan {
     w: Layout,
     x: Layout,
     out: Layout,
+    /// At least one.
+    ways: Vec<Way>,
+    /// Of them.
+    chosen: usize,
+}
+
+/// One of the library's kernels, with what it needs.
+#[derive(Debug)]
+struct Way {
     algorithm: sys::cublasLtMatmulAlgo_t,
     workspace: usize,
 }

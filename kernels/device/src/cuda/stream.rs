@@ -2,7 +2,9 @@
 
 use super::driver::check;
 use super::{Context, CudaError, DeviceSlice, Graph, PinnedBuffer};
-use cudarc::driver::sys::{self, CUevent, CUgraph, CUresult, CUstream, CUstreamCaptureMode};
+use cudarc::driver::sys::{
+    self, CUevent, CUgraph, CUresult, CUstream, CUstreamCaptureMode, CUstreamCaptureStatus,
+};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Which of the streams that work at the same time a stream is: what kernels of several streams write
@@ -269,6 +271,37 @@ impl Stream {
         outcome?;
         check("cuStreamEndCapture", ended)?;
         Ok(graph.instantiate()?)
+    }
+
+    /// Whether work is recorded instead of run.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn is_capturing(&self) -> Result<bool, CudaError> {
+        let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: the handle is alive, the pointer is to a live value.
+        let got = unsafe { sys::cuStreamIsCapturing(self.raw, &raw mut status) };
+        check("cuStreamIsCapturing", got)?;
+        Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// Lets `work` use this stream, and wait for it, while the thread captures another one.
+    ///
+    /// # Errors
+    /// `work`'s own, or when the driver refuses.
+    pub fn beside_capture<T>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, CudaError>,
+    ) -> Result<T, CudaError> {
+        let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the pointer is to a live value, which becomes the mode there was.
+        let set = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+        check("cuThreadExchangeStreamCaptureMode", set)?;
+        let outcome = work(self);
+        // SAFETY: as above.
+        let set = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) };
+        check("cuThreadExchangeStreamCaptureMode", set)?;
+        outcome
     }
 }
 

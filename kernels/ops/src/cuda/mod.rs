@@ -133,8 +133,9 @@ pub struct Gpu {
     /// One for each lane of streams.
     shared: [linear::cuda::wide::Shared; Lane::COUNT],
     counters: [moe::cuda::stream::Counters; Lane::COUNT],
-    ticket: flash::cuda::prompt::Ticket,
-    library: Result<linear::cuda::Library, CudaError>,
+    /// Of prompt attention, which one lane has.
+    prompts: flash::cuda::prompt::Shared,
+    library: linear::cuda::Opening,
 }
 
 impl Gpu {
@@ -143,6 +144,11 @@ impl Gpu {
     /// # Errors
     /// When the program was built without kernels, or they do not fit the device.
     pub fn new(context: &Context) -> Result<Self, CudaError> {
+        check(context.facts())?;
+        Self::with(context, linear::cuda::Opening::begin(context))
+    }
+
+    fn with(context: &Context, library: linear::cuda::Opening) -> Result<Self, CudaError> {
         let facts = context.facts().clone();
         check(&facts)?;
         let kernels = Kernels::load(context, built::CUBINS, built::MISSING)?;
@@ -158,6 +164,7 @@ impl Gpu {
             .chain(crate::moe::cuda::wide::LARGE)
             .chain(crate::moe::cuda::many::LARGE)
             .chain(crate::mla::cuda::heads::LARGE)
+            .chain(crate::gqa::cuda::decode::ALL)
             .chain(linear::cuda::stream::LARGE)
             .chain(near::LARGE)
             .copied()
@@ -169,9 +176,8 @@ impl Gpu {
         let shared = [shared()?, shared()?];
         let counters = || moe::cuda::stream::Counters::new(context);
         let counters = [counters()?, counters()?];
-        let ticket = prompt::Ticket::new(context)?;
-        let library = linear::cuda::Library::open(context);
-        Ok(Self { kernels, facts, shared, counters, ticket, library })
+        let prompts = prompt::Shared::new(context)?;
+        Ok(Self { kernels, facts, shared, counters, prompts, library })
     }
 
     /// Bytes of device memory that [`Gpu::new`] allocates, the library's included.
@@ -180,7 +186,7 @@ impl Gpu {
         let shared = linear::cuda::wide::Shared::bytes(multiprocessors);
         let counters = moe::cuda::stream::Counters::BYTES;
         Lane::COUNT * (shared + counters + linear::cuda::Library::WORKSPACE)
-            + flash::cuda::prompt::Ticket::BYTES
+            + flash::cuda::prompt::Shared::bytes(multiprocessors)
     }
 
     /// As [`Gpu::new`], where the library of products counts as absent.
@@ -188,19 +194,16 @@ impl Gpu {
     /// # Errors
     /// As [`Gpu::new`].
     pub fn without_library(context: &Context) -> Result<Self, CudaError> {
-        let library = Err(CudaError::NoLibrary {
-            library: "libcublasLt",
-            reason: "is not wanted".to_owned(),
-        });
-        Ok(Self { library, ..Self::new(context)? })
+        Self::with(context, linear::cuda::Opening::without())
     }
 
-    /// The vendor's library of products, or why everything runs on the kernels here.
+    /// The vendor's library of products, or why everything runs on the kernels here. The first call may
+    /// wait for it.
     ///
     /// # Errors
     /// When it is not there; the error says what was looked for.
-    pub const fn library(&self) -> Result<&linear::cuda::Library, &CudaError> {
-        self.library.as_ref()
+    pub fn library(&self) -> Result<&linear::cuda::Library, &CudaError> {
+        self.library.end()
     }
 
     /// What the device is.
@@ -240,9 +243,9 @@ impl<'a> Queue<'a> {
         &self.gpu.counters[self.stream.lane() as usize]
     }
 
-    /// Where blocks of prompt attention find their tiles.
-    pub(crate) const fn ticket(&self) -> &'a flash::cuda::prompt::Ticket {
-        &self.gpu.ticket
+    /// What blocks of prompt attention share.
+    pub(crate) const fn prompts(&self) -> &'a flash::cuda::prompt::Shared {
+        &self.gpu.prompts
     }
 
     /// Multiprocessors of the device.

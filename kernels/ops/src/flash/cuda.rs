@@ -5,6 +5,7 @@
 //! on the device; the host says how many tiles and splits there can be. Block tables hold offsets of
 //! whole 16 bytes. Invariant: what one segment's cache holds reaches no other segment.
 
+pub mod cut;
 pub mod prompt;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,7 @@
-//! Launches of grouped-query attention: any rows by the tiles of `flash`, rows of prompts by its kernel for
-//! those, where it serves their heads.
+//! Launches of grouped-query attention: any rows by the tiles of `flash`, decoding rows in pieces of equal
+//! work, rows of prompts by the kernel of `flash` for those, where these serve their heads.
 
+pub mod decode;
 #[cfg(test)]
 mod tests;
 
@@ -11,7 +12,9 @@ use crate::flash::cuda::{self as flash, Partials, Plan, Query, Shape, Variant};
 use crate::paged::KvLayer;
 use device::cuda::{CudaError, DeviceSlice};
 
-fn core(gqa: &Gqa, dtype: Dtype) -> Shape {
+const OP: &str = "gqa";
+
+fn shape_of(gqa: &Gqa, dtype: Dtype) -> Shape {
     let Gqa { heads, kv_heads, head_dim, scale, window } = *gqa;
     Shape {
         dtype,
@@ -31,9 +34,30 @@ fn core(gqa: &Gqa, dtype: Dtype) -> Shape {
 /// The variant for steps with or without prompt chunks, and the lines of its tiles.
 #[must_use]
 pub fn select(gqa: &Gqa, layer: KvLayer, dtype: Dtype, prompts: bool) -> (Variant, usize) {
-    let core = core(gqa, dtype);
-    let variant = core.select(layer, prompts);
-    (variant, core.tile_lines(variant))
+    let shape = shape_of(gqa, dtype);
+    let variant = shape.select(layer, prompts);
+    (variant, shape.tile_lines(variant))
+}
+
+/// Who computes it.
+#[derive(Clone, Copy, Debug)]
+pub enum Core<'a> {
+    /// Tiles over splits of the keys: any rows, any widths.
+    Tiles(&'a Plan<'a>, &'a Partials),
+    /// Pieces of equal work: decoding rows of the widths that [`decode::serves`] says.
+    Pieces(&'a decode::Plan<'a>, &'a decode::Partials),
+    /// Tiles for the rows of chunks, pieces for the others.
+    Both((&'a Plan<'a>, &'a Partials), (&'a decode::Plan<'a>, &'a decode::Partials)),
+}
+
+/// The shape is one that caches hold.
+fn check(gqa: &Gqa, layer: KvLayer) -> Result<(), CudaError> {
+    let Gqa { heads, kv_heads, head_dim, window, .. } = *gqa;
+    let divides = kv_heads > 0 && heads.is_multiple_of(kv_heads);
+    if !divides || heads == 0 || window == Some(0) || layer.row != 2 * kv_heads * head_dim {
+        return Err(shape(OP, format!("{gqa:?} over {layer:?}")));
+    }
+    Ok(())
 }
 
 /// `q` and `out` are `[rows, heads * head_dim]` of the arena's type; keys and values of the rows are
@@ -49,20 +73,22 @@ pub fn attention(
     gqa: &Gqa,
     layer: KvLayer,
     arena: Tensor<'_>,
-    plan: &Plan<'_>,
-    partials: &Partials,
+    core: Core<'_>,
     out: &DeviceSlice,
 ) -> Result<(), CudaError> {
-    const OP: &str = "gqa";
-    let Gqa { heads, kv_heads, head_dim, window, .. } = *gqa;
-    let divides = kv_heads > 0 && heads.is_multiple_of(kv_heads);
-    if !divides || heads == 0 || window == Some(0) || layer.row != 2 * kv_heads * head_dim {
-        return Err(shape(OP, format!("{gqa:?} over {layer:?}")));
+    check(gqa, layer)?;
+    // Merging splits writes something into every row; pieces come after, with what holds for theirs.
+    if let Core::Tiles(plan, partials) | Core::Both((plan, partials), _) = core {
+        let Gqa { heads, head_dim, .. } = *gqa;
+        Tensor::new(q, arena.dtype).need(OP, "q", &[rows.padded, heads, head_dim])?;
+        let query = Query { address: q.address(), row: heads * head_dim, head: head_dim };
+        let shape = shape_of(gqa, arena.dtype);
+        flash::attention(on, rows, &shape, [query, query], layer, arena, plan, partials, out)?;
     }
-    let core = core(gqa, arena.dtype);
-    Tensor::new(q, arena.dtype).need(OP, "q", &[rows.padded, heads, head_dim])?;
-    let query = Query { address: q.address(), row: heads * head_dim, head: head_dim };
-    flash::attention(on, rows, &core, [query, query], layer, arena, plan, partials, out)
+    if let Core::Pieces(plan, partials) | Core::Both(_, (plan, partials)) = core {
+        decode::attention(on, rows, q, gqa, layer, arena, plan, partials, out)?;
+    }
+    Ok(())
 }
 
 /// How prompts are cut into tiles for [`prompts`]; `None` where it does not serve them.

@@ -16,6 +16,7 @@ pub(crate) mod wide;
 use crate::cuda::{Dtype, Gpu, Queue, Rows, Tensor, bytes, dim, need, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 pub use library::Library;
+pub(crate) use library::Opening;
 pub use stream::takes as streams;
 pub use wide::Tile;
 

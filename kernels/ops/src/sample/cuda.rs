@@ -334,6 +334,7 @@ pub const UNWANTED: u32 = u32::MAX;
 struct LogprobParams {
     logits: u64,
     chosen: u64,
+    given: u64,
     wanted: u64,
     count: u64,
     out: u64,
@@ -353,6 +354,8 @@ pub struct Logprobs<'a> {
     pub vocab: usize,
     /// u32 `[rows]`: the token to describe; one outside of the vocabulary is passed over.
     pub chosen: &'a DeviceSlice,
+    /// u32 `[rows]`: the token to describe instead; [`UNWANTED`] where it is the one above.
+    pub given: Option<&'a DeviceSlice>,
     /// u32 `[rows]`: how many of the likeliest to list, or [`UNWANTED`].
     pub wanted: &'a DeviceSlice,
     /// Entries of a row for them, at most [`MOST_LISTED`].
@@ -367,7 +370,7 @@ pub struct Logprobs<'a> {
 /// When an operand is too short, or the launch fails.
 pub fn logprobs(on: Queue<'_>, rows: Rows<'_>, operands: &Logprobs<'_>) -> Result<(), CudaError> {
     const OP: &str = "logprobs";
-    let Logprobs { logits, vocab, chosen, wanted, most, out } = *operands;
+    let Logprobs { logits, vocab, chosen, given, wanted, most, out } = *operands;
     check_vocab(OP, vocab)?;
     if most > MOST_LISTED {
         return Err(shape(OP, format!("lists of {most} tokens")));
@@ -375,10 +378,14 @@ pub fn logprobs(on: Queue<'_>, rows: Rows<'_>, operands: &Logprobs<'_>) -> Resul
     need(OP, "logits", logits, &[rows.padded, vocab], 4)?;
     need(OP, "chosen", chosen, &[rows.padded], 4)?;
     need(OP, "wanted", wanted, &[rows.padded], 4)?;
+    if let Some(given) = given {
+        need(OP, "given", given, &[rows.padded], 4)?;
+    }
     need(OP, "out", out, &[rows.padded, 1 + most], size_of::<TokenLogprob>())?;
     let params = LogprobParams {
         logits: logits.address(),
         chosen: chosen.address(),
+        given: given.map_or(0, DeviceSlice::address),
         wanted: wanted.address(),
         count: rows.count_address(),
         out: out.address(),

@@ -265,7 +265,7 @@ impl Executor for Cpu<'_> {
         Ok(Collected { tokens: &[], faults: &[], time })
     }
 
-    fn tile(&self) -> usize {
+    fn tile(&self, _: &[Option<RowDraw>]) -> usize {
         self.tile
     }
 }

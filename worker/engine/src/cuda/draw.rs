@@ -15,12 +15,14 @@ const OP: &str = "sample";
 /// Memory of a tile's draws.
 pub(super) struct Draws {
     upload: Upload,
-    /// Parameters of rows, then how many tokens are listed of each.
+    /// Parameters of rows, then how many tokens are listed of each, then tokens that are given.
     how: DeviceSlice,
     /// Tokens, then faults, then log-probabilities.
     drawn: DeviceSlice,
     /// Tokens that a row of the tile lists at most; `None` where no row is described.
     most: Option<usize>,
+    /// Whether a row of the tile is drawn; others describe what is given.
+    draws: bool,
     download: Download,
 }
 
@@ -35,6 +37,7 @@ impl Draws {
             how: arena.take(OP, sizes.draw_bytes())?,
             drawn: arena.take(OP, sizes.drawn_bytes())?,
             most: None,
+            draws: true,
             download: Download::new(context, sizes.drawn_bytes())?,
         })
     }
@@ -47,19 +50,22 @@ impl Draws {
         rows: &[Option<RowDraw>],
     ) -> Result<(), CudaError> {
         const HOW: usize = size_of::<SampleRow>();
-        let (how, listed) = self.upload.edit()?.split_at_mut(rows.len() * HOW);
+        let (how, words) = self.upload.edit()?.split_at_mut(rows.len() * HOW);
         let how = <[[u32; 16]]>::mut_from_bytes(how).map_err(cast)?;
-        let listed = <[u32]>::mut_from_bytes(&mut listed[..rows.len() * 4]).map_err(cast)?;
+        let words = <[u32]>::mut_from_bytes(&mut words[..rows.len() * 8]).map_err(cast)?;
+        let (listed, given) = words.split_at_mut(rows.len());
         self.most = None;
-        for ((how, listed), row) in how.iter_mut().zip(listed).zip(rows) {
+        self.draws = rows.iter().any(|row| row.is_none_or(|row| row.given.is_none()));
+        for (((how, listed), given), row) in how.iter_mut().zip(listed).zip(given).zip(rows) {
             // Of a row that the host draws the likeliest token does no harm.
             *how = row.map_or(SampleRow::GREEDY, |row| row.how).words();
             *listed = row.map_or(UNWANTED, |row| row.listed);
+            *given = row.and_then(|row| row.given).unwrap_or(UNWANTED);
             if *listed != UNWANTED {
                 self.most = self.most.max(Some(*listed as usize));
             }
         }
-        self.upload.send(stream, &self.how.slice(0..rows.len() * (HOW + 4)))
+        self.upload.send(stream, &self.how.slice(0..rows.len() * (HOW + 8)))
     }
 
     /// Enqueues the draws of `rows` rows of logits and the way back of tokens.
@@ -82,13 +88,16 @@ impl Draws {
             tokens: &tokens,
             faults: &self.drawn.slice(rows * 4..rows * 8),
         };
-        sample(on, Rows::exactly(rows), &operands)?;
+        if self.draws {
+            sample(on, Rows::exactly(rows), &operands)?;
+        }
         let end = rows * (8 + self.described_row() * size_of::<TokenLogprob>());
         if let Some(most) = self.most {
             let operands = Logprobs {
                 logits,
                 vocab,
                 chosen: &tokens,
+                given: Some(&self.how.slice(rows * (HOW + 4)..rows * (HOW + 8))),
                 wanted: &self.how.slice(rows * HOW..rows * (HOW + 4)),
                 most,
                 out: &self.drawn.slice(rows * 8..end),

@@ -1,14 +1,16 @@
-//! Ops in a row that decoding steps run as few launches: latent attention with all that lies between
-//! the projections in front of it and the one behind.
+//! Ops in a row that decoding steps run as few launches: attention with all that lies between the
+//! projections in front of it and the one behind, which for latent attention are three launches and for
+//! grouped-query attention one.
 //!
 //! It finds them in a program and launches nothing. Invariant: what is found means the same in the
-//! order of its kernels, three or one, as op by op; the ops stay beside, for other steps.
+//! order of its kernels as op by op; the ops stay beside, for other steps.
 
 use super::launch::{Latent, Layer, Place, heads};
 use super::sizes::{Attention, attention_of};
 use device::cuda::DeviceSlice;
 use model::lower::{Lowered, Op};
 use ops::cuda::Dtype;
+use ops::gqa::{self, cuda::decode as grouped};
 use ops::mla::{self, cuda::block};
 
 /// Latent attention of decoding rows.
@@ -71,6 +73,52 @@ pub(super) fn find<'a>(lowered: &Lowered, ops: &'a [Op], dtype: Dtype) -> Option
         .then_some(Found { projection, apart: [rotate, norm, turn, write, attend] })
 }
 
+/// Grouped-query attention of decoding rows.
+pub(super) struct Grouped {
+    /// Queries as projected.
+    pub(super) q: Place,
+    /// Keys and values as projected.
+    pub(super) kv: Place,
+    /// Of queries and keys: weight and epsilon.
+    pub(super) norms: Option<[(DeviceSlice, f32); 2]>,
+    /// Of queries and keys.
+    pub(super) rotation: usize,
+    pub(super) shape: gqa::Gqa,
+    pub(super) layer: Layer,
+    pub(super) spec: usize,
+    pub(super) out: Place,
+}
+
+/// How many ops `ops` begin with that are norms and rotation of queries and keys, their write and
+/// attention, if kernels serve them as one.
+pub(super) fn find_grouped(lowered: &Lowered, ops: &[Op], dtype: Dtype) -> Option<usize> {
+    let norms = ops.iter().take_while(|op| matches!(op, Op::HeadNorm { .. })).count();
+    let [
+        Op::Rope { x: rotated, rope, slice: queries },
+        Op::Rope { x: turned, rope: of_key, slice: keys },
+        Op::WriteKv { rows: written, slot: to },
+        Op::Attention { q, attention, slot, .. },
+        ..,
+    ] = &ops[norms..]
+    else {
+        return None;
+    };
+    let Attention::Gqa(shape) = attention_of(attention) else { return None };
+    let normed = match &ops[..norms] {
+        [] => true,
+        [Op::HeadNorm { x: a, slice: of_a, .. }, Op::HeadNorm { x: b, slice: of_b, .. }] => {
+            (a, b) == (q, written) && (of_a, of_b) == (queries, keys)
+        }
+        _ => false,
+    };
+    let rotates = lowered.ropes.get(rope.0).is_some_and(|rope| !rope.interleaved);
+    let same = q != written && (rotated, turned) == (q, written) && rope.0 == of_key.0;
+    let heads = [heads(lowered, *q, queries), heads(lowered, *written, keys)];
+    let served = grouped::serves(&shape, Layer::of(lowered, *slot).kv, dtype);
+    (normed && rotates && same && to == slot && served && heads == grouped::heads(&shape))
+        .then_some(norms + 4)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,5 +146,38 @@ mod tests {
         assert_eq!(count(512, Dtype::Bf16), 3);
         assert_eq!(count(512, Dtype::F32), 0);
         assert_eq!(count(256, Dtype::Bf16), 0);
+    }
+
+    fn grouped(family: &str, head_dim: usize, dtype: Dtype) -> usize {
+        let config = format!(
+            r#"{{"model_type": "{family}", "vocab_size": 64, "hidden_size": 32,
+            "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "head_dim": {head_dim}, "intermediate_size": 48, "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-6}}"#
+        );
+        let config = model::config::parse(&config).expect("a config").config;
+        let program = model::families::program(&config, false);
+        let lowered = lower(&program, Mesh::SINGLE, Rank(0), 64).expect("one rank");
+        let found = |at: usize| find_grouped(&lowered, &lowered.body[at..], dtype);
+        let mut ops = Vec::new();
+        let mut at = 0;
+        while at < lowered.body.len() {
+            let length = found(at);
+            ops.extend(length);
+            at += length.unwrap_or(1);
+        }
+        let expected = if family == "llama" { 4 } else { 6 };
+        assert!(ops.iter().all(|length| *length == expected), "{family}: {ops:?}");
+        ops.len()
+    }
+
+    #[test]
+    fn grouped_attention_is_found_with_and_without_norms() {
+        for family in ["qwen3", "llama"] {
+            assert_eq!(grouped(family, 128, Dtype::Bf16), 3);
+            assert_eq!(grouped(family, 64, Dtype::Bf16), 3);
+            assert_eq!(grouped(family, 128, Dtype::F32), 0);
+            assert_eq!(grouped(family, 32, Dtype::Bf16), 0);
+        }
     }
 }

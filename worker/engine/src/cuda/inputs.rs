@@ -14,8 +14,8 @@ use crate::executor::{RowDraw, TableView};
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceSlice, Stream, Upload};
 use ids::{BLOCK_TOKENS, SlotGeneration, SlotId};
+use ops::flash::cuda::cut::{Cut, Piece};
 use ops::flash::cuda::{Segment, Tile, max_tiles, tiles};
-use ops::mla::cuda::decode::{Cut, Piece};
 use ops::mla::cuda::expand::later::{Pass, Passes, is_later};
 use ops::mla::cuda::expand::{self, Room};
 use ops::sample::cuda::SampleRow;
@@ -42,7 +42,8 @@ pub(super) struct Layout {
     segments: Vec<Range<usize>>,
     /// Per attention: where the number of tiles is, and the tiles.
     tiles: Vec<(usize, Range<usize>)>,
-    /// Per attention: pieces of decoding rows, and their slots; empty where there are none.
+    /// Per attention: pieces of decoding rows, and where a kernel reads them their slots; empty where
+    /// there are none.
     pieces: Vec<[Range<usize>; 2]>,
     /// Per attention: segments and tiles of prompts that run apart; empty where none do.
     prompts: Vec<PromptParts>,
@@ -122,12 +123,10 @@ impl Layout {
         });
         let tiles = tiles.collect();
         let pieces = sizes.specs.iter().map(|spec| {
-            if spec.pieces.is_none() {
-                return [part(0), part(0)];
-            }
+            let Some(of) = spec.pieces else { return [part(0), part(0)] };
             let decodes = spec.decodes(limits, bucket);
-            let (most, _) = Cut::most(decodes, spec.heads, limits.multiprocessors);
-            let slots = 2 * Cut::slot_entries(bucket, spec.heads);
+            let (most, _) = Cut::most(decodes, of.lines, of.blocks(limits));
+            let slots = if of.listed { 2 * Cut::slot_entries(bucket, of.lines) } else { 0 };
             [part(most * Piece::WORDS), part(slots)]
         });
         let pieces = pieces.collect();
@@ -309,7 +308,7 @@ pub(super) struct Inputs {
     decodes: Vec<Segment>,
     /// The cut of each attention.
     cuts: Vec<Cut>,
-    multiprocessors: usize,
+    limits: Limits,
 }
 
 /// What the device has of tables.
@@ -373,9 +372,7 @@ impl Inputs {
         let cut = |spec: &Spec| {
             let decodes = spec.decodes(limits, limits.rows);
             match spec.pieces {
-                Some(_) => {
-                    Cut::with_capacity(limits.rows, decodes, spec.heads, limits.multiprocessors)
-                }
+                Some(of) => Cut::with_capacity(limits.rows, decodes, of.lines, of.blocks(limits)),
                 None => Cut::default(),
             }
         };
@@ -406,7 +403,7 @@ impl Inputs {
             tiles: Vec::with_capacity(most_tiles),
             decodes: Vec::with_capacity(limits.slots.min(limits.rows)),
             cuts: sizes.specs.iter().map(cut).collect(),
-            multiprocessors: limits.multiprocessors,
+            limits: *limits,
             ids,
             device,
         })
@@ -435,8 +432,7 @@ impl Inputs {
     ) -> Result<(), CudaError> {
         let Self { uploads, turn, device, views, sent, specs, tile, segments, tiles: list, .. } =
             self;
-        let (decodes, cuts, multiprocessors) =
-            (&mut self.decodes, &mut self.cuts, self.multiprocessors);
+        let (decodes, cuts, limits) = (&mut self.decodes, &mut self.cuts, &self.limits);
         let (apart, passes, room) = (&self.prompts, &mut self.passes, self.room);
         let views = views.iter().find(|views| views.bucket == bucket);
         let layout = &views.ok_or_else(|| refused(format!("{bucket} rows")))?.layout;
@@ -486,15 +482,15 @@ impl Inputs {
             decodes.clear();
             decodes.extend(segments.iter().filter(|segment| segment.len == 1));
             for ((spec, cut), [pieces, slots]) in specs.iter().zip(&mut *cuts).zip(&layout.pieces) {
-                if spec.pieces != Some(group) {
-                    continue;
-                }
+                let Some(of) = spec.pieces.filter(|pieces| pieces.group == group) else { continue };
                 let at = |entry| sent.offset(tables, entry);
-                cut.make(decodes, at, bucket, spec.heads, multiprocessors);
+                cut.make(decodes, at, bucket, of.lines, of.blocks(limits));
                 let to = part(words, pieces, cut.pieces.len() * Piece::WORDS)?;
                 let flat = cut.pieces.iter().flat_map(Piece::words);
                 to.iter_mut().zip(flat).for_each(|(to, word)| *to = word);
-                copy(words, slots, cut.slots.as_flattened())?;
+                if of.listed {
+                    copy(words, slots, cut.slots.as_flattened())?;
+                }
             }
         }
         words[layout.changed] = narrow(changed)?;

@@ -1,7 +1,7 @@
 //! Ops with everything resolved that does not change from step to step: weights as memory, buffers as
 //! places, attention by the number of its tiles. What remains for a step are counts and tables.
 
-use super::fuse::{self, Block, Found};
+use super::fuse::{self, Block, Found, Grouped};
 use super::limits::Limits;
 use super::moe_layer::{self, Layer as MoeLayer};
 use super::sizes::{Attention, Sizes, Spec, attention_of};
@@ -186,6 +186,11 @@ pub(super) enum Launch {
         block: Box<Block>,
         apart: Vec<Launch>,
     },
+    /// The same of grouped-query attention.
+    Grouped {
+        block: Box<Grouped>,
+        apart: Vec<Launch>,
+    },
 }
 
 /// Weights of latent attention.
@@ -261,9 +266,22 @@ impl Resolver<'_> {
                 }
                 launches.push(self.block(found)?);
                 rest = &rest[Found::LENGTH..];
+            } else if let Some(length) = fuse::find_grouped(self.lowered, rest, self.sizes.dtype) {
+                launches.push(self.grouped(&rest[..length])?);
+                rest = &rest[length..];
             } else if let Some(found) = moe_layer::find(self.lowered, rest) {
                 launches.push(Launch::Moe(Box::new(self.moe_layer(found)?)));
                 rest = &rest[found.length..];
+            } else if let [first @ Op::Linear { .. }, second @ Op::Linear { .. }, after @ ..] = rest
+                && fuse::find_grouped(self.lowered, after, self.sizes.dtype).is_some()
+            {
+                match (self.launch(first)?, self.launch(second)?) {
+                    (Some(first), Some(second)) => {
+                        launches.push(Launch::Both([first, second].map(Box::new)));
+                    }
+                    (first, second) => launches.extend(first.into_iter().chain(second)),
+                }
+                rest = after;
             } else if let [Op::Linear { out, .. }, act @ Op::SiluMul { gate_up, .. }, after @ ..] =
                 rest
                 && out == gate_up
@@ -307,6 +325,40 @@ impl Resolver<'_> {
             out: *out,
         };
         Ok(Launch::Block { block: Box::new(block), apart })
+    }
+
+    fn grouped(&self, ops: &[Op]) -> Result<Launch, CudaError> {
+        let launches = ops.iter().filter_map(|op| self.launch(op).transpose());
+        let apart = launches.collect::<Result<Vec<_>, _>>()?;
+        let norms = match apart.as_slice() {
+            [
+                Launch::HeadNorm { weight: of_q, eps: q_eps, .. },
+                Launch::HeadNorm { weight: of_k, eps: k_eps, .. },
+                ..,
+            ] => Some([(of_q.clone(), *q_eps), (of_k.clone(), *k_eps)]),
+            _ => None,
+        };
+        let [
+            ..,
+            Launch::Rope { rotation, .. },
+            Launch::WriteKv { rows, .. },
+            Launch::Gqa { q, shape, layer, spec, out },
+        ] = apart.as_slice()
+        else {
+            let why = "a block of other ops".to_owned();
+            return Err(CudaError::Shape { op: "gqa", why });
+        };
+        let block = Grouped {
+            q: *q,
+            kv: *rows,
+            norms,
+            rotation: *rotation,
+            shape: *shape,
+            layer: *layer,
+            spec: *spec,
+            out: *out,
+        };
+        Ok(Launch::Grouped { block: Box::new(block), apart })
     }
 
     fn moe_layer(&self, found: moe_layer::Found<'_>) -> Result<MoeLayer, CudaError> {

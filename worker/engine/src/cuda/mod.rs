@@ -4,8 +4,8 @@
 //! Activations, matrices and cache share one element type. No op allocates and none is chosen here;
 //! kernels read the numbers of rows and tiles on the device, so a step of a bucket differs from
 //! another in data alone. Tokens are drawn on the device and kept there, so that the next step is
-//! enqueued behind this one. Where log-probabilities are asked for the next step waits for this one;
-//! logits come back to the host for those of prompts, and for lists longer than their places. A step
+//! enqueued behind this one. Where log-probabilities are asked for, of prompts too, the next step waits for this one;
+//! logits come back to the host for lists longer than their places alone. A step
 //! that only decodes is a copy, a launch and a copy back. Invariant: enqueueing waits for nothing but
 //! a copy of the step before the last.
 
@@ -26,7 +26,7 @@ mod weights;
 
 pub use facts::{CudaDevice, cuda_device};
 pub use graphs::Captured;
-pub use sizes::{CudaBytes, cuda_bytes};
+pub use sizes::{CudaBytes, cuda_attention, cuda_bytes};
 
 use crate::batch::Batch;
 use crate::executor::{Collected, Executor, RowDraw, TableView, Tile};
@@ -47,7 +47,7 @@ use ops::flash::cuda::Partials;
 use ops::mla::cuda::expand::later::Passes;
 use ops::rope::Pairing;
 use ops::tokens::cuda::{Begin, begin};
-use ops::{embed, mla, moe};
+use ops::{embed, gqa, mla, moe};
 use run::{Beside, Rotation, Scratch, Step};
 use sizes::{ExpertShape, Sizes};
 use std::time::Duration;
@@ -177,11 +177,18 @@ impl Cuda {
         let mla = sizes.mla.as_ref().map(mla).transpose()?;
         let expanded = |(mla, room)| mla::cuda::expand::Scratch::take(arena, mla, room);
         let expanded = sizes.expanded(&limits).map(expanded).transpose()?;
-        let pieces = |slots| {
+        let latent = |slots| {
             let map = mla::cuda::decode::cache_map(&cache)?;
             Ok::<_, CudaError>((map, mla::cuda::decode::Partials::take(arena, slots)?))
         };
-        let pieces = sizes.piece_slots(&limits).map(pieces).transpose()?;
+        let latent = sizes.latent_slots(&limits).map(latent).transpose()?;
+        let grouped = |(slots, width)| {
+            let maps = sizes.specs.iter().map(|spec| spec.cache_map(&cache));
+            let maps = maps.collect::<Result<Vec<_>, _>>()?;
+            let partials = gqa::cuda::decode::Partials::take(arena, &self.stream, slots, width)?;
+            Ok::<_, CudaError>((maps, partials))
+        };
+        let grouped = sizes.grouped_slots(&limits).map(grouped).transpose()?;
         let moe = |shape| {
             let ExpertShape { top_k, held, hidden, intermediate } = shape;
             moe::cuda::Scratch::take(arena, sizes.dtype, rows, top_k, held, hidden, intermediate)
@@ -193,7 +200,7 @@ impl Cuda {
             graphs: Graphs::default(),
             inputs: Inputs::take(&self.context, arena, sizes, &limits)?,
             activations: Activations::take(arena, sizes, &limits)?,
-            scratch: Scratch { partials, mla, expanded, pieces, moe, choices },
+            scratch: Scratch { partials, mla, expanded, latent, grouped, moe, choices },
             cache,
             ahead: Ahead::take(&self.context, arena, &limits)?,
             asked: Asked::take(&self.context, arena, sizes, &limits)?,
@@ -485,7 +492,11 @@ impl Executor for Cuda {
         self.memory.as_mut().ok_or_else(not_configured)?.ahead.collect()
     }
 
-    fn tile(&self) -> usize {
-        self.sizes.tile
+    fn tile(&self, draws: &[Option<RowDraw>]) -> usize {
+        match draws.iter().all(Option::is_some) {
+            true => self.sizes.drawn_tile,
+            // Logits go to the host.
+            false => self.sizes.tile,
+        }
     }
 }

@@ -2,7 +2,7 @@
 //! and nothing waits.
 
 use super::fold::Fold;
-use super::fuse::Block;
+use super::fuse::{Block, Grouped};
 use super::inputs::{PromptViews, Views};
 use super::launch::{Activations, Latent, Launch, Layer, Place};
 use super::limits::Limits;
@@ -12,6 +12,7 @@ use device::cuda::{Context, CudaError, DeviceSlice, Event, Lane, Stream, TensorM
 use ops::cuda::{Queue, Rows, Tensor};
 use ops::flash::cuda::prompt::{self, Cut};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
+use ops::gqa::cuda::decode as grouped;
 use ops::linear::cuda::{Linear, Then, Variant, both, linear, linear_as, streams, takes_both};
 use ops::mla::cuda::expand::later::{self, Later, Passes};
 use ops::mla::cuda::{Core, decode, expand};
@@ -32,8 +33,10 @@ pub(super) struct Scratch {
     pub(super) mla: Option<mla::cuda::Scratch>,
     /// Keys and values of prompts.
     pub(super) expanded: Option<expand::Scratch>,
-    /// The cache for the copy engine, and partial results of pieces.
-    pub(super) pieces: Option<(TensorMap, decode::Partials)>,
+    /// The cache for the copy engine, and partial results of latent attention's pieces.
+    pub(super) latent: Option<(TensorMap, decode::Partials)>,
+    /// The same of grouped-query attention: the cache as each attention reads it.
+    pub(super) grouped: Option<(Vec<Option<TensorMap>>, grouped::Partials)>,
     pub(super) moe: Option<moe::cuda::Scratch>,
     /// Experts chosen, u32, and their weights, f32.
     pub(super) choices: [DeviceSlice; 2],
@@ -117,7 +120,7 @@ impl Step<'_> {
     /// The part of the step of decoding rows whose keys are cut into pieces; `None` where they are not.
     fn pieces(&self, spec: usize) -> Option<(decode::Plan<'_>, &decode::Partials)> {
         let of = &self.sizes.specs[spec];
-        let (map, partials) = self.scratch.pieces.as_ref().filter(|_| of.pieces.is_some())?;
+        let (map, partials) = self.scratch.latent.as_ref().filter(|_| of.pieces.is_some())?;
         let [pieces, slots] = &self.views.pieces[spec];
         let plan = decode::Plan {
             map,
@@ -125,6 +128,21 @@ impl Step<'_> {
             slots,
             tables: &self.views.tables,
             blocks: self.limits.multiprocessors,
+            decodes: of.decodes(self.limits, self.rows.padded),
+        };
+        Some((plan, partials))
+    }
+
+    /// The same of grouped-query attention.
+    fn grouped(&self, spec: usize) -> Option<(grouped::Plan<'_>, &grouped::Partials)> {
+        let of = &self.sizes.specs[spec];
+        let (maps, partials) = self.scratch.grouped.as_ref()?;
+        let [pieces, _] = &self.views.pieces[spec];
+        let plan = grouped::Plan {
+            map: maps[spec].as_ref()?,
+            pieces,
+            tables: &self.views.tables,
+            blocks: grouped::blocks(self.limits.multiprocessors),
             decodes: of.decodes(self.limits, self.rows.padded),
         };
         Some((plan, partials))
@@ -180,21 +198,23 @@ impl Step<'_> {
             }
             Launch::Both([first, second]) => self.both(first, second),
             Launch::WriteKv { rows: x, layer } => {
-                let to = paged::cuda::Destination {
-                    arena: cache,
-                    positions: &self.views.positions,
-                    row_tables: &self.views.row_tables[layer.group],
-                    tables: &self.views.tables,
-                };
-                paged::cuda::write_kv(on, rows, &at(x), layer.kv, &to)
+                paged::cuda::write_kv(on, rows, &at(x), layer.kv, &self.destination(*layer))
             }
             Launch::Gqa { q, shape, layer, spec, out } => {
-                let scratch = &self.scratch.partials;
                 let (q, out, plan) = (at(q), at(out), self.plan(*spec, *layer));
-                let kv = layer.kv;
-                // This may write rows between those that it computes, so prompts come after.
-                gqa::cuda::attention(on, rows, &q, shape, kv, cache, &plan, scratch, &out)?;
-                let cut = self.sizes.specs[*spec].paged.filter(|_| self.prompts);
+                let (kv, cut) = (layer.kv, self.sizes.specs[*spec].paged);
+                let cut = cut.filter(|_| self.prompts);
+                let tiles = (&plan, &self.scratch.partials);
+                let pieces = self.grouped(*spec);
+                let core = match &pieces {
+                    None => gqa::cuda::Core::Tiles(tiles.0, tiles.1),
+                    Some((plan, partials)) if !self.prompts || cut.is_some() => {
+                        gqa::cuda::Core::Pieces(plan, partials)
+                    }
+                    Some((plan, partials)) => gqa::cuda::Core::Both(tiles, (plan, *partials)),
+                };
+                // Tiles may write rows between those that they compute, so prompts come after.
+                gqa::cuda::attention(on, rows, &q, shape, kv, cache, core, &out)?;
                 let Some(cut) = cut else { return Ok(()) };
                 let (segments, tables) = (&self.views.segments[layer.group], &self.views.tables);
                 let prompts = self.prompts_of(*spec, cut, segments);
@@ -238,6 +258,10 @@ impl Step<'_> {
             Launch::Block { block, apart } => match self.pieces(block.spec) {
                 Some((plan, partials)) if !self.prompts => self.block(block, &plan, partials),
                 _ => self.apart(block, apart),
+            },
+            Launch::Grouped { block, apart } => match self.grouped(block.spec) {
+                Some((plan, partials)) if !self.prompts => self.as_one(block, &plan, partials),
+                _ => apart.iter().try_for_each(|launch| self.run(launch)),
             },
         }
     }
@@ -287,12 +311,7 @@ impl Step<'_> {
             norm: &block.norm,
             eps: block.eps,
             rope: rope::cuda::Rope { inv_freq, factor: *factor, pairing: *pairing },
-            to: paged::cuda::Destination {
-                arena: Tensor::new(self.cache, self.sizes.dtype),
-                positions: &self.views.positions,
-                row_tables: &self.views.row_tables[block.layer.group],
-                tables: &self.views.tables,
-            },
+            to: self.destination(block.layer),
             layer: block.layer.kv,
             weights: mla::cuda::Weights { absorbed, kv_b },
             plan,
@@ -303,6 +322,39 @@ impl Step<'_> {
         match self.near {
             true => mla::cuda::near::attention(self.on, self.rows, &block.shape, &operands),
             false => mla::cuda::block::attention(self.on, self.rows, &block.shape, &operands),
+        }
+    }
+
+    /// Grouped-query attention of decoding rows, with what lies between it and the projections.
+    fn as_one(
+        &self,
+        block: &Grouped,
+        plan: &grouped::Plan<'_>,
+        partials: &grouped::Partials,
+    ) -> Result<(), CudaError> {
+        let Rotation { inv_freq, factor, pairing } = &self.rotations[block.rotation];
+        let norms = block.norms.as_ref().map(|norms| {
+            norms.each_ref().map(|(weight, eps)| grouped::HeadNorm { weight, eps: *eps })
+        });
+        let of = grouped::Projected {
+            q: &self.at(block.q),
+            kv: &self.at(block.kv),
+            norms,
+            rope: rope::cuda::Rope { inv_freq, factor: *factor, pairing: *pairing },
+            to: self.destination(block.layer),
+            layer: block.layer.kv,
+        };
+        let out = self.at(block.out);
+        grouped::fused(self.on, self.rows, &block.shape, &of, plan, partials, &out)
+    }
+
+    /// Where the rows' keys and values go.
+    fn destination(&self, layer: Layer) -> paged::cuda::Destination<'_> {
+        paged::cuda::Destination {
+            arena: Tensor::new(self.cache, self.sizes.dtype),
+            positions: &self.views.positions,
+            row_tables: &self.views.row_tables[layer.group],
+            tables: &self.views.tables,
         }
     }
 

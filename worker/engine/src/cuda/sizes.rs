@@ -9,12 +9,14 @@ use super::launch::Layer;
 use super::limits::Limits;
 use super::{ahead, asked, weights};
 use crate::memory::HEAD_ROWS;
-use device::cuda::Arena;
+use device::cuda::{Arena, CudaError, DeviceSlice, TensorMap};
 use model::lower::{BufferId, LocalAttention, Lowered, Op};
 use ops::cuda::{Dtype, Gpu};
+use ops::flash::cuda::cut::{self, Lines};
 use ops::flash::cuda::prompt::Cut;
 use ops::flash::cuda::{Partials, Segment, Variant, splits};
-use ops::mla::cuda::{decode, expand};
+use ops::gqa::cuda::decode as grouped;
+use ops::mla::cuda::{decode as latent, expand};
 use ops::sample::cuda::{SampleRow, TokenLogprob};
 use ops::{gqa, mla, moe};
 use step::MAX_LOGPROBS;
@@ -35,11 +37,31 @@ pub(super) struct Spec {
     pub(super) kv_heads: usize,
     /// Variant and lines of a tile, for steps without and with prompt chunks.
     pub(super) kernels: [(Variant, usize); 2],
-    /// Where the keys of decoding rows are cut into pieces: the cache group they lie in.
-    pub(super) pieces: Option<usize>,
+    /// Where the keys of decoding rows are cut into pieces: how.
+    pub(super) pieces: Option<Pieces>,
     /// Where prompts over the cache have a kernel of their own: how it cuts them.
     pub(super) paged: Option<Cut>,
     v_width: usize,
+}
+
+/// How the keys of decoding rows are cut into pieces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Pieces {
+    /// The cache group they lie in.
+    pub(super) group: usize,
+    pub(super) lines: Lines,
+    /// Whether a second kernel merges results, and reads which of a row's they are.
+    pub(super) listed: bool,
+}
+
+impl Pieces {
+    /// Blocks that keys are cut for.
+    pub(super) const fn blocks(&self, limits: &Limits) -> usize {
+        match self.listed {
+            true => limits.multiprocessors,
+            false => grouped::blocks(limits.multiprocessors),
+        }
+    }
 }
 
 /// Segments that a kernel of their own computes.
@@ -76,6 +98,8 @@ impl Prompts {
 impl Spec {
     pub(super) fn new(attention: &LocalAttention, layer: Layer, dtype: Dtype) -> Self {
         let Layer { group, kv: layer } = layer;
+        let pieces =
+            |serves: bool, lines, listed| serves.then_some(Pieces { group, lines, listed });
         let kernels = |select: &dyn Fn(bool) -> (Variant, usize)| [select(false), select(true)];
         match attention_of(attention) {
             Attention::Gqa(shape) => {
@@ -87,7 +111,11 @@ impl Spec {
                     heads: shape.heads,
                     kv_heads: shape.kv_heads,
                     kernels: kernels(&select),
-                    pieces: None,
+                    pieces: pieces(
+                        grouped::serves(&shape, layer, dtype),
+                        grouped::lines(&shape),
+                        false,
+                    ),
                     paged,
                     v_width: shape.head_dim,
                 }
@@ -96,11 +124,23 @@ impl Spec {
                 heads: shape.heads,
                 kv_heads: 1,
                 kernels: kernels(&|prompts| mla::cuda::select(&shape, layer, dtype, prompts)),
-                pieces: decode::serves(&shape, layer, dtype).then_some(group),
+                pieces: pieces(
+                    latent::serves(&shape, layer, dtype),
+                    latent::lines(shape.heads),
+                    true,
+                ),
                 paged: None,
                 v_width: shape.latent,
             },
         }
+    }
+
+    /// The cache as pieces of grouped-query attention read it; `None` where it has none.
+    pub(super) fn cache_map(&self, cache: &DeviceSlice) -> Result<Option<TensorMap>, CudaError> {
+        let (heads, kv_heads, head_dim) = (self.heads, self.kv_heads, self.v_width);
+        let shape = gqa::Gqa { heads, kv_heads, head_dim, scale: 1.0, window: None };
+        let cut = self.pieces.filter(|pieces| !pieces.listed);
+        cut.map(|_| grouped::cache_map(&shape, cache)).transpose()
     }
 
     /// Query heads of a KV head.
@@ -258,15 +298,15 @@ impl Sizes {
         self.tile * self.vocab * 4
     }
 
-    /// Bytes that say how the rows of a host's tile are drawn, and what is listed of each.
+    /// Bytes that say how the rows of a tile are drawn, what is listed of each, and which are given.
     pub(super) const fn draw_bytes(&self) -> usize {
-        self.tile * (size_of::<SampleRow>() + size_of::<u32>())
+        self.drawn_tile * (size_of::<SampleRow>() + 2 * size_of::<u32>())
     }
 
     /// Bytes of such a tile's tokens, as many faults, and log-probabilities.
     pub(super) const fn drawn_bytes(&self) -> usize {
         let described = (1 + MAX_LOGPROBS as usize) * size_of::<TokenLogprob>();
-        self.tile * (2 * size_of::<u32>() + described)
+        self.drawn_tile * (2 * size_of::<u32>() + described)
     }
 
     /// Bytes of the router's scores.
@@ -284,7 +324,8 @@ impl Sizes {
         let mut most = (0, 0);
         for bucket in limits.buckets() {
             for (spec, prompts) in self.specs.iter().flat_map(|s| [(s, false), (s, true)]) {
-                if spec.pieces.is_some() && !prompts {
+                // Nothing is left to tiles.
+                if spec.pieces.is_some() && (!prompts || spec.paged.is_some()) {
                     continue;
                 }
                 let splits = spec.splits(limits, bucket, prompts);
@@ -304,14 +345,24 @@ impl Sizes {
         Some((mla, expand::Room::new(mla, rows, slots.min(rows), context)))
     }
 
-    /// Slots of partial results of pieces, at most; none where no rows are cut so.
-    pub(super) fn piece_slots(&self, limits: &Limits) -> Option<usize> {
-        let cut = self.specs.iter().filter(|spec| spec.pieces.is_some());
-        let slots = |spec: &Spec| {
+    /// Slots of partial results of latent attention's pieces, at most; none where no rows are cut so.
+    pub(super) fn latent_slots(&self, limits: &Limits) -> Option<usize> {
+        self.slots(limits, true).map(|(slots, _)| slots)
+    }
+
+    /// The same of grouped-query attention, and the width of values.
+    pub(super) fn grouped_slots(&self, limits: &Limits) -> Option<(usize, usize)> {
+        self.slots(limits, false)
+    }
+
+    fn slots(&self, limits: &Limits, listed: bool) -> Option<(usize, usize)> {
+        let of = |spec: &Spec| {
+            let pieces = spec.pieces.filter(|pieces| pieces.listed == listed)?;
             let rows = spec.decodes(limits, limits.rows);
-            decode::Cut::most(rows, spec.heads, limits.multiprocessors).1
+            Some((cut::Cut::most(rows, pieces.lines, pieces.blocks(limits)).1, spec.v_width))
         };
-        cut.map(slots).max()
+        let all = self.specs.iter().filter_map(of);
+        all.reduce(|(slots, width), other| (slots.max(other.0), width.max(other.1)))
     }
 
     /// Bytes that steps within the limits take, inputs, scratch and logits included.
@@ -323,7 +374,11 @@ impl Sizes {
             .saturating_add(
                 self.expanded(limits).map_or(0, |(mla, room)| expand::Scratch::bytes(mla, room)),
             )
-            .saturating_add(self.piece_slots(limits).map_or(0, decode::Partials::bytes));
+            .saturating_add(self.latent_slots(limits).map_or(0, latent::Partials::bytes))
+            .saturating_add(
+                self.grouped_slots(limits)
+                    .map_or(0, |(slots, width)| grouped::Partials::bytes(slots, width)),
+            );
         let experts = self.experts.map_or(0, |e| {
             let ExpertShape { top_k, held, hidden, intermediate } = e;
             moe::cuda::Scratch::bytes(self.dtype, limits.rows, top_k, held, hidden, intermediate)
@@ -354,6 +409,30 @@ fn expandable(lowered: &Lowered, at: usize, dtype: Dtype) -> bool {
     let block = (at + 1).checked_sub(Found::LENGTH).map(|first| &lowered.body[first..=at]);
     expand::serves(&mla, dtype)
         && block.is_some_and(|ops| fuse::find(lowered, ops, dtype).is_some())
+}
+
+/// Of every attention of a program in order, the kernel that steps run on a CUDA device which only decode:
+/// its name where keys are cut into pieces, `tiles` elsewhere.
+#[must_use]
+pub fn cuda_attention(lowered: &Lowered, kv_dtype: crate::KvDtype) -> Vec<&'static str> {
+    let dtype = super::dtype_of(kv_dtype);
+    let body = &lowered.body;
+    let name = |(at, op): (usize, &Op)| {
+        let Op::Attention { attention, slot, .. } = op else { return None };
+        let cut = Spec::new(attention, Layer::of(lowered, *slot), dtype).pieces.is_some();
+        Some(match attention_of(attention) {
+            Attention::Gqa(shape) if cut => {
+                let ends = |from: &usize| {
+                    fuse::find_grouped(lowered, &body[*from..], dtype)
+                        .is_some_and(|length| from + length == at + 1)
+                };
+                grouped::name(&shape, (0..at).any(|from| ends(&from)))
+            }
+            Attention::Mla(_) if cut => latent::DECODE,
+            _ => "tiles",
+        })
+    };
+    body.iter().enumerate().filter_map(name).collect()
 }
 
 /// What a program takes of a device's memory, beside the cache.

@@ -93,7 +93,7 @@ impl Executor for Memory {
         Ok(Collected { tokens: &self.collected, faults: &self.faults, time })
     }
 
-    fn tile(&self) -> usize {
+    fn tile(&self, _: &[Option<RowDraw>]) -> usize {
         2
     }
 }

@@ -51,10 +51,11 @@ pub fn are_production(names: &Names, model: &Model, what: &str) {
         ModelConfig::DeepSeek(_) => {
             ["mla_prepare", "mla_decode", "mla_values", "mla_prompt"].into_iter().for_each(has);
         }
-        _ => {
+        ModelConfig::Qwen3(qwen) if qwen.windows.iter().any(Option::is_some) => {
             let attention = begin(names, &["gqa_", "attention_mma"]);
             assert!(!attention.is_empty(), "{what}: no attention among {names:?}");
         }
+        _ => has("gqa_decode_fused_"),
     }
     if matches!(config, ModelConfig::DeepSeek(_) | ModelConfig::Qwen3Moe(_)) {
         has("moe_stream_");

@@ -126,8 +126,11 @@ pub fn native() -> Vec<(&'static str, Value)> {
         "num_hidden_layers": 2});
     let gqa = json!({"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 128,
         "num_hidden_layers": 2});
+    let narrow = json!({"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64,
+        "num_hidden_layers": 2});
     vec![
         ("qwen3, native", over(base("qwen3"), gqa)),
+        ("llama, native", over(base("llama"), narrow)),
         ("deepseek_v2, native", over(base("deepseek_v2"), mla.clone())),
         ("deepseek_v3, native", over(base("deepseek_v3"), mla)),
     ]
@@ -170,6 +173,11 @@ impl Model {
         let weights = Weights::random(&random, &specs, 1, &Silent).expect("random weights");
         let weights = Box::leak(Box::new(weights));
         Self { config, weights, random, specs, program, lowered }
+    }
+
+    /// Of every attention in steps on a CUDA device which only decode.
+    pub fn attention_kernels(&self, kv_dtype: KvDtype) -> Vec<&'static str> {
+        engine::cuda_attention(&self.lowered, kv_dtype)
     }
 
     pub fn session(&self, options: Setup) -> Session {

@@ -4,10 +4,12 @@
 // the copy engine, 128 keys at a time, two steps ahead; each computing warpgroup has 64 lines, whose
 // scores, weights and sums stay in registers. The scores of a step are multiplied while the sums of the
 // step before are, and its softmax is taken while the other warpgroup multiplies. Blocks stay and take
-// tiles one by one, so that the long ones may come first; the last one to ask resets the ticket.
+// tiles one by one, so that the long ones may come first; the last one to ask resets the ticket. Where
+// there are fewer tiles than blocks, several share the keys of one, and the last to be done merges.
 #pragma once
 
 #include "cuda/wgmma_register.cuh"
+
 
 namespace prompt {
 
@@ -36,7 +38,9 @@ struct Params {
     const Tile* tiles;
     const uint32_t* tile_count;
     const uint64_t* tables;  // element offsets of blocks
-    uint32_t* ticket;        // zero between launches
+    uint32_t* ticket;        // zero between launches; as are `arrived`
+    uint32_t* arrived;       // by tile and head, and warpgroup: parts that are done
+    float* partial;          // by part of a launch, and warpgroup: what its threads hold
     uint64_t arena_elements, layer_offset, block_elements;
     uint32_t heads, kv_heads, group;
     uint32_t key_lines;    // from one KV head to the next
@@ -78,9 +82,19 @@ __device__ __forceinline__ float exp2_of(float x) {
 struct Work {
     Segment segment;
     uint32_t line, head;
+    uint32_t first;  // step of keys
     uint32_t steps;  // of keys; none: the end
     uint32_t valid;  // keys of the last step that exist
+    uint32_t parts;  // that share the keys
+    uint32_t most;   // places of a tile's parts
+    uint32_t slot;   // this part's
 };
+
+// Parts of a tile at most where tiles are few, so that all blocks have some: by the steps of the longest.
+constexpr uint32_t kMostParts = 8, kLeastSteps = 6;
+__device__ __forceinline__ uint32_t parts_of(uint32_t tiles, uint32_t longest) {
+    return max(1u, min(min(gridDim.x / tiles, kMostParts), longest / kLeastSteps));
+}
 
 template <int kQk_, int kV_, int kGroups_, bool kPaged_> struct Shape {
     static constexpr int kQk = kQk_, kV = kV_, kGroups = kGroups_, kLines = 64 * kGroups, kThreads = 128 * (kGroups + 1);
@@ -93,6 +107,7 @@ template <class S> struct Shared {
     bf16 keys[2][S::kQkColumns][kKeys][64];
     bf16 values[2][S::kVColumns][kKeys][64];
     Work work;
+    uint32_t done[4];
     uint64_t q_full, q_empty, k_full[2], k_empty[2], v_full[2], v_empty[2];
 };
 
@@ -100,9 +115,9 @@ template <class S> struct Shared {
 struct Blocks {
     uint64_t entry = 0;
     int at[2] = {};
-    __device__ __forceinline__ void seek(const Params& p, const Segment& s, uint32_t step) {
-        if (step % 16 == 0) {
-            const uint32_t block = step * 2 + threadIdx.x % 32;
+    __device__ __forceinline__ void seek(const Params& p, const Segment& s, uint32_t step, bool anew) {
+        if (anew || step % 16 == 0) {
+            const uint32_t block = step / 16 * 32 + threadIdx.x % 32;
             entry = block * kBlock < s.context ? p.tables[s.table + block] : 0;
             // Dead entries read the arena's beginning instead of foreign memory.
             if (entry > p.arena_elements || p.layer_offset + p.block_elements > p.arena_elements - entry) entry = 0;
@@ -115,59 +130,72 @@ struct Blocks {
 // A warp; its first thread starts the copies.
 template <class S> __device__ __forceinline__ void produce(const Params& p, Shared<S>& s) {
     const bool first = threadIdx.x % 32 == 0;
-    const uint32_t total = *p.tile_count * p.kv_heads, rows = S::kLines / p.group;
+    const uint32_t tiles = *p.tile_count * p.kv_heads, rows = S::kLines / p.group;
+    auto steps_of = [&](const Tile& tile, const Segment& seg) {
+        const uint32_t seen = seg.context - seg.len + min(tile.line / p.group + rows, seg.len);
+        return (seen + kKeys - 1) / kKeys;
+    };
+    // The first tile is the longest.
+    const bool few = tiles > 0 && tiles * 2 <= gridDim.x;
+    const uint32_t most = few ? parts_of(tiles, steps_of(p.tiles[0], p.segments[p.tiles[0].segment])) : 1, total = tiles * most;
     const uint32_t q_full = shared_address(&s.q_full), q_empty = shared_address(&s.q_empty);
     uint32_t steps_before = 0, turn = 0;
-    for (uint32_t ticket = blockIdx.x; ticket < total; turn++) {
-        const Tile tile = p.tiles[ticket / p.kv_heads];
+    for (uint32_t ticket = blockIdx.x; ticket < total;) {
+        const uint32_t item = ticket / most, part = ticket % most;
+        const Tile tile = p.tiles[item / p.kv_heads];
         const Segment seg = p.segments[tile.segment];
-        const uint32_t head = ticket % p.kv_heads, row = tile.line / p.group;
-        const uint32_t seen = seg.context - seg.len + min(row + rows, seg.len), steps = (seen + kKeys - 1) / kKeys;
+        const uint32_t head = item % p.kv_heads, row = tile.line / p.group;
+        const uint32_t all = steps_of(tile, seg), share = (all + most - 1) / most, parts = (all + share - 1) / share;
         uint32_t next = 0;
         if (first) next = gridDim.x + atomicAdd(p.ticket, 1);
-        barrier_wait(q_empty, (turn & 1) ^ 1);
-        if (first) {
-            s.work = {seg, tile.line, head, steps, min(uint32_t(kKeys), seg.context - (steps - 1) * kKeys)};
-            barrier_expect(q_full, rows * p.group * S::kQk * 2);
+        const uint32_t begin = part * share, steps = part < parts ? min(share, all - begin) : 0;
+        if (steps > 0) {
+            barrier_wait(q_empty, (turn & 1) ^ 1);
+            if (first) {
+                const uint32_t valid = min(uint32_t(kKeys), seg.context - (begin + steps - 1) * kKeys);
+                s.work = {seg, tile.line, head, begin, steps, valid, parts, most, ticket};
+                barrier_expect(q_full, rows * p.group * S::kQk * 2);
 #pragma unroll
-            for (int c = 0; c < S::kQkColumns; c++) load_queries(shared_address(&s.q[c][0][0]), p.q, head * p.group, seg.start + row, c, q_full);
-        }
-        const uint32_t key_line = head * p.key_lines, value_line = key_line + p.value_line;
-        // `kColumns_` lines from `line` on of the keys of a step.
-        auto load = [&](bf16* to, uint32_t bar, int columns, uint32_t step, const int (&at)[2], uint32_t line, bool ends_shared) {
-            if constexpr (S::kPaged) {
-                const uint32_t blocks = min(2u, (seg.context - step * kKeys + kBlock - 1) / kBlock);
-                barrier_expect(bar, blocks * columns * kBlock * 128);
-                for (uint32_t b = 0; b < blocks; b++) {
-                    const int from = (b == 0 ? at[0] : at[1]) + line;
-                    for (int c = 0; c < columns; c++) load_box(shared_address(to) + c * kColumns + b * kBlock * 128, p.keys, 0, from + c, bar);
+                for (int c = 0; c < S::kQkColumns; c++) load_queries(shared_address(&s.q[c][0][0]), p.q, head * p.group, seg.start + row, c, q_full);
+            }
+            const uint32_t key_line = head * p.key_lines, value_line = key_line + p.value_line;
+            // `kColumns_` lines from `line` on of the keys of a step.
+            auto load = [&](bf16* to, uint32_t bar, int columns, uint32_t step, const int (&at)[2], uint32_t line, bool ends_shared) {
+                if constexpr (S::kPaged) {
+                    const uint32_t blocks = min(2u, (seg.context - step * kKeys + kBlock - 1) / kBlock);
+                    barrier_expect(bar, blocks * columns * kBlock * 128);
+                    for (uint32_t b = 0; b < blocks; b++) {
+                        const int from = (b == 0 ? at[0] : at[1]) + line;
+                        for (int c = 0; c < columns; c++) load_box(shared_address(to) + c * kColumns + b * kBlock * 128, p.keys, 0, from + c, bar);
+                    }
+                } else {
+                    const int from = seg.table + step * kKeys;
+                    barrier_expect(bar, columns * kColumns);
+                    for (int c = 0; c < columns; c++) {
+                        const bool shared = ends_shared && c == columns - 1;
+                        load_box(shared_address(to) + c * kColumns, shared ? p.shared : p.keys, from, shared ? p.shared_line : line + c, bar);
+                    }
                 }
-            } else {
-                const int from = seg.table + step * kKeys;
-                barrier_expect(bar, columns * kColumns);
-                for (int c = 0; c < columns; c++) {
-                    const bool shared = ends_shared && c == columns - 1;
-                    load_box(shared_address(to) + c * kColumns, shared ? p.shared : p.keys, from, shared ? p.shared_line : line + c, bar);
+            };
+            Blocks here, before;
+            // Keys of a step, then values of the step before: as stages become free.
+            for (uint32_t step = 0; step <= steps; step++) {
+                before = here;
+                if (step < steps) {
+                    if constexpr (S::kPaged) here.seek(p, seg, begin + step, step == 0);
+                    const uint32_t at = steps_before + step, stage = at & 1;
+                    barrier_wait(shared_address(&s.k_empty[stage]), ((at >> 1) & 1) ^ 1);
+                    if (first) load(&s.keys[stage][0][0][0], shared_address(&s.k_full[stage]), S::kQkColumns, begin + step, here.at, key_line, S::kQk > S::kV);
+                }
+                if (step > 0) {
+                    const uint32_t at = steps_before + step - 1, stage = at & 1;
+                    barrier_wait(shared_address(&s.v_empty[stage]), ((at >> 1) & 1) ^ 1);
+                    if (first) load(&s.values[stage][0][0][0], shared_address(&s.v_full[stage]), S::kVColumns, begin + step - 1, before.at, value_line, false);
                 }
             }
-        };
-        Blocks here, before;
-        // Keys of a step, then values of the step before: as stages become free.
-        for (uint32_t step = 0; step <= steps; step++) {
-            before = here;
-            if (step < steps) {
-                if constexpr (S::kPaged) here.seek(p, seg, step);
-                const uint32_t at = steps_before + step, stage = at & 1;
-                barrier_wait(shared_address(&s.k_empty[stage]), ((at >> 1) & 1) ^ 1);
-                if (first) load(&s.keys[stage][0][0][0], shared_address(&s.k_full[stage]), S::kQkColumns, step, here.at, key_line, S::kQk > S::kV);
-            }
-            if (step > 0) {
-                const uint32_t at = steps_before + step - 1, stage = at & 1;
-                barrier_wait(shared_address(&s.v_empty[stage]), ((at >> 1) & 1) ^ 1);
-                if (first) load(&s.values[stage][0][0][0], shared_address(&s.v_full[stage]), S::kVColumns, step - 1, before.at, value_line, false);
-            }
+            steps_before += steps;
+            turn++;
         }
-        steps_before += steps;
         // As many ask in vain as have asked at all, so this one is the last.
         if (first && next == gridDim.x + total - 1) *p.ticket = 0;
         ticket = __shfl_sync(0xffffffff, next, 0);
@@ -186,6 +214,51 @@ __device__ __forceinline__ uint4 turned(uint32_t v0, uint32_t v1, uint32_t v2, u
     const uint32_t a0 = odd ? x : v0, a1 = odd ? v1 : x, b0 = odd ? y : v2, b1 = odd ? v3 : y;
     const uint32_t r0 = __shfl_xor_sync(0xffffffff, high ? a0 : b0, 2), r1 = __shfl_xor_sync(0xffffffff, high ? a1 : b1, 2);
     return high ? make_uint4(r0, r1, b0, b1) : make_uint4(a0, a1, r0, r1);
+}
+
+// Leaves a part's results to the warpgroup that is done last with the lines, which takes those of all
+// parts in their order; whether this is it. Threads read what the same ones of other blocks wrote.
+template <class S> __device__ __forceinline__ bool merge(const Params& p, Shared<S>& s, const Work& w, int group, float (&sums)[S::kV / 2], float (&top)[2], float (&mass)[2]) {
+    constexpr uint32_t kHeld = S::kV / 2 + 4;
+    const uint32_t thread = threadIdx.x % 128;
+    auto at = [&](uint32_t slot) { return p.partial + (uint64_t(slot) * S::kGroups + group) * kHeld * 128 + thread; };
+    float* mine = at(w.slot);
+#pragma unroll
+    for (int i = 0; i < S::kV / 2; i++) __stcg(mine + i * 128, sums[i]);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        __stcg(mine + (S::kV / 2 + h) * 128, top[h]);
+        __stcg(mine + (S::kV / 2 + 2 + h) * 128, mass[h]);
+    }
+    __threadfence();
+    asm volatile("bar.sync %0, 128;\n" ::"r"(1 + group) : "memory");
+    uint32_t* arrived = p.arrived + w.slot / w.most * S::kGroups + group;
+    if (thread == 0) s.done[group] = atomicAdd(arrived, 1) + 1;
+    asm volatile("bar.sync %0, 128;\n" ::"r"(1 + group) : "memory");
+    if (s.done[group] != w.parts) return false;
+    __threadfence();
+    if (thread == 0) *arrived = 0;
+    const uint32_t first = w.slot / w.most * w.most;
+    float high[2] = {-INFINITY, -INFINITY};
+    for (uint32_t i = 0; i < w.parts; i++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) high[h] = fmaxf(high[h], __ldcg(at(first + i) + (S::kV / 2 + h) * 128));
+    }
+#pragma unroll
+    for (int i = 0; i < S::kV / 2; i++) sums[i] = 0.0f;
+    mass[0] = mass[1] = 0.0f;
+    for (uint32_t part = 0; part < w.parts; part++) {
+        const float* from = at(first + part);
+        float by[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            by[h] = exp2_of((__ldcg(from + (S::kV / 2 + h) * 128) - high[h]) * p.scale);
+            mass[h] += by[h] * __ldcg(from + (S::kV / 2 + 2 + h) * 128);
+        }
+#pragma unroll
+        for (int i = 0; i < S::kV / 2; i++) sums[i] += by[i / 2 % 2] * __ldcg(from + i * 128);
+    }
+    return true;
 }
 
 // A warpgroup and its lines of every tile.
@@ -239,7 +312,7 @@ template <class S> __device__ __forceinline__ void consume(const Params& p, Shar
         float top[2] = {-INFINITY, -INFINITY}, mass[2] = {}, shrink[2];
         // Scores of a step become weights.
         auto weigh = [&](uint32_t step) {
-            const uint32_t first = step * kKeys;
+            const uint32_t first = (w.first + step) * kKeys;
             if (first + kKeys - 1 > lowest) {
 #pragma unroll
                 for (int i = 0; i < kKeys / 2; i++) {
@@ -253,7 +326,8 @@ template <class S> __device__ __forceinline__ void consume(const Params& p, Shar
                 for (int j = 0; j < kKeys / 8; j++) high = fmaxf(high, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
                 high = fmaxf(high, __shfl_xor_sync(0xffffffff, high, 1));
                 high = fmaxf(high, __shfl_xor_sync(0xffffffff, high, 2));
-                const float floor = high * p.scale;
+                // A row that sees no key of this part has none.
+                const float floor = high == -INFINITY ? 0.0f : high * p.scale;
                 shrink[h] = exp2_of(top[h] * p.scale - floor);
                 top[h] = high;
                 float sum = 0.0f;
@@ -316,6 +390,7 @@ template <class S> __device__ __forceinline__ void consume(const Params& p, Shar
         products_wait<0>();
         release(s.v_empty[stage]);
         steps_before += w.steps;
+        if (w.parts > 1 && !merge(p, s, w, group, sums, top, mass)) continue;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float all = mass[h];
@@ -358,10 +433,10 @@ template <class S> __device__ __forceinline__ void attend(const Params& p) {
     wait_for_previous();
     allow_next();
     if (threadIdx.x < 128) {
-        fewer_registers<S::kGroups == 2 ? 24 : 32>();
+        fewer_registers<S::kGroups == 2 ? 40 : 32>();
         if (threadIdx.x < 32) produce(p, s);
     } else {
-        more_registers<S::kGroups == 2 ? 240 : 160>();
+        more_registers<S::kGroups == 2 ? 232 : 160>();
         consume(p, s);
     }
 }

@@ -2,8 +2,8 @@
 //! own, in one kernel of warpgroups (`prompt.cuh`).
 //!
 //! Keys lie in the cache, or row after row in memory of the step. Heads are 128 or 64 wide, or 192 with
-//! values of 128; bf16; no windows. Tiles are handed out one by one, the longest first. Other rows of
-//! `out` are left alone. Invariant: what one segment's keys hold reaches no other segment.
+//! values of 128; bf16; no windows. Tiles are handed out one by one, the longest first; where they are few,
+//! blocks share the keys of each. Other rows of `out` are left alone. Invariant: what one segment's keys hold reaches no other segment.
 
 #[cfg(test)]
 mod tests;
@@ -91,21 +91,41 @@ impl Cut {
     }
 }
 
-/// Where blocks find the next tile; zero between launches, which run one after the other.
+/// What blocks of a launch share; launches run one after the other.
 #[derive(Debug)]
-pub(crate) struct Ticket(DeviceSlice);
+pub(crate) struct Shared {
+    /// A u32: the next tile. One for each warpgroup of every part of a tile: how many are done. Zero
+    /// between launches.
+    counts: DeviceSlice,
+    /// What the threads of a part hold.
+    partial: DeviceSlice,
+}
 
-impl Ticket {
-    /// One u32.
-    pub(crate) const BYTES: usize = 4;
+impl Shared {
+    /// Of a block that computes, at most: its two warpgroups of lines of 128 values, or three of 64.
+    const PARTIAL: usize = 2 * 128 * (128 / 2 + 4) * 4;
+    const MOST_WARPGROUPS: usize = 3;
 
-    /// At zero.
+    /// Bytes of device memory.
+    pub(crate) const fn bytes(multiprocessors: usize) -> usize {
+        Self::count_bytes(multiprocessors) + multiprocessors * Self::PARTIAL
+    }
+
+    const fn count_bytes(multiprocessors: usize) -> usize {
+        4 * (1 + multiprocessors * Self::MOST_WARPGROUPS)
+    }
+
+    /// With counts of zero.
     pub(crate) fn new(context: &Context) -> Result<Self, CudaError> {
-        let ticket = DeviceMemory::allocate(context, "tickets of tiles", Self::BYTES)?;
+        let blocks = context.facts().multiprocessors as usize;
+        let bytes = Self::count_bytes(blocks);
+        let counts = DeviceMemory::allocate(context, "counts of tiles", bytes)?;
+        let bytes = blocks * Self::PARTIAL;
+        let partial = DeviceMemory::allocate(context, "parts of prompt attention", bytes)?;
         let stream = Stream::new(context)?;
-        stream.fill(&ticket, 0)?;
+        stream.fill(&counts, 0)?;
         stream.synchronize()?;
-        Ok(Self(ticket))
+        Ok(Self { counts, partial })
     }
 }
 
@@ -161,6 +181,8 @@ struct Params {
     tile_count: u64,
     tables: u64,
     ticket: u64,
+    arrived: u64,
+    partial: u64,
     arena_elements: u64,
     layer_offset: u64,
     block_elements: u64,
@@ -206,6 +228,7 @@ pub(crate) fn attention(
     let dims = [line, of_here, rows as u64, of_qk / line];
     let strides = [1, of_qk, of_heads * of_qk, line];
     let q = TensorMap::bf16_strided(q, dims, strides, boxes, Swizzle::Bytes128)?;
+    let of_blocks = on.prompts();
     let params = Params {
         q,
         keys: q,
@@ -215,7 +238,9 @@ pub(crate) fn attention(
         tiles: plan.tiles.address(),
         tile_count: plan.tile_count.address(),
         tables: 0,
-        ticket: on.ticket().0.address(),
+        ticket: of_blocks.counts.address(),
+        arrived: of_blocks.counts.address() + 4,
+        partial: of_blocks.partial.address(),
         arena_elements: 0,
         layer_offset: 0,
         block_elements: 0,
@@ -277,7 +302,8 @@ pub(crate) fn attention(
             }
         }
     };
-    let blocks = (plan.max_tiles * kv_heads).min(on.multiprocessors());
+    // Where tiles are few, blocks share them.
+    let blocks = on.multiprocessors();
     Launch::new(on.kernel(kernel)?, [dim(OP, blocks)?, 1, 1], cut.threads())
         .shared(cut.shared(qk, v))
         .dependent()

@@ -18,7 +18,7 @@ fn run(
     variant: Variant,
     splits: usize,
 ) -> Vec<f32> {
-    let core = core(shape, cache.dtype);
+    let core = shape_of(shape, cache.dtype);
     let sent = cache.send(device, core.group, core.tile_lines(variant));
     let q = device.send_as(q, cache.dtype);
     let out = device.poisoned(q.bytes());
@@ -30,7 +30,8 @@ fn run(
     let partials = partials.expect("an arena of that size");
     let rows = Rows::exactly(cache.rows());
     let plan = sent.plan(variant, splits);
-    attention(device.queue(), rows, &q, shape, cache.layer, sent.arena(), &plan, &partials, &out)
+    let core = Core::Tiles(&plan, &partials);
+    attention(device.queue(), rows, &q, shape, cache.layer, sent.arena(), core, &out)
         .expect("a launch");
     device.fetch_as(&out, cache.dtype)
 }

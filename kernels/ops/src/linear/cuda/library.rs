@@ -4,13 +4,17 @@
 //! compute everything, and [`Gpu::library`](crate::cuda::Gpu::library) says so. Products with a bias,
 //! several side by side, and those of rows of which only some are real (the library computes all) stay
 //! with the kernels here. A shape is planned when it is first asked for, which is when graphs are
-//! captured. Invariant: which of the two computes a product depends on its shape alone.
+//! captured; large ones by timing what the library proposes, so that the order of sums, and with it last
+//! bits, may differ between two starts of the program. Invariant: which of the two computes a product depends on its shape alone.
 
 use super::{Linear, Then, WIDE};
 use crate::cuda::{Dtype, Queue, Rows, shape};
-use device::cuda::{Blas, BlasPlan, Context, CudaError, DeviceMemory, DeviceSlice, Lane, Product};
+use device::cuda::{
+    Blas, BlasPlan, Context, CudaError, DeviceMemory, DeviceSlice, Lane, Product, Stream,
+};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 
 /// The library, memory for it, and what it planned.
 #[derive(Debug)]
@@ -18,6 +22,8 @@ pub struct Library {
     blas: Blas,
     /// One for each lane of streams.
     workspaces: [DeviceSlice; Lane::COUNT],
+    /// Where plans are timed.
+    timing: Stream,
     /// `None` where the library has no way.
     plans: Mutex<BTreeMap<Product, Option<Arc<BlasPlan>>>>,
 }
@@ -26,12 +32,14 @@ impl Library {
     /// Bytes that products of one lane may use beside their operands.
     pub(crate) const WORKSPACE: usize = 32 << 20;
 
-    /// Opens it.
-    pub(crate) fn open(context: &Context) -> Result<Self, CudaError> {
+    /// Opens it on a context that is current.
+    fn open(context: &Context) -> Result<Self, CudaError> {
         let blas = Blas::open(context)?;
         let what = "the library's workspace";
         let workspace = || DeviceMemory::allocate(context, what, Self::WORKSPACE);
-        Ok(Self { blas, workspaces: [workspace()?, workspace()?], plans: Mutex::default() })
+        let workspaces = [workspace()?, workspace()?];
+        let timing = Stream::new(context)?;
+        Ok(Self { blas, workspaces, timing, plans: Mutex::default() })
     }
 
     /// Major and minor version.
@@ -47,17 +55,77 @@ impl Library {
         plans.values().flatten().count()
     }
 
-    fn plan(&self, product: Product) -> Result<Option<Arc<BlasPlan>>, CudaError> {
+    fn workspace(&self, on: Queue<'_>) -> &DeviceSlice {
+        &self.workspaces[on.stream.lane() as usize]
+    }
+
+    fn plan(
+        &self,
+        on: Queue<'_>,
+        rows: Rows<'_>,
+        operands: &Linear<'_>,
+    ) -> Result<Option<Arc<BlasPlan>>, CudaError> {
+        let Linear { x, x_stride, w, out, out_stride, inputs, outputs, .. } = *operands;
+        let exact = out.dtype == Dtype::F32;
+        let product = Product { rows: rows.padded, outputs, inputs, x_stride, out_stride, exact };
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = plans.get(&product) {
             return Ok(plan.clone());
         }
-        let plan = self.blas.plan(product, Self::WORKSPACE)?.map(Arc::new);
+        let mut plan = self.blas.plan(product, Self::WORKSPACE)?;
+        if let Some(plan) = plan.as_mut().filter(|_| product.operations() >= TIMED) {
+            if !on.stream.is_capturing()? {
+                on.stream.synchronize()?;
+            }
+            let memory = [w, x.slice, out.slice, self.workspace(on)];
+            self.timing.beside_capture(|stream| self.blas.choose(plan, stream, memory))?;
+        }
+        let plan = plan.map(Arc::new);
         plans.insert(product, plan.clone());
         Ok(plan)
     }
 }
 
+/// The library while it is being opened: it is large, and weights can be loaded meanwhile.
+#[derive(Debug)]
+pub(crate) struct Opening {
+    thread: Mutex<Option<JoinHandle<Result<Library, CudaError>>>>,
+    opened: OnceLock<Result<Library, CudaError>>,
+}
+
+impl Opening {
+    /// Begins.
+    pub(crate) fn begin(context: &Context) -> Self {
+        let context = context.clone();
+        let open = move || {
+            context.enter()?;
+            Library::open(&context)
+        };
+        Self { thread: Mutex::new(Some(std::thread::spawn(open))), opened: OnceLock::new() }
+    }
+
+    /// There shall be none.
+    pub(crate) fn without() -> Self {
+        let reason = "is not wanted".to_owned();
+        let none = Err(CudaError::NoLibrary { library: "libcublasLt", reason });
+        Self { thread: Mutex::new(None), opened: OnceLock::from(none) }
+    }
+
+    /// Waits for it the first time.
+    pub(crate) fn end(&self) -> Result<&Library, &CudaError> {
+        let join = || {
+            let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let outcome = thread.and_then(|thread| thread.join().ok());
+            let reason = "could not be opened".to_owned();
+            let lost = CudaError::NoLibrary { library: "libcublasLt", reason };
+            outcome.unwrap_or(Err(lost))
+        };
+        self.opened.get_or_init(join).as_ref()
+    }
+}
+
+/// Operations of a product from which on its plan's ways are timed: a launch takes less time then.
+const TIMED: usize = 16 << 30;
 /// Rows above which the library was measured to be faster, and above which it was for products of the
 /// shape that [`faster`] describes.
 pub(super) const ROWS: usize = 64;
@@ -101,16 +169,10 @@ pub(super) fn plan(
     let Linear { inputs, outputs, .. } = *operands;
     match on.gpu.library() {
         Ok(library) if faster(rows.padded, outputs, inputs) && takes(operands) => {
-            library.plan(product(rows, operands))
+            library.plan(on, rows, operands)
         }
         _ => Ok(None),
     }
-}
-
-fn product(rows: Rows<'_>, operands: &Linear<'_>) -> Product {
-    let Linear { x_stride, out, out_stride, inputs, outputs, .. } = *operands;
-    let exact = out.dtype == Dtype::F32;
-    Product { rows: rows.padded, outputs, inputs, x_stride, out_stride, exact }
 }
 
 /// The product as planned, or as it is planned now; lengths are checked against the plan.
@@ -122,11 +184,10 @@ pub(super) fn launch(
 ) -> Result<(), CudaError> {
     let library = on.gpu.library().map_err(Clone::clone)?;
     let plan = match plan {
-        None if takes(operands) => library.plan(product(rows, operands))?,
+        None if takes(operands) => library.plan(on, rows, operands)?,
         plan => plan,
     };
     let plan = plan.ok_or_else(|| shape("linear", format!("{operands:?} by the library")))?;
-    let workspace = &library.workspaces[on.stream.lane() as usize];
     let Linear { x, w, out, .. } = *operands;
-    library.blas.run(&plan, on.stream, [w, x.slice, out.slice, workspace])
+    library.blas.run(&plan, on.stream, [w, x.slice, out.slice, library.workspace(on)])
 }

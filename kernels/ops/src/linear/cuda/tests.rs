@@ -301,3 +301,36 @@ fn the_library_serves_what_was_measured_and_few_numbers_of_rows() {
     let own = [(576, 2048), (4096, 12288), (24576, 4096), (102_400, 2048)];
     assert!(own.iter().all(|(n, k)| !library::faster(64, *n, *k)));
 }
+
+#[test]
+fn a_large_product_is_timed_while_a_graph_is_captured() {
+    let Some(device) = device() else { return };
+    if !with_library(&device) {
+        return;
+    }
+    let (rows, inputs, outputs) = (1536, 2048, 4096);
+    let numbers = |seed| Random::new(seed).vector(8 * inputs);
+    // Few distinct rows and weights, so that the reference is small.
+    let (few_x, few_w) = (rounded(&numbers(1), Dtype::Bf16), rounded(&numbers(2), Dtype::Bf16));
+    let repeat = |few: &[f32], lines: usize| {
+        few.iter().copied().cycle().take(lines * inputs).collect::<Vec<_>>()
+    };
+    let x = device.send_as(&repeat(&few_x, rows), Dtype::Bf16);
+    let w = device.send_as(&repeat(&few_w, outputs), Dtype::Bf16);
+    let out = device.poisoned(rows * outputs * 2);
+    let (x, to) = (Tensor::new(&x, Dtype::Bf16), Tensor::new(&out, Dtype::Bf16));
+    let operands = Linear::plain(x, &w, to, inputs, outputs);
+    let graph = device.stream.capture(|_| linear(device.queue(), Rows::exactly(rows), &operands));
+    let graph = graph.expect("a capture");
+    // The library may clear counters in front of its kernel; timing would be some fifteen products.
+    assert!(graph.nodes().expect("a graph") <= 2, "timing is not captured");
+    device.stream.fill(&out, 0xFF).expect("a fill");
+    graph.launch(&device.stream).expect("a launch");
+    let matrix = Matrix::new(WeightSlice::F32(&few_w), 8, inputs);
+    let expected = reference::linear(&few_x, 8, &[matrix], &[&[0.0; 8]]);
+    let got = device.fetch_as(&out, Dtype::Bf16);
+    let some: Vec<f32> =
+        (0..64).map(|i| got[(8 * 100 + i / 8) * outputs + 8 * 50 + i % 8]).collect();
+    assert_near("a large product", &some, &expected, rounding(Dtype::Bf16));
+    assert!(got.iter().all(|x| x.is_finite()));
+}

@@ -4,13 +4,10 @@
 //! The cut is made by [`Cut`]. It serves the widths of DeepSeek's models (latent 512, rope 64) in bf16;
 //! others take the tiles of `flash`. Invariant: a piece reads no row of another sequence.
 
-mod cut;
-
-pub use cut::{Cut, Piece};
-
 use super::{Mla, OP};
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use crate::flash::cuda::Query;
+use crate::flash::cuda::cut::{Costs, Cut, Lines, Piece, UNIT};
 use crate::paged::KvLayer;
 use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters, Swizzle, TensorMap};
 
@@ -19,22 +16,21 @@ pub(super) const ROPE: usize = 64;
 pub(super) const WIDTH: usize = LATENT + ROPE;
 /// Heads of a piece.
 pub(super) const LINES: usize = 16;
-/// Keys of one copy; pieces begin on multiples.
-pub(super) const UNIT: u32 = 16;
 /// Elements of a line of the cache as the copy engine swizzles it; blocks begin on multiples.
 pub const LINE: usize = 64;
 const THREADS: u32 = 256;
 /// Bytes of the kernel's `Shared`.
-const SHARED: u32 = 169_032;
-/// A row's slot where its result is not partial.
-const WHOLE: u32 = u32::MAX;
+const SHARED: u32 = 169_056;
 const MERGE_THREADS: u32 = 256;
 /// Blocks of the second kernel on a multiprocessor.
 const MERGE_WAVES: usize = 8;
 /// Blocks of the second kernel to a line, at most.
 const MERGE_PARTS: usize = 8;
 
-pub(crate) const DECODE: &str = "mla_decode_16";
+const COSTS: Costs = Costs { piece: 2, partial: 2, merge: 5 };
+
+/// The kernel that works through pieces.
+pub const DECODE: &str = "mla_decode_16";
 const MERGE: &str = "mla_decode_merge";
 
 /// Whether this kernel serves the shape over a cache whose blocks begin on multiples of [`LINE`].
@@ -46,6 +42,12 @@ pub const fn serves(mla: &Mla, layer: KvLayer, dtype: Dtype) -> bool {
         && mla.rope == ROPE
         && layer.row == WIDTH
         && layer.offset.is_multiple_of(LINE)
+}
+
+/// How rows of so many heads are cut.
+#[must_use]
+pub const fn lines(heads: usize) -> Lines {
+    Lines { heads, group: heads, most: LINES, costs: COSTS }
 }
 
 /// Mirrors `Params`.
@@ -199,9 +201,9 @@ pub(super) fn pieces(
     if !serves(mla, layer, arena.dtype) {
         return Err(shape(OP, format!("{mla:?} over {layer:?} in pieces")));
     }
-    let (most, slots) = Cut::most(plan.decodes, mla.heads, plan.blocks);
+    let (most, slots) = Cut::most(plan.decodes, lines(mla.heads), plan.blocks);
     need(OP, "pieces", plan.pieces, &[most, Piece::WORDS], 4)?;
-    need(OP, "slots", plan.slots, &[Cut::slot_entries(rows.padded, mla.heads), 2], 4)?;
+    need(OP, "slots", plan.slots, &[Cut::slot_entries(rows.padded, lines(mla.heads)), 2], 4)?;
     need(OP, "partial sums", &partials.sums, &[slots, LINES, LATENT], 4)?;
     need(OP, "partial masses", &partials.masses, &[slots, LINES], 8)?;
     need(OP, "out", out, &[rows.padded, mla.heads, LATENT], 2)?;

@@ -1,13 +1,9 @@
 // Keys of latent attention as the copy engine brings them: boxes of 16, lines of 64 elements swizzled.
 #pragma once
 #include "cuda/async.cuh"
+#include "cuda/tensor_map.cuh"
 
 namespace mla {
-
-// A CUtensorMap, without the driver's header.
-struct alignas(128) TensorMap {
-    uint64_t opaque[16];
-};
 
 constexpr int kLatent = 512;
 constexpr int kRope = 64;

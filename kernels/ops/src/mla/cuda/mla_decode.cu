@@ -4,6 +4,7 @@
 // to 64, by the copy engine, two tiles ahead; queries stay in registers. A row in several pieces leaves
 // partial sums, which `mla_decode_merge` merges. The host cuts the pieces (decode.rs), so that blocks
 // have equal work whatever the contexts are.
+#include "flash/cuda/pieces.cuh"
 #include "mla/cuda/keys.cuh"
 #include "mla/cuda/merge.cuh"
 
@@ -21,21 +22,6 @@ constexpr int kSteps = kWidth / 16;
 // Steps whose queries stay in registers; with all of them no block of the kernel in front fits beside.
 constexpr int kHeld = 18;
 constexpr int kProbPitch = 72;
-
-// Keys of one row. Block b begins with piece b; the others of a block follow each other.
-struct Piece {
-    uint64_t at;       // element offset of the first cache block
-    uint32_t row;      // of the batch
-    uint32_t table;    // index in `tables` of the sequence's first block
-    uint32_t begin;    // first key; a multiple of 16
-    uint32_t end;      // past the last key; nothing where that is not above `begin`
-    uint32_t settled;  // keys below are older than this step
-    uint32_t slot;     // of the partial result; kWhole: the result itself
-    uint32_t next;     // index of the block's next piece; 0: none
-    uint32_t head;     // first of its 16 heads
-    uint32_t pad[2];
-};
-constexpr uint32_t kWhole = 0xffffffff;
 
 struct Params {
     TensorMap cache;      // the arena as lines of 64 elements, in boxes of 16 keys
@@ -66,7 +52,7 @@ struct Cursor {
     __device__ void next(const Params& p) {
         begin = end();
         if (begin < at.end) {
-            at.at = p.tables[at.table + begin / kBlock];
+            at.at[0] = p.tables[at.table + begin / kBlock];
         } else if (at.next != 0) {
             open(p, at.next);
         } else {
@@ -83,7 +69,7 @@ struct Shared {
     uint64_t full[kStages];
     Cursor ahead;  // of the thread that starts copies
 };
-static_assert(sizeof(Shared) == 169032, "as decode.rs says");
+static_assert(sizeof(Shared) == 169056, "as decode.rs says");
 
 // Boxes of a tile, and the line where it begins.
 struct Boxes {
@@ -92,7 +78,7 @@ struct Boxes {
     __device__ int from(uint32_t i) const { return line + int(i) * kBox * (kWidth / kLine); }
 };
 __device__ __forceinline__ Boxes boxes_of(const Params& p, const Cursor& c) {
-    const uint64_t at = inside(c.at.at, p.layer_offset, p.arena_elements);
+    const uint64_t at = inside(c.at.at[0], p.layer_offset, p.arena_elements);
     const int line = int((at + p.layer_offset) / kLine) + int(c.begin % kBlock) * (kWidth / kLine);
     return {(c.end() - c.begin + kBox - 1) / kBox, line};
 }

@@ -12,8 +12,9 @@ mod tests;
 use super::Mla;
 use super::OP;
 use super::block::{Block, NOPE, QUERY, VALUE, serves};
-use super::decode::{LATENT, ROPE, UNIT, WIDTH};
+use super::decode::{LATENT, ROPE, WIDTH};
 use crate::cuda::{Queue, Rows, dim, need, shape};
+use crate::flash::cuda::cut::UNIT;
 use crate::rope::Pairing;
 use device::cuda::{CudaError, Launch, Parameters, TensorMap};
 

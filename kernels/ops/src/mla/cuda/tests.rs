@@ -4,6 +4,7 @@
 use super::*;
 use crate::cuda::testing::paged::{Cache, LONG, RAGGED};
 use crate::cuda::testing::{Device, assert_near, device, rounded};
+use crate::flash::cuda::cut::{Cut, Piece};
 use crate::mla::reference;
 use crate::testing::Random;
 
@@ -36,7 +37,7 @@ fn run(
     let lines = rows * mla.heads * splits;
     let bytes = Scratch::bytes(mla, dtype, rows)
         + Partials::bytes(lines, mla.latent)
-        + decode::Partials::bytes(decode::Cut::most(rows, mla.heads, splits).1);
+        + decode::Partials::bytes(Cut::most(rows, decode::lines(mla.heads), splits).1);
     let mut arena = Arena::new(device.poisoned(bytes));
     let scratch = Scratch::take(&mut arena, mla, dtype, rows).expect("room");
     let out = device.poisoned(rows * mla.heads * mla.v * dtype.size());
@@ -54,11 +55,12 @@ fn run(
         By::Pieces => {
             // As many blocks as there would be splits, from one to more than there are keys.
             let blocks = if splits == 1 { 1 } else { splits * 15 };
-            let mut cut = decode::Cut::default();
-            cut.make(&cache.segments, |at| cache.tables.get(at).copied(), rows, mla.heads, blocks);
-            let (most, slots) = decode::Cut::most(rows, mla.heads, blocks);
-            let mut words: Vec<u32> = cut.pieces.iter().flat_map(decode::Piece::words).collect();
-            words.resize(most * decode::Piece::WORDS, u32::MAX);
+            let mut cut = Cut::default();
+            let lines = decode::lines(mla.heads);
+            cut.make(&cache.segments, |at| cache.tables.get(at).copied(), rows, lines, blocks);
+            let (most, slots) = Cut::most(rows, lines, blocks);
+            let mut words: Vec<u32> = cut.pieces.iter().flat_map(Piece::words).collect();
+            words.resize(most * Piece::WORDS, u32::MAX);
             let slot_words: Vec<u32> = cut.slots.iter().flatten().copied().collect();
             let (pieces, slot_words) = (device.send(&words), device.send(&slot_words));
             let map = decode::cache_map(sent.arena().slice).expect("a map");

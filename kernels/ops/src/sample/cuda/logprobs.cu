@@ -10,6 +10,7 @@ struct TokenLogprob {
 struct LogprobParams {
     const float* logits;     // [rows, vocab]
     const uint32_t* chosen;  // [rows]
+    const uint32_t* given;   // [rows]: described instead where it is not all ones; or null
     const uint32_t* wanted;  // [rows]: how many of the likeliest, at most `most`; or all ones for no row
     const uint32_t* count;
     TokenLogprob* out;       // [rows, 1 + most]: the chosen one, then the likeliest
@@ -65,7 +66,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) logprobs(const __grid_
     const Source source = {logits + row.first, p.vocab % 4 == 0 && aligned16(p.logits)};
     start_reading(row, source);
     TokenLogprob* out = p.out + uint64_t(index) * (1 + p.most);
-    const uint32_t chosen = p.chosen[index], n = min(min(p.wanted[index], min(p.most, kMost)), p.vocab);
+    const uint32_t given = p.given == nullptr ? kLast : p.given[index];
+    const uint32_t chosen = given == kLast ? p.chosen[index] : given, n = min(min(p.wanted[index], min(p.most, kMost)), p.vocab);
     const float own = look(row, source);
     const Tops here = block_tops(s, order_key(own));
     Stretch::cluster().barrier_wait(std::move(started));

@@ -337,12 +337,16 @@ fn log_probabilities_and_ranks_are_those_of_the_raw_row() {
         let chosen: Vec<u32> = (0..rows).map(|_| random.below(vocab) as u32).collect();
         let wanted = [20_u32, 0, UNWANTED];
         let sent = device.send(&logits);
-        let lists = [device.send(&chosen), device.send(&wanted)];
+        // The first is given, and something else was drawn; the second was drawn.
+        let drawn = [random.below(vocab) as u32, chosen[1], chosen[2]];
+        let given = [chosen[0], UNWANTED, UNWANTED];
+        let lists = [device.send(&drawn), device.send(&wanted), device.send(&given)];
         let out = device.send(&vec![TokenLogprob::default(); rows * (1 + most)]);
         let operands = Logprobs {
             logits: &sent,
             vocab,
             chosen: &lists[0],
+            given: Some(&lists[2]),
             wanted: &lists[1],
             most,
             out: &out,
@@ -378,6 +382,7 @@ fn a_row_with_nan_has_no_log_probabilities() {
         logits: &sent,
         vocab: 600,
         chosen: &lists[0],
+        given: None,
         wanted: &lists[1],
         most: 20,
         out: &out,

@@ -107,6 +107,18 @@ fn long_prompts_agree_with_f64() {
     }
 }
 
+/// Blocks share the keys of each tile here, of one in eight parts, of others in fewer.
+#[test]
+fn few_rows_behind_long_contexts_agree_with_f64() {
+    let Some(device) = device() else { return };
+    for (heads, kv_heads, head_dim) in [(8, 2, 128), (5, 1, 128), (16, 2, 64)] {
+        let case = Case::new(gqa(heads, kv_heads, head_dim), &[(77, 4077), (2, 8193), (30, 1500)]);
+        case.check(&case.run(&device), 7);
+        let case = Case::new(gqa(heads, kv_heads, head_dim), &[(3, 9999)]);
+        case.check(&case.run(&device), 3);
+    }
+}
+
 #[test]
 fn nan_in_one_prompt_leaves_the_others_bit_for_bit() {
     let Some(device) = device() else { return };

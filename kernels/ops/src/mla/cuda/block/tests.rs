@@ -4,6 +4,7 @@ use super::*;
 use crate::cuda::Tensor;
 use crate::cuda::testing::paged::{Cache, Sent};
 use crate::cuda::testing::{Device, assert_near, device, rounded};
+use crate::flash::cuda::cut;
 use crate::mla::cuda::{Core, absorb_weights, absorbed_len, near};
 use crate::norm::cuda::head_norm;
 use crate::paged::{BLOCK, cuda::write_kv};
@@ -146,18 +147,18 @@ struct Cut {
 
 impl Cut {
     fn new(device: &Device, of: &Decodes, sent: &Sent, blocks: usize) -> Self {
-        let (rows, heads) = (of.cache.rows(), of.mla.heads);
-        let mut cut = decode::Cut::default();
+        let (rows, lines) = (of.cache.rows(), decode::lines(of.mla.heads));
+        let mut cut = cut::Cut::default();
         cut.make(
             &of.cache.segments,
             |at| of.cache.tables.get(at).copied(),
             rows + of.padding,
-            heads,
+            lines,
             blocks,
         );
-        let (most, slots) = decode::Cut::most(rows, heads, blocks);
-        let mut words: Vec<u32> = cut.pieces.iter().flat_map(decode::Piece::words).collect();
-        words.resize(most * decode::Piece::WORDS, u32::MAX);
+        let (most, slots) = cut::Cut::most(rows, lines, blocks);
+        let mut words: Vec<u32> = cut.pieces.iter().flat_map(cut::Piece::words).collect();
+        words.resize(most * cut::Piece::WORDS, u32::MAX);
         let memory = device.poisoned(decode::Partials::bytes(slots));
         Self {
             map: decode::cache_map(sent.arena().slice).expect("a map"),

@@ -216,7 +216,8 @@ fn tokens_of_streamed_experts_do_not_see_each_other() {
 
 #[test]
 fn rings_of_both_products_fit_shared_memory() {
-    for (hidden, inner, always) in [(8, 8, 0), (2048, 1408, 2816), (2048, 768, 0), (4096, 1536, 0), (1024, 1408, 2816)]
+    for (hidden, inner, always) in
+        [(8, 8, 0), (2048, 1408, 2816), (2048, 768, 0), (4096, 1536, 0), (1024, 1408, 2816)]
     {
         for rows in 1..=MOST_ROWS {
             let blocks = hidden.min(LEAST_BLOCKS);
@@ -226,7 +227,7 @@ fn rings_of_both_products_fit_shared_memory() {
             let (of_up, of_down) = (2 * ROWS * up.step as usize, 2 * down.step as usize);
             assert!(up.stage_bytes as usize >= of_up.max((ROWS + rows) * of_down));
             assert_eq!(up.stage_bytes, down.stage_bytes);
-            assert!(up.under_way <= up.stages && up.under_way > 0, \"{up:?}\");
+            assert!(up.under_way <= up.stages && up.under_way > 0, "{up:?}");
         }
     }
 }
