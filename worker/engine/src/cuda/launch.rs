@@ -35,6 +35,14 @@ pub(super) struct Place {
     pub(super) width: usize,
 }
 
+impl Place {
+    /// Whether they share no memory.
+    pub(super) fn is_apart(self, other: Self) -> bool {
+        let ends_before = |a: Self, b: Self| a.offset + a.width <= b.offset;
+        self.region != other.region || ends_before(self, other) || ends_before(other, self)
+    }
+}
+
 /// The regions.
 pub(super) struct Activations {
     body: DeviceSlice,

@@ -257,10 +257,19 @@ impl Cuda {
         Ok(())
     }
 
-    /// Rows of steps whose contexts may be near: none as yet.
-    const fn near_rows(&self) -> usize {
-        let Self { .. } = self;
-        0
+    /// Rows of steps whose contexts may be near: none where a block's results lie in the place of what
+    /// another part of the same launch still reads.
+    fn near_rows(&self) -> usize {
+        let mut most = 0;
+        for launch in &self.body {
+            if let Launch::Block { block, .. } = launch {
+                if !block.out.is_apart(block.q) || !block.out.is_apart(block.kv) {
+                    return 0;
+                }
+                most = mla::cuda::near::MOST_ROWS;
+            }
+        }
+        most
     }
 
     /// The step in front of the launches of `rows` rows.

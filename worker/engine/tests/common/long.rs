@@ -4,7 +4,7 @@
 use super::naive::{self, Naive, Rows, add, rms, rotate, softmax};
 use super::roundings::Roundings;
 use super::{Model, Setup, greedy, native, over, prompt};
-use model::config::ModelConfig;
+use model::config::{Gqa, ModelConfig};
 use serde_json::{Value, json};
 
 /// Tokens of the prompt; more follow.
@@ -105,16 +105,26 @@ fn logprobs_at(model: &Model, tokens: &[u32], positions: &[usize]) -> Rows {
     logits.iter().map(|row| softmax(row).into_iter().map(f64::ln).collect()).collect()
 }
 
+/// Grouped-query attention, and what its heads are normed with where they are.
+const fn grouped(config: &ModelConfig) -> Option<(&Gqa, Option<f64>)> {
+    match config {
+        ModelConfig::Qwen3(c) => Some((&c.attention, Some(c.decoder.norm_eps))),
+        ModelConfig::Llama(c) => Some((&c.attention, None)),
+        _ => None,
+    }
+}
+
 /// A layer's cache, and queries of `positions`, heads side by side with what is rotated last.
 fn project(naive: &Naive<'_>, words: &Rows, tokens: &[u32], positions: &[usize]) -> (Cache, Rows) {
     let linear = |x: &Rows, name: &str| naive.linear(x, &format!("{LAYER}.self_attn.{name}"));
     let at = |rows: &Rows| -> Rows {
         positions.iter().map(|at| rows[tokens[*at] as usize].clone()).collect()
     };
-    match naive.config {
-        ModelConfig::Qwen3(c) => {
-            let (c, eps, d) = (&c.attention, c.decoder.norm_eps, c.attention.head_dim);
+    match (grouped(naive.config), naive.config) {
+        (Some((c, eps)), _) => {
+            let d = c.head_dim;
             let normed = |mut rows: Rows, name: &str| {
+                let Some(eps) = eps else { return rows };
                 let weight = naive.get(&format!("{LAYER}.self_attn.{name}.weight"));
                 for head in rows.iter_mut().flat_map(|row| row.chunks_exact_mut(d)) {
                     let normed = rms(head, &weight, eps);
@@ -138,7 +148,7 @@ fn project(naive: &Naive<'_>, words: &Rows, tokens: &[u32], positions: &[usize])
             };
             (cache, q.into_iter().zip(positions).map(|(q, at)| turn(q, *at)).collect())
         }
-        ModelConfig::DeepSeek(c) => {
+        (None, ModelConfig::DeepSeek(c)) => {
             let c = &c.attention;
             let kv_a = linear(words, "kv_a_proj_with_mqa");
             let latent: Rows = kv_a.iter().map(|row| row[..c.latent].to_vec()).collect();
@@ -171,7 +181,7 @@ fn project(naive: &Naive<'_>, words: &Rows, tokens: &[u32], positions: &[usize])
             };
             (cache, queries)
         }
-        other => panic!("no long contexts of {other:?}"),
+        (None, other) => panic!("no long contexts of {other:?}"),
     }
 }
 

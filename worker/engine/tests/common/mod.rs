@@ -117,9 +117,7 @@ pub fn families() -> Vec<(&'static str, Value)> {
 
 /// Head dimensions of published models, which the fast kernels are made for; odd head counts.
 pub fn native() -> Vec<(&'static str, Value)> {
-    // As wide as the results of attention, whose place is then that of what was normed.
-    let mla = json!({"hidden_size": 384,
-        "num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 512,
+    let mla = json!({"num_attention_heads": 3, "num_key_value_heads": 3, "kv_lora_rank": 512,
         "q_lora_rank": null, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
         "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
         "n_shared_experts": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
