@@ -100,6 +100,7 @@ impl<'w> Engine<'w> {
             },
             block_bytes: memory::block_bytes(group, element),
         });
+        let groups = groups.collect();
         let of_rows = cuda::alignment(&lowered, options.kv_dtype, ALIGNMENT);
         let backend = backend(lowered, &options)?;
         Ok(Self {
@@ -107,7 +108,7 @@ impl<'w> Engine<'w> {
             architecture: program.architecture.clone(),
             vocab: program.vocab as u32,
             max_context: Tokens((program.max_context as u64).min(MAX_CONTEXT.into()) as u32),
-            groups: groups.collect(),
+            groups,
             backend,
             options,
             configured: None,

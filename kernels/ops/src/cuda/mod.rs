@@ -11,7 +11,7 @@ pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 
-use crate::{flash, linear};
+use crate::{flash, linear, moe};
 use device::cuda::{Context, CudaError, DeviceFacts, DeviceSlice, Kernel, Kernels, Lane, Stream};
 
 pub(crate) use operand::{bytes, dim, need, shape};
@@ -132,6 +132,7 @@ pub struct Gpu {
     facts: DeviceFacts,
     /// One for each lane of streams.
     shared: [linear::cuda::wide::Shared; Lane::COUNT],
+    counters: [moe::cuda::stream::Counters; Lane::COUNT],
     /// Of prompt attention, which one lane has.
     prompts: flash::cuda::prompt::Shared,
     library: linear::cuda::Opening,
@@ -173,15 +174,18 @@ impl Gpu {
         }
         let shared = || linear::cuda::wide::Shared::new(context);
         let shared = [shared()?, shared()?];
+        let counters = || moe::cuda::stream::Counters::new(context);
+        let counters = [counters()?, counters()?];
         let prompts = prompt::Shared::new(context)?;
-        Ok(Self { kernels, facts, shared, prompts, library })
+        Ok(Self { kernels, facts, shared, counters, prompts, library })
     }
 
     /// Bytes of device memory that [`Gpu::new`] allocates, the library's included.
     #[must_use]
     pub fn bytes(multiprocessors: usize) -> usize {
         let shared = linear::cuda::wide::Shared::bytes(multiprocessors);
-        Lane::COUNT * (shared + linear::cuda::Library::WORKSPACE)
+        let counters = moe::cuda::stream::Counters::BYTES;
+        Lane::COUNT * (shared + counters + linear::cuda::Library::WORKSPACE)
             + flash::cuda::prompt::Shared::bytes(multiprocessors)
     }
 
@@ -232,6 +236,11 @@ impl<'a> Queue<'a> {
     /// Where sums of split products meet.
     pub(crate) fn shared(&self) -> &'a linear::cuda::wide::Shared {
         &self.gpu.shared[self.stream.lane() as usize]
+    }
+
+    /// What blocks of a launch of few tokens' experts count.
+    pub(crate) fn counters(&self) -> &'a moe::cuda::stream::Counters {
+        &self.gpu.counters[self.stream.lane() as usize]
     }
 
     /// What blocks of prompt attention share.

@@ -72,6 +72,17 @@ pub enum Then {
     Gate,
 }
 
+/// A norm of a product's rows in front of it; only [`Variant::Stream`] has it.
+#[derive(Clone, Copy, Debug)]
+pub struct Normed<'a> {
+    /// f32 `[inputs]`.
+    pub weight: &'a DeviceSlice,
+    /// Of the norm.
+    pub eps: f32,
+    /// `[rows, inputs]` of the type of `x`, dense: rows as they are multiplied.
+    pub out: &'a DeviceSlice,
+}
+
 impl Variant {
     /// Rows that one block computes; tiles of grouped products have at most so many.
     #[must_use]
@@ -174,6 +185,8 @@ pub struct Linear<'a> {
     pub out_batch: usize,
     /// What becomes of results.
     pub then: Then,
+    /// What happens to `x` before.
+    pub norm: Option<Normed<'a>>,
 }
 
 impl<'a> Linear<'a> {
@@ -200,6 +213,7 @@ impl<'a> Linear<'a> {
             x_batch: 0,
             out_batch: 0,
             then: Then::Store,
+            norm: None,
         }
     }
 
@@ -286,7 +300,9 @@ pub fn takes_both(on: Queue<'_>, rows: usize, first: &Linear<'_>, second: &Linea
         return stream::takes_both(rows, first, second);
     }
     // More are the library's, where it is there: it is faster even for one after the other.
-    (rows <= library::PAIR_ROWS || on.gpu.library().is_err()) && wide::takes_both(first, second)
+    first.norm.is_none()
+        && (rows <= library::PAIR_ROWS || on.gpu.library().is_err())
+        && wide::takes_both(first, second)
 }
 
 /// Two products of the same rows in one launch, for those that [`takes_both`] says.
@@ -333,6 +349,10 @@ fn check(rows: Rows<'_>, operands: &Linear<'_>) -> Result<(), CudaError> {
     if let Some(bias) = bias {
         need(OP, "bias", bias, &[outputs], 4)?;
     }
+    if let Some(Normed { weight, out, .. }) = operands.norm {
+        need(OP, "weight of the norm", weight, &[inputs], 4)?;
+        need(OP, "normed rows", out, &[rows.padded, inputs], x.dtype.size())?;
+    }
     Ok(())
 }
 
@@ -362,8 +382,8 @@ pub fn linear_as(
     if variant == Variant::Stream {
         return stream::launch(on, rows, operands, None);
     }
-    if then != Then::Store {
-        return Err(shape(OP, format!("{then:?} behind {variant:?}")));
+    if then != Then::Store || operands.norm.is_some() {
+        return Err(shape(OP, format!("{operands:?} as {variant:?}")));
     }
     if variant == Variant::Library {
         return library::launch(None, on, rows, operands);

@@ -158,8 +158,6 @@ pub struct Scratch {
     gate_up: DeviceSlice,
     inner: DeviceSlice,
     y: DeviceSlice,
-    /// What few tokens touch.
-    list: DeviceSlice,
     /// How far many tokens are.
     progress: DeviceSlice,
 }
@@ -178,13 +176,13 @@ impl Scratch {
         held: usize,
         hidden: usize,
         intermediate: usize,
-    ) -> [usize; 9] {
+    ) -> [usize; 8] {
         let pairs = rows * top_k;
         let tiles = held + pairs / LEAST_TILE;
         let wide = pairs * intermediate * dtype.size();
         let y = pairs * hidden * dtype.size();
         let progress = many::progress(rows, pairs, held);
-        [4 * pairs, 4 * pairs, tiles * TILE, 8, 2 * wide, wide, y, stream::LIST, progress]
+        [4 * pairs, 4 * pairs, tiles * TILE, 8, 2 * wide, wide, y, progress]
     }
 
     /// Bytes of device memory, for the memory plan.
@@ -225,7 +223,6 @@ impl Scratch {
             gate_up: take()?,
             inner: take()?,
             y: take()?,
-            list: take()?,
             progress: take()?,
         })
     }

@@ -28,7 +28,7 @@ pub(super) enum Region {
 }
 
 /// A buffer's place: `[rows, width]` at `offset * rows` of its region.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     pub(super) region: Region,
     offset: usize,

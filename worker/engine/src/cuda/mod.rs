@@ -13,6 +13,7 @@ mod ahead;
 mod asked;
 mod draw;
 mod facts;
+mod fold;
 mod fuse;
 mod graphs;
 mod inputs;
@@ -327,8 +328,7 @@ impl Cuda {
         };
         begin(self.queue(), rows, &operands)?;
         let step = self.step(memory, rows, &memory.inputs.ids, (kind.prompts, kind.near))?;
-        let step = Step { passes, ..step };
-        self.body.iter().try_for_each(|launch| step.run(launch))?;
+        Step { passes, ..step }.run_all(&self.body)?;
         match kind.prompts {
             true => Ok(()),
             false => self.enqueue_draws(memory, memory.bucket, false, kind.greedy),
@@ -378,7 +378,7 @@ impl Cuda {
             out: &memory.activations.at(self.chosen, rows.padded),
         };
         embed::cuda::embed(step.on, rows, &choose)?;
-        self.head.iter().try_for_each(|launch| step.run(launch))
+        step.run_all(&self.head)
     }
 
     /// Enqueues a step: inputs, body, and where all `draws` may happen here those and the way back

@@ -1,6 +1,7 @@
 //! One launch: finds its buffers and enqueues its op. Nothing is chosen and nothing allocated here,
 //! and nothing waits.
 
+use super::fold::Fold;
 use super::fuse::{Block, Grouped};
 use super::inputs::{PromptViews, Views};
 use super::launch::{Activations, Latent, Launch, Layer, Place};
@@ -78,7 +79,7 @@ pub(super) struct Step<'a> {
 }
 
 impl Step<'_> {
-    fn at(&self, place: Place) -> DeviceSlice {
+    pub(super) fn at(&self, place: Place) -> DeviceSlice {
         self.activations.at(place, self.rows.padded)
     }
 
@@ -252,7 +253,7 @@ impl Step<'_> {
                 let weights = experts.weights(dtype);
                 moe::cuda::experts(on, rows, &at(x), &routing, &weights, &at(out), scratch)
             }
-            Launch::Moe(layer) => self.moe(layer),
+            Launch::Moe(layer) => self.moe(layer, None, false),
             Launch::Gated { product, act } => self.gated(product, act),
             Launch::Block { block, apart } => match self.pieces(block.spec) {
                 Some((plan, partials)) if !self.prompts => self.block(block, &plan, partials),
@@ -357,7 +358,7 @@ impl Step<'_> {
         }
     }
 
-    fn product<'a>(
+    pub(super) fn product<'a>(
         &self,
         (x, from): (Place, &'a DeviceSlice),
         w: &'a DeviceSlice,
@@ -411,12 +412,32 @@ impl Step<'_> {
         }
     }
 
-    /// A layer of experts of few tokens: shared ones with the routed ones.
-    fn few(&self, layer: &MoeLayer, always: Option<&Always<'_>>) -> Result<(), CudaError> {
+    /// The shared experts of a layer, if one launch takes them with the routed ones, as where tokens are
+    /// few.
+    pub(super) fn few_always<'a>(&self, layer: &'a MoeLayer) -> Option<Option<Always<'a>>> {
+        let always = layer.always()?;
+        let weights = layer.experts.weights(self.sizes.dtype);
+        let top_k = layer.experts.top_k;
+        moe::cuda::stream::takes(self.rows.padded, &weights, top_k, always.as_ref())
+            .then_some(always)
+    }
+
+    /// A layer of experts of few tokens: shared ones with the routed ones. The router may make the `norm`
+    /// in front; the one behind may be left to what comes next.
+    fn few(
+        &self,
+        layer: &MoeLayer,
+        always: Option<&Always<'_>>,
+        norm: Option<&Fold<'_>>,
+        unnormed: bool,
+    ) -> Result<(), CudaError> {
         let MoeLayer { x, experts, residual, weight, eps, out, .. } = layer;
         let (on, rows, dtype) = (self.on, self.rows, self.sizes.dtype);
         let scratch = self.scratch.moe.as_ref().ok_or_else(|| missing("experts"))?;
-        self.run(&layer.score)?;
+        match norm {
+            Some(norm) => self.normed(&layer.score, norm)?,
+            None => self.run(&layer.score)?,
+        }
         let (logits, routing) = (self.at(layer.logits), self.routing(experts.top_k));
         let (weights, scores) = (experts.weights(dtype), self.scores(layer, &logits));
         // A simple choice is made where it is used.
@@ -430,19 +451,25 @@ impl Step<'_> {
         moe::cuda::stream::experts(
             on, rows, &x_at, &routing, scores, &weights, always, &sum, scratch,
         )?;
+        if unnormed {
+            return Ok(());
+        }
         let residual = Tensor::new(&residual, dtype);
         norm::cuda::rms_norm(on, rows, x.width, residual, weight, *eps, &self.at(*out))
     }
 
-    /// A layer of experts; shared ones beside the router and the routed ones, or with these.
-    fn moe(&self, layer: &MoeLayer) -> Result<(), CudaError> {
+    /// A layer of experts; shared ones beside the router and the routed ones, or with these. Of few
+    /// tokens only, the norm in front may be its own, and the one behind not.
+    pub(super) fn moe(
+        &self,
+        layer: &MoeLayer,
+        norm: Option<&Fold<'_>>,
+        unnormed: bool,
+    ) -> Result<(), CudaError> {
         let MoeLayer { x, experts, shared, residual, weight, eps, out, .. } = layer;
         let (on, rows, dtype, beside) = (self.on, self.rows, self.sizes.dtype, self.beside);
-        if let Some(always) = layer.always() {
-            let (weights, top_k) = (experts.weights(dtype), experts.top_k);
-            if moe::cuda::stream::takes(rows.padded, &weights, top_k, always.as_ref()) {
-                return self.few(layer, always.as_ref());
-            }
+        if let Some(always) = self.few_always(layer) {
+            return self.few(layer, always.as_ref(), norm, unnormed);
         }
         let scratch = self.scratch.moe.as_ref().ok_or_else(|| missing("experts"))?;
         let weights = experts.weights(dtype);

@@ -1,5 +1,5 @@
 //! Products of up to eight rows, whose time is the reading of weights: rows of them go through a ring in
-//! shared memory, asked for by warps that do nothing else.
+//! shared memory, asked for by warps that do nothing else. A product may norm its rows first.
 //!
 //! Small products leave half of a multiprocessor's memory to the kernel that follows, which fills its
 //! ring meanwhile. A launch begins before the one in front has ended, and reads weights before waiting
@@ -9,7 +9,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::{Linear, Then};
+use super::{Linear, Normed, Then};
 use crate::cuda::{Dtype, Queue, Rows, bytes, dim, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
@@ -17,59 +17,56 @@ use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 pub(crate) const MOST_ROWS: usize = 8;
 /// Kernels that have more shared memory than the default.
 pub(crate) const LARGE: &[&str] =
-    &["linear_stream", "linear_stream_staged", "moe_stream_up", "moe_stream_down"];
+    &["linear_stream", "linear_stream_staged", crate::moe::cuda::stream::KERNEL];
 /// Threads of a block.
-pub(crate) const THREADS: u32 = 384;
+const THREADS: u32 = 384;
 /// Bytes of `stream::Shared`.
 const SHARED: usize = 4608;
 /// Shared memory of a block that has a multiprocessor to itself, and of one that does not.
-const WHOLE: usize = 226 * 1024;
+pub(crate) const WHOLE: usize = 226 * 1024;
 const HALF: usize = 113 * 1024;
 /// Bytes of weights up to which a product leaves half of it.
 const SMALL: usize = 24 << 20;
 /// Stages, and columns of one, at most.
-const MOST_STAGES: usize = 16;
-const MOST_COLUMNS: usize = 2048;
+pub(crate) const MOST_STAGES: usize = 16;
+pub(crate) const MOST_COLUMNS: usize = 2048;
 /// Fewest stages with which reading goes on while one is multiplied.
-const LEAST_STAGES: usize = 2;
+pub(crate) const LEAST_STAGES: usize = 2;
 /// Bytes of rows of tokens beyond which they come with every stage.
 const MOST_STAYING: usize = 130_000;
-/// Bytes of weights under way to a multiprocessor before a kernel knows what else it reads.
-const UNDER_WAY: usize = 104 << 10;
 /// Rows of weights of a stage.
-const TILE: usize = 8;
+pub(crate) const TILE: usize = 8;
 
 /// Mirrors `stream::Ring`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Ring {
+struct Ring {
     stages: u32,
     pitch: u32,
     stage_bytes: u32,
     step: u32,
     x_pitch: u32,
-    under_way: u32,
 }
 
 /// What lies in shared memory beside the stages of a ring.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Beside {
+struct Beside {
     /// Bytes of the kernel's own.
-    pub(crate) own: usize,
+    own: usize,
     /// Elements of a token, where tokens stay; they come with every stage otherwise.
-    pub(crate) staying: Option<usize>,
+    staying: Option<usize>,
     /// Whether another block may have the other half.
-    pub(crate) half: bool,
+    half: bool,
 }
 
 /// The least number of bytes, an odd multiple of 64, that holds so many.
-const fn odd(bytes: usize) -> usize {
+pub(crate) const fn odd(bytes: usize) -> usize {
     (bytes + 63) / 128 * 128 + 64
 }
 
 impl Ring {
     /// For `tokens` rows and weights of up to `columns` columns; the ring, and bytes of shared memory.
-    pub(crate) fn fit(columns: usize, tokens: usize, beside: Beside) -> Option<(Self, u32)> {
+    fn fit(columns: usize, tokens: usize, beside: Beside) -> Option<(Self, u32)> {
         let parts = columns.div_ceil(MOST_COLUMNS).max(1);
         let step = columns.div_ceil(parts).next_multiple_of(32);
         let pitch = odd(2 * step);
@@ -87,7 +84,6 @@ impl Ring {
             stage_bytes: narrow(stage_bytes)?,
             step: narrow(step)?,
             x_pitch: narrow(x_pitch)?,
-            under_way: narrow((UNDER_WAY / (pitch * TILE)).clamp(2, MOST_STAGES))?,
         };
         (stages >= LEAST_STAGES).then_some((ring, narrow(fixed + stages * stage_bytes)?))
     }
@@ -115,10 +111,35 @@ struct Params {
     add: u32,
     out_f32: u32,
     ring: Ring,
+    eps: f32,
     pad: u32,
+    norm: u64,
+    normed: u64,
 }
 // SAFETY: mirrors the kernel's struct; lengths are checked in `linear_as`.
 unsafe impl Parameters for Params {}
+
+/// Whether so many rows come with every stage, as they do not stay in shared memory.
+const fn staged(rows: usize, inputs: usize) -> bool {
+    rows * odd(2 * inputs) > MOST_STAYING
+}
+
+/// Whether memory of two kinds has no byte in common.
+fn apart(a: &DeviceSlice, b: &DeviceSlice) -> bool {
+    let end = |of: &DeviceSlice| of.address() + of.bytes() as u64;
+    end(a) <= b.address() || end(b) <= a.address()
+}
+
+/// Whether rows that stay in shared memory can be normed there: every block reads them as they were, so
+/// that nothing may be written in their place.
+fn norms(rows: usize, operands: &Linear<'_>) -> bool {
+    let Linear { x, out, inputs, norm, .. } = *operands;
+    norm.is_none_or(|Normed { weight, out: normed, .. }| {
+        !staged(rows, inputs)
+            && [weight, normed].iter().all(|slice| slice.address().is_multiple_of(16))
+            && [out.slice, normed].iter().all(|slice| apart(x.slice, slice))
+    })
+}
 
 /// Whether the kernels take the operands: one product of bf16 with whole 16-byte units along the
 /// inputs, of few rows.
@@ -129,9 +150,10 @@ pub fn takes(rows: usize, operands: &Linear<'_>) -> bool {
         && operands.inputs > 0
         && (1..=MOST_ROWS).contains(&rows)
         && (operands.then == Then::Store || operands.out.dtype == Dtype::Bf16)
+        && norms(rows, operands)
 }
 
-/// Whether both products are of the same rows, and one launch makes them.
+/// Whether both products are of the same rows, and one launch makes them; a norm of the first is of both.
 #[must_use]
 pub(super) fn takes_both(rows: usize, first: &Linear<'_>, second: &Linear<'_>) -> bool {
     let plain = |of: &Linear<'_>| takes(rows, of) && of.then == Then::Store;
@@ -140,7 +162,9 @@ pub(super) fn takes_both(rows: usize, first: &Linear<'_>, second: &Linear<'_>) -
         && first.x.address() == second.x.address()
         && (first.inputs, first.x_stride) == (second.inputs, second.x_stride)
         && second.bias.is_none()
+        && second.norm.is_none()
         && second.out.dtype == Dtype::Bf16
+        && (first.norm.is_none() || apart(first.x.slice, second.out.slice))
 }
 
 /// The product, and another of the same rows; lengths are checked by the caller.
@@ -158,7 +182,7 @@ pub(super) fn launch(
         return Err(refused());
     }
     let more = second.map_or(0, |second| second.outputs);
-    let staged = rows.padded * odd(2 * inputs) > MOST_STAYING;
+    let staged = staged(rows.padded, inputs);
     let pairs = then == Then::Gate;
     let all = outputs.checked_add(more).ok_or_else(refused)?;
     let weights = bytes(OP, &[all, inputs, if pairs { 4 } else { 2 }])?;
@@ -184,9 +208,14 @@ pub(super) fn launch(
         add: u32::from(then == Then::Add),
         out_f32: u32::from(out.dtype == Dtype::F32),
         ring,
+        eps: operands.norm.map_or(0.0, |norm| norm.eps),
         pad: 0,
+        norm: operands.norm.map_or(0, |norm| norm.weight.address()),
+        normed: operands.norm.map_or(0, |norm| norm.out.address()),
     };
     let kernel = on.kernel(if staged { "linear_stream_staged" } else { "linear_stream" })?;
-    let blocks = dim(OP, all.min(on.multiprocessors()))?;
+    // Whole tiles, so that small products leave multiprocessors to the kernel behind.
+    let tile = if pairs { TILE / 2 } else { TILE };
+    let blocks = dim(OP, all.div_ceil(tile).min(on.multiprocessors()))?;
     Launch::new(kernel, [blocks, 1, 1], THREADS).shared(shared).dependent().on(on.stream, &params)
 }

@@ -1,10 +1,29 @@
-// The experts of up to eight tokens, and beside them experts that every token takes: the products with
-// gate and up, then the one with down as a single sum over all experts of a token; see
-// linear/cuda/stream.cuh. Experts that every token takes are known before the router has chosen, so
-// their weights come first. Where the router is a simple one every block of the first kernel chooses by
-// itself; and the second reads what is chosen, and weights of it, before the first has ended.
-#include "linear/cuda/stream.cuh"
-#include "moe/cuda/route.cuh"
+// The experts of up to eight tokens, and beside them experts that every token takes, in one launch that
+// reads weights without a pause: the products with gate and up, then the one with down as a single sum
+// over all experts of a token; see runs.cuh. Experts that every token takes are known before the router
+// has chosen, so their weights come first.
+//
+// Tiles of the first products are dealt out as blocks get to them. Of the second product every block has
+// outputs of its own: their weights follow through the same ring, and what they are multiplied by comes
+// when the tiles of the first are done: first for experts that every token takes, which are done early,
+// so that weights of the others arrive while blocks still wait for the last tiles. A block waits for
+// tiles alone that running blocks have taken, and so ends whatever else runs.
+//
+// Counters are zero between launches. A block lets the next kernel begin when it takes no more tiles;
+// the last one that gets there clears the counter they are dealt out by, so that a later launch may take
+// tiles before this one has ended. No tile is done before the kernel in front has ended, and the last
+// block that waits no more clears the counters of those.
+#include "moe/cuda/runs.cuh"
+#include "moe/cuda/touched.cuh"
+
+struct Counters {
+    uint32_t dealt;  // tiles
+    uint32_t over;   // blocks that take no more
+    uint32_t pad[30];
+    uint32_t done[2];  // tiles: of experts that every token takes, and of others
+    uint32_t passed;   // blocks that wait for none any more
+    uint32_t end;
+};
 
 struct MoeStreamParams {
     const bf16* x;               // [tokens, hidden]
@@ -14,213 +33,328 @@ struct MoeStreamParams {
     const bf16* always_down;     // [hidden, always] or null
     bf16* h;                     // [tokens * top_k, inner]
     bf16* always_h;              // [tokens, always]
-    uint32_t* chosen;            // [tokens, top_k]
-    float* weights;              // [tokens, top_k]
-    TouchedList* list;           // by the first kernel, for the second
+    Counters* counters;
     bf16* out;                   // [tokens, hidden]
     const uint32_t* count;
     uint32_t tokens, hidden, inner, always;
-    uint32_t top_k, first, held, add;
-    stream::Ring ring;
-    RouteParams route;           // its logits are null where the choice is made already
+    runs::Ring ring[2];          // of both products, of the same stages
+    Chosen chosen;
+    uint32_t add, pad;
 };
 
-constexpr uint32_t kTokens = stream::kTokens;
-static_assert(kTokens == kFewTokens, "of one list");
+namespace {
 
-struct Touched {
-    uint32_t count;
-    uint32_t held[kMostHeld / 32];  // a bit for every expert
-    uint32_t expert[kMostPairs];
-    uint32_t mask[kMostPairs];
-    alignas(16) uint8_t pair[kMostPairs][kTokens];
-    alignas(16) float weight[kMostPairs][kTokens];
-};
+using stream::kTile;
+using stream::kTokens;
+using stream::kWarps;
+using stream::Place;
+using runs::Rows;
+
+constexpr uint32_t kThreads = (kWarps + 2) * 32;  // a warp asks for weights, another one for tokens
+constexpr uint32_t kOut = kTile / 2;              // outputs of a tile of gate and up
+constexpr uint32_t kKept = kWarps * 32 * sizeof(float2);  // bytes of sums of a tile
+constexpr uint32_t kPatience = 1u << 28;
 
 struct MoeShared {
     stream::Shared common;
     alignas(128) Touched touched;
+    uint32_t tile[stream::kMostStages];  // of a stage; none: there are no more
+    Place second;                        // where the second product begins
 };
-static_assert(sizeof(MoeShared) == 10880 && sizeof(TouchedList) == 6160, "as stream.rs says");
+static_assert(sizeof(MoeShared) == 11008 && sizeof(Counters) == 144, "as stream.rs says");
+
+__device__ __forceinline__ void senders_meet() { asm volatile("bar.sync 3, 64;\n" ::: "memory"); }
+__device__ __forceinline__ void all_know() { asm volatile("bar.sync 2, %0;\n" ::"n"(kThreads) : "memory"); }
+__device__ __forceinline__ void tell() { asm volatile("bar.arrive 2, %0;\n" ::"n"(kThreads) : "memory"); }
+// Orders ordinary accesses of memory before copies that the copy engine makes, and the other way.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
 
 struct Experts {
     const MoeStreamParams& p;
-    Touched& t;
-    uint32_t tokens;
-    __device__ Experts(const MoeStreamParams& params, Touched& touched)
-        : p(params), t(touched), tokens(min(real_rows(p.count, p.tokens), kTokens)) {}
-    __device__ uint32_t every_token() const { return (1u << tokens) - 1; }
-};
+    MoeShared& s;
+    uint32_t tokens, kept_at, x_at, ring_at;
+    uint32_t of_expert, of_all;  // tiles of an expert, and of those that every token takes
+    uint32_t first, last;        // outputs of the second product
+    uint32_t always;             // groups of it that every token takes
 
-// silu(gate x) * up x of every expert that is touched.
-struct Up : Experts {
-    static constexpr bool kStaged = false, kAhead = false;
-    static constexpr uint32_t kOut = stream::kTile / 2;
-    uint32_t always_first, always_tiles, first = 0, routed = 0;
-    __device__ Up(const MoeStreamParams& params, Touched& touched) : Experts(params, touched) {
-        const uint64_t all = p.always / kOut;
-        always_first = uint32_t(all * blockIdx.x / gridDim.x);
-        always_tiles = uint32_t(all * (blockIdx.x + 1) / gridDim.x) - always_first;
+    __device__ Experts(const MoeStreamParams& params, MoeShared& shared)
+        : p(params), s(shared), tokens(min(real_rows(p.count, p.tokens), kTokens)) {
+        const uint32_t own = (p.hidden + gridDim.x - 1) / gridDim.x;
+        kept_at = shared_address(&shared) + sizeof(MoeShared);
+        x_at = kept_at + (own + kTile - 1) / kTile * kKept;
+        ring_at = x_at + (p.tokens * p.ring[0].x_pitch + 127) / 128 * 128;
+        of_expert = p.inner / kOut;
+        of_all = p.always / kOut;
+        first = uint32_t(uint64_t(p.hidden) * blockIdx.x / gridDim.x);
+        last = uint32_t(uint64_t(p.hidden) * (blockIdx.x + 1) / gridDim.x);
+        always = p.always != 0;
     }
-    // A warp has a token. All of it runs twice, first on what lies there before the kernel in front has
-    // ended: otherwise everybody would wait for instructions to be fetched.
-    template <class Wait> __device__ void learn(Wait wait) {
-        const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll 1
-        for (uint32_t pass = 0; pass < 2; pass++) {
-            if (threadIdx.x < kMostHeld / 32) t.held[threadIdx.x] = 0;
-            if (threadIdx.x < kMostPairs) t.mask[threadIdx.x] = 0;
-            stream::multipliers_meet();
-            if (pass == 1) wait();
-            Choice mine = {};
-            const uint32_t pair = warp * p.top_k + lane;
-            const bool chooses = warp < tokens && lane < p.top_k;
-            if (p.route.logits != nullptr) {
-                if (warp < tokens) mine = choose<float>(p.route, warp, lane);
-            } else if (chooses) {
-                mine = {__ldcg(p.chosen + pair), __ldcg(p.weights + pair)};
+    __device__ uint32_t stage(uint32_t i) const { return ring_at + i * p.ring[0].stage_bytes; }
+    __device__ uint32_t full(uint32_t i) const { return shared_address(&s.common.weights_full[i]); }
+    __device__ uint32_t empty(uint32_t i) const { return shared_address(&s.common.empty[i]); }
+    __device__ void next(Place& place) const { place.next(p.ring[0].stages); }
+    // Tiles of the first products.
+    __device__ uint32_t tiles() const { return of_all + s.touched.count * of_expert; }
+    __device__ Rows up_rows(uint32_t tile) const {
+        const bool all = tile < of_all;
+        const uint32_t routed = tile - of_all, at = (all ? tile : routed % of_expert) * kOut;
+        const uint64_t up = uint64_t(all ? p.always : p.inner) * p.hidden;
+        const bf16* w = all ? p.always_gate_up : p.gate_up + 2 * up * s.touched.expert[routed / of_expert];
+        w += uint64_t(at) * p.hidden;
+        return {w, w + up, kOut, kOut, kOut, p.hidden};
+    }
+    __device__ uint32_t groups() const { return always + s.touched.count; }
+    __device__ Rows down_rows(uint32_t at, uint32_t group) const {
+        const uint32_t count = min(last - at, uint32_t(kTile));
+        if (group < always) return {p.always_down + uint64_t(at) * p.always, nullptr, count, 0, kTile, p.always};
+        const bf16* w = p.down + (uint64_t(s.touched.expert[group - always]) * p.hidden + at) * p.inner;
+        return {w, nullptr, count, 0, kTile, p.inner};
+    }
+    __device__ uint32_t every_token() const { return (1u << tokens) - 1; }
+    __device__ uint32_t tokens_of(uint32_t group) const { return group < always ? every_token() : s.touched.mask[group - always]; }
+    __device__ const bf16* h_row(uint32_t group, uint32_t token) const {
+        if (group < always) return p.always_h + uint64_t(token) * p.always;
+        return p.h + (uint64_t(token) * p.chosen.top_k + s.touched.pair[group - always][token]) * p.inner;
+    }
+    // Calls `each(at, group, column, columns)` for stages of the second product from the output `at` on:
+    // of experts that every token takes, or of the others.
+    template <class Each> __device__ void walk_down(bool others, Each each) const {
+        const uint32_t begin = others ? always : 0, end = others ? groups() : always;
+        const uint32_t all = others ? p.inner : p.always, step = p.ring[1].step;
+        for (uint32_t at = first; at < last; at += kTile) {
+            for (uint32_t group = begin; group < end; group++) {
+                for (uint32_t column = 0; column < all; column += step) each(at, group, column, min(step, all - column));
             }
-            const uint32_t own = chooses ? mine.expert - p.first : kNone;
-            if (own < p.held) atomicOr(&t.held[own / 32], 1u << own % 32);
-            stream::multipliers_meet();
-            // An expert for each lane, in the order of their numbers.
-            uint32_t count = 0;
-            for (uint32_t word = 0; word < (p.held + 31) / 32; word++) {
-                const uint32_t bits = t.held[word], expert = word * 32 + lane;
-                const uint32_t place = count + __popc(bits & ((1u << lane) - 1));
-                count += __popc(bits);
-                float weight = 0;
-                uint32_t which = kNone;
-                for (uint32_t j = 0; j < p.top_k; j++) {
-                    const uint32_t other = __shfl_sync(0xffffffff, own, j);
-                    const float more = __shfl_sync(0xffffffff, mine.weight, j);
-                    if (other != expert) continue;
-                    if (which == kNone) which = j;
-                    weight += more;
-                }
-                if (!(bits >> lane & 1)) continue;
-                if (warp == 0) t.expert[place] = expert;
-                t.pair[place][warp] = which;
-                t.weight[place][warp] = weight;
-                if (which != kNone) atomicOr(&t.mask[place], 1u << warp);
-            }
-            if (threadIdx.x == 0) t.count = count;
-            stream::multipliers_meet();
-            if (pass == 1 && blockIdx.x == 0) tell_next(mine, pair, chooses);
         }
     }
-    __device__ void tell_next(Choice mine, uint32_t pair, bool chooses) {
-        const uint32_t i = threadIdx.x;
-        if (chooses && p.route.logits != nullptr) {
-            p.chosen[pair] = mine.expert;
-            p.weights[pair] = mine.weight;
+
+    // By a warp.
+    __device__ void send_weights() {
+        const uint32_t lane = threadIdx.x % 32, under_way = p.ring[0].under_way;
+        Place place, landed;
+        uint32_t sent = 0;
+        bool known = false;
+        // The next tile is on its way while one is asked for.
+        uint32_t dealt = 0;
+        const auto deal = [&] {
+            if (lane == 0) dealt = atomicAdd(&p.counters->dealt, 1);
+        };
+        const auto ask = [&](const runs::Ring& ring, const Rows& rows, uint32_t column, uint32_t columns, uint32_t tile, bool alone) {
+            barrier_wait(empty(place.stage), place.parity ^ 1);
+            // Until it is known what there is, no more is under way than keeps memory busy: whoever reads
+            // something small meanwhile would wait for all of it.
+            if (!known && sent >= under_way) {
+                barrier_wait(full(landed.stage), landed.parity);
+                next(landed);
+            }
+            if (lane == 0) {
+                if (alone) s.tile[place.stage] = tile, barrier_arrive(full(place.stage));
+                barrier_expect(full(place.stage), rows.all() * columns * 2);
+            }
+            rows.ask(ring, stage(place.stage), column, columns, full(place.stage));
+            next(place);
+            sent++;
+        };
+        deal();
+        for (;;) {
+            const uint32_t tile = __shfl_sync(0xffffffff, dealt, 0);
+            if (tile >= of_all && !known) {
+                all_know();
+                known = true;
+            }
+            if (known && tile >= tiles()) break;
+            deal();
+            const Rows rows = up_rows(tile);
+            for (uint32_t column = 0; column < rows.columns; column += p.ring[0].step) {
+                ask(p.ring[0], rows, column, min(p.ring[0].step, rows.columns - column), tile, true);
+            }
         }
-        if (i == 0) p.list->count = t.count;
-        if (i < t.count) {
-            p.list->expert[i] = t.expert[i];
-            p.list->mask[i] = t.mask[i];
-            *reinterpret_cast<uint2*>(p.list->pair[i]) = *reinterpret_cast<const uint2*>(t.pair[i]);
-            const float4* from = reinterpret_cast<const float4*>(t.weight[i]);
-            float4* to = reinterpret_cast<float4*>(p.list->weight[i]);
-            to[0] = from[0], to[1] = from[1];
+        if (lane == 0 && atomicAdd(&p.counters->over, 1) == gridDim.x - 1) {
+            p.counters->dealt = 0;
+            p.counters->over = 0;
+            __threadfence();
         }
+        __syncwarp();
+        allow_next();
+        barrier_wait(empty(place.stage), place.parity ^ 1);
+        if (lane == 0) {
+            s.tile[place.stage] = kNone;
+            barrier_arrive(full(place.stage));
+            barrier_arrive(full(place.stage));
+        }
+        next(place);
+        if (lane == 0) s.second = place;
+        senders_meet();
+        for (const bool others : {false, true}) {
+            walk_down(others, [&](uint32_t at, uint32_t group, uint32_t column, uint32_t columns) {
+                ask(p.ring[1], down_rows(at, group), column, columns, 0, false);
+            });
+        }
+    }
+
+    // By another warp: what the second product multiplies.
+    __device__ void send_tokens() {
+        const uint32_t lane = threadIdx.x % 32;
+        all_know();
+        senders_meet();
+        Place place = s.second;
+        for (const bool others : {false, true}) {
+            if (lane == 0) {
+                await(p.counters->done[others], others ? tiles() - of_all : of_all);
+                if (others && atomicAdd(&p.counters->passed, 1) == gridDim.x - 1) *reinterpret_cast<uint4*>(p.counters->done) = {};
+            }
+            __syncwarp();
+            fence_async_global();
+            walk_down(others, [&](uint32_t, uint32_t group, uint32_t column, uint32_t columns) {
+                const uint32_t mask = tokens_of(group), to = stage(place.stage) + kTile * p.ring[1].pitch;
+                barrier_wait(empty(place.stage), place.parity ^ 1);
+                if (lane == 0) barrier_expect(full(place.stage), __popc(mask) * columns * 2);
+                if (lane < kTokens && mask >> lane & 1) bulk_load(to + lane * p.ring[1].x_pitch, h_row(group, lane) + column, columns * 2, full(place.stage));
+                __syncwarp();
+                next(place);
+            });
+        }
+    }
+    __device__ static void await(const uint32_t& counter, uint32_t all) {
+        uint32_t done;
+        for (uint32_t i = 0;; i++) {
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(done) : "l"(&counter) : "memory");
+            if (done == all) return;
+            if (i == kPatience) __trap();
+        }
+    }
+
+    __device__ void release(Place& place) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty(place.stage));
+        next(place);
+    }
+
+    // By the warps that multiply: so many tiles are done since.
+    __device__ void say_done(bool others, uint32_t tiles) const {
+        fence_async_global();
         __threadfence();
         stream::multipliers_meet();
+        if (threadIdx.x == 0 && tiles > 0) asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(&p.counters->done[others]), "r"(tiles) : "memory");
     }
-    // Of the tiles of all touched experts, those of this block.
-    __device__ void settle() {
-        const uint64_t all = uint64_t(t.count) * (p.inner / kOut);
-        first = uint32_t(all * blockIdx.x / gridDim.x);
-        routed = uint32_t(all * (blockIdx.x + 1) / gridDim.x) - first;
-    }
-    __device__ uint32_t tiles() const { return always_tiles + routed; }
-    __device__ uint32_t groups() const { return 1; }
-    __device__ uint32_t early_tiles() const { return always_tiles; }
-    __device__ uint32_t x_columns() const { return p.hidden; }
-    __device__ uint32_t place(uint32_t tile) const { return (first + tile - always_tiles) / (p.inner / kOut); }
-    __device__ uint32_t output(uint32_t tile) const {
-        return tile < always_tiles ? (always_first + tile) * kOut : (first + tile - always_tiles) % (p.inner / kOut) * kOut;
-    }
-    __device__ stream::Rows rows(uint32_t tile, uint32_t) const {
-        const uint64_t at = uint64_t(output(tile)) * p.hidden;
-        if (tile < always_tiles) return {p.always_gate_up + at, uint64_t(p.always) * p.hidden, 1, stream::kTile, p.hidden};
-        const uint64_t up = uint64_t(p.inner) * p.hidden;
-        return {p.gate_up + 2 * up * t.expert[place(tile)] + at, up, 1, stream::kTile, p.hidden};
-    }
-    __device__ uint32_t tokens_of(uint32_t, uint32_t) const { return every_token(); }
-    __device__ const bf16* x_row(uint32_t, uint32_t, uint32_t token) const { return p.x + uint64_t(token) * p.hidden; }
-    __device__ float weight(uint32_t, uint32_t, uint32_t) const { return 1.0f; }
-    __device__ void finish(uint32_t tile, uint32_t token, uint32_t row, float sum) const {
-        const float up = __shfl_xor_sync(0xffffffff, sum, 1);
-        if (row & 1 || token >= tokens) return;
-        const bf16 h = narrow<bf16>(sum / (1.0f + expf(-sum)) * up);
-        const uint32_t at = output(tile) + row / 2;
-        if (tile < always_tiles) {
-            p.always_h[uint64_t(token) * p.always + at] = h;
-            return;
+
+    // silu(gate x) * up x of every expert that is touched; how many tiles these were here.
+    __device__ uint32_t multiply_up(Place& place) const {
+        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        const bool mine = every_token() >> g & 1;
+        uint32_t round = 0, said = 0;
+        for (bool others = false;; round++) {
+            barrier_wait(full(place.stage), place.parity);
+            const uint32_t tile = s.tile[place.stage];
+            if (tile >= of_all && !others) {
+                say_done(false, round);
+                said = round, others = true;
+            }
+            if (tile == kNone) break;
+            float d[2][4] = {};
+            for (uint32_t column = 0; column < p.hidden; column += p.ring[0].step) {
+                if (column > 0) barrier_wait(full(place.stage), place.parity);
+                const uint32_t w_at = stage(place.stage) + g * p.ring[0].pitch, x_from = x_at + g * p.ring[0].x_pitch + column * 2;
+                stream::multiply(d, w_at + t * 16, x_from + t * 16, min(p.ring[0].step, p.hidden - column), mine);
+                release(place);
+            }
+            float total[2] = {};
+            if (mine) total[0] = d[0][0] + d[1][0], total[1] = d[0][1] + d[1][1];
+            runs::gather(s.common, round, total, [&](uint32_t token, uint32_t row, float sum) {
+                const float up = __shfl_xor_sync(0xffffffff, sum, kOut);
+                if (row >= kOut || token >= tokens) return;
+                const bf16 h = narrow<bf16>(sum / (1.0f + expf(-sum)) * up);
+                if (tile < of_all) {
+                    p.always_h[uint64_t(token) * p.always + tile * kOut + row] = h;
+                    return;
+                }
+                const uint32_t place = (tile - of_all) / of_expert, at = (tile - of_all) % of_expert * kOut + row;
+                if (s.touched.mask[place] >> token & 1) p.h[(uint64_t(token) * p.chosen.top_k + s.touched.pair[place][token]) * p.inner + at] = h;
+            });
         }
-        const uint32_t place = this->place(tile);
-        if (t.mask[place] >> token & 1) p.h[(uint64_t(token) * p.top_k + t.pair[place][token]) * p.inner + at] = h;
+        release(place);
+        say_done(true, round - said);
+        return round;
+    }
+
+    // The sum over a token's experts of weight * down h: of those that every token takes, kept for each
+    // tile, and the others added to it.
+    __device__ void multiply_down(Place& place, uint32_t round) const {
+        const uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, kept = kept_at + threadIdx.x * sizeof(float2);
+        float2 total = {};
+        for (const bool others : {false, true}) {
+            const uint32_t begin = others ? always : 0, end = others ? groups() : always;
+            const uint32_t all = others ? p.inner : p.always, step = p.ring[1].step;
+            for (uint32_t at = first, tile = 0; at < last; at += kTile, tile++) {
+                if (others) asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(total.x), "=f"(total.y) : "r"(kept + tile * kKept));
+                for (uint32_t group = begin; group < end; group++) {
+                    const bool mine = tokens_of(group) >> g & 1;
+                    float d[2][4] = {};
+                    for (uint32_t column = 0; column < all; column += step) {
+                        barrier_wait(full(place.stage), place.parity);
+                        const uint32_t w_at = stage(place.stage) + g * p.ring[1].pitch, x_from = stage(place.stage) + kTile * p.ring[1].pitch + g * p.ring[1].x_pitch;
+                        stream::multiply(d, w_at + t * 16, x_from + t * 16, min(step, all - column), mine);
+                        release(place);
+                    }
+                    if (mine) {
+                        const float by = group < always ? 1.0f : s.touched.weight[group - always][g];
+                        total.x += by * (d[0][0] + d[1][0]);
+                        total.y += by * (d[0][1] + d[1][1]);
+                    }
+                }
+                if (!others) {
+                    asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(kept + tile * kKept), "f"(total.x), "f"(total.y) : "memory");
+                    total = {};
+                    continue;
+                }
+                const float sums[2] = {total.x, total.y};
+                runs::gather(s.common, round++, sums, [&](uint32_t token, uint32_t row, float sum) {
+                    if (token >= tokens || at + row >= last) return;
+                    bf16* out = p.out + uint64_t(token) * p.hidden + at + row;
+                    *out = narrow<bf16>(p.add ? sum + widen(*out) : sum);
+                });
+            }
+        }
+    }
+
+    __device__ void multiply() {
+        const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, bar = shared_address(&s.common.x_ready);
+        touch(p.chosen, s.touched, tokens, [&] {
+            wait_for_previous();
+            if (threadIdx.x == 0) barrier_expect(bar, tokens * p.hidden * 2);
+            if (lane == 0 && warp < tokens) bulk_load(x_at + warp * p.ring[0].x_pitch, p.x + uint64_t(warp) * p.hidden, p.hidden * 2, bar);
+        });
+        tell();
+        barrier_wait(bar, 0);
+        Place place;
+        const uint32_t rounds = multiply_up(place);
+        allow_next();
+        multiply_down(place, rounds);
     }
 };
 
-// The sum over a token's experts of weight * down h.
-struct Down : Experts {
-    static constexpr bool kStaged = true, kAhead = true;
-    uint32_t first, last, always;
-    __device__ Down(const MoeStreamParams& params, Touched& touched)
-        : Experts(params, touched),
-          first(uint32_t(uint64_t(p.hidden) * blockIdx.x / gridDim.x)),
-          last(uint32_t(uint64_t(p.hidden) * (blockIdx.x + 1) / gridDim.x)),
-          always(p.always != 0) {}
-    // The list was there when the kernel in front let this one begin.
-    template <class Wait> __device__ void learn(Wait) {
-        const uint32_t i = threadIdx.x;
-        if (i == 0) t.count = __ldcg(&p.list->count);
-        // As much as there can be of it at once.
-        if (i < tokens * p.top_k) {
-            const uint2 pair = __ldcg(reinterpret_cast<const uint2*>(p.list->pair[i]));
-            const float4* from = reinterpret_cast<const float4*>(p.list->weight[i]);
-            const float4 low = __ldcg(from), high = __ldcg(from + 1);
-            t.expert[i] = __ldcg(&p.list->expert[i]);
-            t.mask[i] = __ldcg(&p.list->mask[i]);
-            *reinterpret_cast<uint2*>(t.pair[i]) = pair;
-            reinterpret_cast<float4*>(t.weight[i])[0] = low;
-            reinterpret_cast<float4*>(t.weight[i])[1] = high;
-        }
-        stream::multipliers_meet();
-    }
-    __device__ void settle() {}
-    __device__ uint32_t tiles() const { return (last - first + stream::kTile - 1) / stream::kTile; }
-    __device__ uint32_t groups() const { return always + t.count; }
-    __device__ uint32_t at_once() const { return always; }
-    __device__ uint32_t x_columns() const { return 0; }
-    __device__ stream::Rows rows(uint32_t tile, uint32_t group) const {
-        const uint32_t at = first + tile * stream::kTile, count = min(last - at, uint32_t(stream::kTile));
-        if (group < always) return {p.always_down + uint64_t(at) * p.always, 0, 0, count, p.always};
-        return {p.down + (uint64_t(t.expert[group - always]) * p.hidden + at) * p.inner, 0, 0, count, p.inner};
-    }
-    __device__ uint32_t tokens_of(uint32_t, uint32_t group) const { return group < always ? every_token() : t.mask[group - always]; }
-    __device__ const bf16* x_row(uint32_t, uint32_t group, uint32_t token) const {
-        if (group < always) return p.always_h + uint64_t(token) * p.always;
-        return p.h + (uint64_t(token) * p.top_k + t.pair[group - always][token]) * p.inner;
-    }
-    __device__ float weight(uint32_t, uint32_t group, uint32_t token) const { return group < always ? 1.0f : t.weight[group - always][token]; }
-    __device__ void finish(uint32_t tile, uint32_t token, uint32_t row, float sum) const {
-        const uint32_t at = first + tile * stream::kTile + row;
-        if (token >= tokens || at >= last) return;
-        bf16* out = p.out + uint64_t(token) * p.hidden + at;
-        *out = narrow<bf16>(p.add ? sum + widen(*out) : sum);
-    }
-};
+}  // namespace
 
-template <class Job> __device__ void experts(const MoeStreamParams& p) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) moe_stream(const __grid_constant__ MoeStreamParams p) {
     extern __shared__ __align__(128) uint8_t memory[];
     MoeShared& s = *reinterpret_cast<MoeShared*>(memory);
-    Job job(p, s.touched);
-    const uint32_t x_at = shared_address(memory) + sizeof(MoeShared);
-    stream::run(job, s.common, p.ring, x_at, x_at + (Job::kStaged ? 0 : (p.tokens * p.ring.x_pitch + 127) / 128 * 128));
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 0; i < p.ring[0].stages; i++) {
+            // Weights, and what is said of a tile or asked for by the warp that asks for tokens.
+            barrier_init(shared_address(&s.common.weights_full[i]), 2);
+            barrier_init(shared_address(&s.common.empty[i]), kWarps);
+        }
+        barrier_init(shared_address(&s.common.x_ready), 1);
+        fence_barrier_init();
+    }
+    __syncthreads();
+    Experts job(p, s);
+    const uint32_t warp = threadIdx.x / 32;
+    if (warp < kWarps) {
+        job.multiply();
+    } else if (warp == kWarps) {
+        job.send_weights();
+    } else {
+        job.send_tokens();
+    }
 }
-
-extern "C" __global__ void __launch_bounds__(stream::kThreads, 2) moe_stream_up(const __grid_constant__ MoeStreamParams p) { experts<Up>(p); }
-extern "C" __global__ void __launch_bounds__(stream::kThreads, 2) moe_stream_down(const __grid_constant__ MoeStreamParams p) { experts<Down>(p); }

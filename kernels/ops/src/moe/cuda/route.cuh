@@ -20,17 +20,6 @@ struct RouteParams {
 
 constexpr uint32_t kNone = 0xffffffff;
 
-// What few tokens touch of the experts held here, in the order of their numbers, so that a token's sum
-// is the same whatever the others choose.
-constexpr uint32_t kMostHeld = 512, kMostPairs = 128, kFewTokens = 8;
-struct TouchedList {
-    uint32_t count, pad[3];
-    uint32_t expert[kMostPairs];
-    uint32_t mask[kMostPairs];             // which tokens take it
-    uint8_t pair[kMostPairs][kFewTokens];  // and which of their choices it is
-    float weight[kMostPairs][kFewTokens];
-};
-
 // What a lane has after a choice: where it is below `top_k`, the expert in that place and its weight.
 struct Choice {
     uint32_t expert;

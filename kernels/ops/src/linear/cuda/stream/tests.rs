@@ -135,6 +135,78 @@ fn two_products_of_the_same_rows_are_those_apart() {
 }
 
 #[test]
+fn rows_normed_on_the_way_are_those_normed_before() {
+    let Some(device) = device() else { return };
+    for (inputs, outputs, padded, real) in [
+        (8, 3, 1, 1),
+        (264, 140, 3, 2),
+        (2048, 300, 1, 1),
+        (2048, 64, 8, 7),
+        (4096, 33, 8, 8),
+        (6152, 20, 4, 4),
+        (264, 5, 2, 0),
+    ] {
+        let mut case = Case::new((inputs, outputs, padded, real), 2);
+        if real > 2 {
+            case.x[inputs + 3] = f32::NAN;
+        }
+        let x = device.send_as(&case.x, Dtype::Bf16);
+        let w = device.send_as(&case.w, Dtype::Bf16);
+        let weight: Vec<f32> = (0..inputs).map(|i| 0.5 + (i % 7) as f32 / 4.0).collect();
+        let weight = device.send(&weight);
+        let count = device.send(&[real as u32]);
+        let (on, rows) = (device.queue(), Rows { padded, count: Some(&count) });
+        let normed = [(); 3].map(|()| device.poisoned(padded * inputs * 2));
+        let out = [(); 6].map(|()| device.poisoned(padded * outputs * 2));
+        let tensor = |slice| Tensor::new(slice, Dtype::Bf16);
+        let eps = 1e-5;
+        crate::norm::cuda::rms_norm(on, rows, inputs, tensor(&x), &weight, eps, &normed[0])
+            .expect("a launch");
+        // Apart, as a gate, and two at once, the second one of the other half of the weights.
+        let half = outputs * inputs * 2;
+        let halves = [w.slice(0..half), w.slice(half..2 * half)];
+        let plain = |from, w, to| Linear::plain(tensor(from), w, tensor(to), inputs, outputs);
+        let gate = |linear| Linear { then: Then::Gate, ..linear };
+        let norm = |to| Some(Normed { weight: &weight, eps, out: to });
+        let [a, b, c, d, e, f] = &out;
+        for operands in [
+            plain(&normed[0], &halves[0], a),
+            plain(&normed[0], &halves[1], b),
+            gate(plain(&normed[0], &w, c)),
+            gate(Linear { norm: norm(&normed[1]), ..plain(&x, &w, d) }),
+        ] {
+            linear_as(Variant::Stream, on, rows, &operands).expect("a launch");
+        }
+        let first = Linear { norm: norm(&normed[2]), ..plain(&x, &halves[0], e) };
+        crate::linear::cuda::both(on, rows, &first, &plain(&x, &halves[1], f)).expect("a launch");
+        let bits = |slice| -> Vec<u32> {
+            device.fetch_as(slice, Dtype::Bf16).iter().map(|x: &f32| x.to_bits()).collect()
+        };
+        let what = format!("{real} of {padded} x {inputs} x {outputs}");
+        for (apart, together) in [(a, e), (b, f), (c, d)] {
+            assert_eq!(bits(apart), bits(together), "{what}");
+        }
+        assert_eq!(bits(&normed[0]), bits(&normed[1]), "{what}");
+        assert_eq!(bits(&normed[0]), bits(&normed[2]), "{what}");
+    }
+}
+
+#[test]
+fn rows_are_normed_where_nothing_is_written() {
+    let Some(device) = device() else { return };
+    let memory = device.poisoned(8 * 64 * 2);
+    let [w, weight] = [device.poisoned(64 * 64 * 2), device.poisoned(64 * 4)];
+    let tensor = |slice| Tensor::new(slice, Dtype::Bf16);
+    let [x, behind] = [memory.slice(0..512), memory.slice(512..1024)];
+    let normed = |out| Some(Normed { weight: &weight, eps: 1e-5, out });
+    let of = |to, norm| Linear { norm, ..Linear::plain(tensor(&x), &w, tensor(to), 64, 64) };
+    assert!(takes(4, &of(&behind, normed(&behind))));
+    assert!(!takes(4, &of(&x, normed(&behind))));
+    assert!(!takes(4, &of(&behind, normed(&x))));
+    assert!(takes(4, &of(&x, None)));
+}
+
+#[test]
 fn a_streamed_row_has_the_same_bits_in_every_batch() {
     let Some(device) = device() else { return };
     for (inputs, outputs) in [(1000, 300), (12_288, 140)] {

@@ -110,8 +110,11 @@ impl Data {
             crate::moe::cuda::route(on, rows, &scores, &routing).expect("a launch");
         }
         let scores = here.then_some(&scores);
-        experts(on, rows, &x, &routing, scores, &weights_here, always, &sum, &scratch)
-            .expect("a launch");
+        // Of several in a row one begins before the other has ended.
+        for _ in 0..if add { 1 } else { 3 } {
+            experts(on, rows, &x, &routing, scores, &weights_here, always, &sum, &scratch)
+                .expect("a launch");
+        }
         assert_eq!(device.fetch(&chosen, 0_u32)[..real * top_k], self.chosen[..real * top_k]);
         device.fetch_as(&out, Dtype::Bf16)
     }
@@ -175,6 +178,8 @@ fn streamed_experts_agree_with_f64() {
         Case { held: 1, all: 1, top_k: 1, ..case(8, 8, 520, 40, 0) },
         Case { held: 300, all: 300, top_k: 8, ..case(8, 8, 64, 16, 0) },
         Case { held: 4, all: 4, top_k: 2, ..case(2, 2, 2048, 1408, 2816) },
+        // Less fits than may be under way.
+        Case { held: 4, all: 4, top_k: 2, ..case(8, 8, 520, 1000, 4000) },
     ] {
         let data = Data::new(case);
         for add in [false, true] {
@@ -205,6 +210,24 @@ fn tokens_of_streamed_experts_do_not_see_each_other() {
         match token {
             3 => assert!(got.iter().all(|x| x.is_nan())),
             _ => assert_eq!(got, clean, "token {token}"),
+        }
+    }
+}
+
+#[test]
+fn rings_of_both_products_fit_shared_memory() {
+    for (hidden, inner, always) in
+        [(8, 8, 0), (2048, 1408, 2816), (2048, 768, 0), (4096, 1536, 0), (1024, 1408, 2816)]
+    {
+        for rows in 1..=MOST_ROWS {
+            let blocks = hidden.min(LEAST_BLOCKS);
+            let ([up, down], shared) =
+                rings(rows, hidden, inner, always, blocks).expect("both rings");
+            assert!(shared as usize <= WHOLE && up.stages >= 2 && up.stages == down.stages);
+            let (of_up, of_down) = (2 * ROWS * up.step as usize, 2 * down.step as usize);
+            assert!(up.stage_bytes as usize >= of_up.max((ROWS + rows) * of_down));
+            assert_eq!(up.stage_bytes, down.stage_bytes);
+            assert!(up.under_way <= up.stages && up.under_way > 0, "{up:?}");
         }
     }
 }
