@@ -62,7 +62,7 @@ pub fn are_production(names: &Names, model: &Model, what: &str) {
         _ => has("gqa_decode_fused_"),
     }
     if matches!(config, ModelConfig::DeepSeek(_) | ModelConfig::Qwen3Moe(_)) {
-        has("moe_stream_");
+        has("moe_stream");
         let experts = begin(names, &["experts_wide", "experts_many"]);
         assert!(!experts.is_empty(), "{what}: no experts of many tokens among {names:?}");
     }
