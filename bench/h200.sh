@@ -21,13 +21,7 @@ stop() {
 folder() { # MODEL: a folder with its config.json
     case $1 in
         v2) echo recipes/deepseek-v2-lite ;;
-        qwen)
-            mkdir -p "$work/qwen3-8b"
-            sed 's/"hidden_size": [0-9]*/"hidden_size": 4096/; s/"intermediate_size": [0-9]*/"intermediate_size": 12288/
-                s/"num_hidden_layers": [0-9]*/"num_hidden_layers": 36/; s/"max_window_layers": [0-9]*/"max_window_layers": 36/
-                s/"num_attention_heads": [0-9]*/"num_attention_heads": 32/; s/"tie_word_embeddings": true/"tie_word_embeddings": false/' \
-                recipes/qwen3-0.6b/config.json >"$work/qwen3-8b/config.json"
-            echo "$work/qwen3-8b" ;;
+        qwen) echo recipes/qwen3-8b ;;
     esac
 }
 serve() { # MODEL CONTEXT REQUESTS TOKENS_OF_A_STEP
