@@ -4,7 +4,8 @@
 # PART: steps, long, prefill, offline (each of both models, or of one as steps:v2 or steps:qwen), http,
 # start, kernels, or all. Every part starts servers of its own with random weights and takes less than a
 # minute for a model. The program is target/release/tokenmill, or what TOKENMILL names. Figures are printed
-# as a table at the end and appended to RECORD as the lines of bench/results.
+# as a table at the end and appended to RECORD as the lines of bench/results; CURVE may name a file for the
+# loads of the sweep, which `tokenmill bench plot` draws.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part=${1:?usage: bench/h200.sh PART [RECORD]} record=${2:-/dev/null}
@@ -69,7 +70,8 @@ offline() {
 }
 http() {
     serve v2 4096 256 2048
-    measure http.v2.in1024.out256 serve --input-len 1024 --output-len 256 --max-concurrency 1,4,16,64,256
+    measure http.v2.in1024.out256 serve --input-len 1024 --output-len 256 --max-concurrency 1,4,16,64,256 \
+        ${CURVE:+--record "$CURVE"}
 }
 start() {
     serve v2 4096 256 2048
