@@ -6,7 +6,12 @@
 //! because the numbers of real rows and tiles are sent with it. Pinned memory is written only after
 //! the copy that reads it, of the step before the last; the device's only by the stream's order.
 
-use super::ahead::most_rows;
+mod layout;
+mod views;
+
+pub(super) use layout::{Layout, kept_bytes};
+pub(super) use views::{PromptViews, Views};
+
 use super::limits::Limits;
 use super::sizes::{Prompts, Sizes, Spec};
 use crate::batch::Batch;
@@ -14,9 +19,10 @@ use crate::executor::{RowDraw, TableView};
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceSlice, Stream, Upload};
 use ids::{BLOCK_TOKENS, SlotGeneration, SlotId};
+use layout::{HOW_WORDS, blocks, entries};
 use ops::flash::cuda::cut::{Cut, Piece};
-use ops::flash::cuda::{Segment, Tile, max_tiles, tiles};
-use ops::mla::cuda::expand::later::{Pass, Passes, is_later};
+use ops::flash::cuda::{Segment, Tile, tiles};
+use ops::mla::cuda::expand::later::{Passes, is_later};
 use ops::mla::cuda::expand::{self, Room};
 use ops::sample::cuda::SampleRow;
 use ops::tokens::NOT_KEPT;
@@ -24,268 +30,6 @@ use ops::tokens::cuda::CHANGE_WORDS;
 use zerocopy::FromBytes;
 
 const OP: &str = "step inputs";
-/// Parts begin on as many words.
-const ALIGN_WORDS: usize = 4;
-/// Of a row's draw.
-const HOW_WORDS: usize = size_of::<SampleRow>() / 4;
-
-/// Where each part lies, in 32-bit words; tables at the end in 64-bit ones.
-#[derive(Clone, Debug)]
-pub(super) struct Layout {
-    /// Real rows.
-    count: usize,
-    ids: Range<usize>,
-    positions: Range<usize>,
-    wanted: Range<usize>,
-    /// One of each per cache group.
-    row_tables: Vec<Range<usize>>,
-    segments: Vec<Range<usize>>,
-    /// Per attention: where the number of tiles is, and the tiles.
-    tiles: Vec<(usize, Range<usize>)>,
-    /// Per attention: pieces of decoding rows, and where a kernel reads them their slots; empty where
-    /// there are none.
-    pieces: Vec<[Range<usize>; 2]>,
-    /// Per attention: segments and tiles of prompts that run apart; empty where none do.
-    prompts: Vec<PromptParts>,
-    /// Rows up to the last one of any segment that is not expanded.
-    absorbed: usize,
-    /// Real rows of each tile of logits that is drawn ahead.
-    heads: Range<usize>,
-    /// How each row is drawn ahead, and for which slot its token is kept.
-    how: Range<usize>,
-    kept: Range<usize>,
-    /// How many changes of tables there are.
-    changed: usize,
-    /// First word of the changes, which are the end.
-    changes: usize,
-    /// Changes, at most.
-    most_changes: usize,
-}
-
-/// Prompts of an attention that run apart.
-#[derive(Clone, Debug)]
-struct PromptParts {
-    /// Where the number of tiles is.
-    count: Range<usize>,
-    tiles: Range<usize>,
-    /// Segments whose keys are rows of the step; empty where those of the cache's group serve.
-    segments: Range<usize>,
-    /// Those whose keys are gathered, in passes; empty likewise.
-    later: LaterParts,
-}
-
-/// Prompts whose keys are gathered: of every pass the number of its tiles; segments, their first blocks and
-/// tiles of all passes.
-#[derive(Clone, Debug)]
-struct LaterParts {
-    counts: Range<usize>,
-    segments: Range<usize>,
-    firsts: Range<usize>,
-    tiles: Range<usize>,
-}
-
-/// Entries of a slot's table in one group: a table may be a block longer than the context.
-fn blocks(limits: &Limits) -> usize {
-    limits.context.div_ceil(BLOCK_TOKENS as usize) + 1
-}
-
-/// Entries of all tables.
-fn entries(sizes: &Sizes, limits: &Limits) -> usize {
-    limits.slots.saturating_mul(sizes.groups).saturating_mul(blocks(limits))
-}
-
-/// Bytes on the device beside what is sent, by part: ids and tables.
-pub(super) fn kept_bytes(sizes: &Sizes, limits: &Limits) -> [usize; 2] {
-    [limits.rows.saturating_mul(4), entries(sizes, limits).saturating_mul(8)]
-}
-
-impl Layout {
-    /// For steps padded to `bucket` rows.
-    pub(super) fn new(sizes: &Sizes, limits: &Limits, bucket: usize) -> Self {
-        let mut end = 0;
-        let mut part = |words: usize| {
-            let start = end;
-            end = (start + words).next_multiple_of(ALIGN_WORDS);
-            start..start + words
-        };
-        let segments = bucket.min(limits.slots);
-        let count = part(1).start;
-        let counts = part(sizes.specs.len()).start;
-        let rows = [part(bucket), part(bucket), part(bucket)];
-        let groups = 0..sizes.groups;
-        let row_tables = groups.clone().map(|_| part(bucket)).collect();
-        let segment_words = segments * size_of::<Segment>() / 4;
-        let segments_of = groups.map(|_| part(segment_words)).collect();
-        let tiles = sizes.specs.iter().enumerate().map(|(index, spec)| {
-            let most = |(_, lines)| max_tiles(bucket, segments, spec.group(), lines);
-            let most = spec.kernels.map(most).into_iter().max().unwrap_or(0);
-            (counts + index, part(most * size_of::<Tile>() / 4))
-        });
-        let tiles = tiles.collect();
-        let pieces = sizes.specs.iter().map(|spec| {
-            let Some(of) = spec.pieces else { return [part(0), part(0)] };
-            let decodes = spec.decodes(limits, bucket);
-            let (most, _) = Cut::most(decodes, of.lines, of.blocks(limits));
-            let slots = if of.listed { 2 * Cut::slot_entries(bucket, of.lines) } else { 0 };
-            [part(most * Piece::WORDS), part(slots)]
-        });
-        let pieces = pieces.collect();
-        let prompts = sizes.prompts.iter().map(|prompts| {
-            let tiles = prompts.cut().map_or(0, |cut| cut.max_tiles(bucket, segments));
-            let tiles = tiles * size_of::<Tile>() / 4;
-            let of = |words| if *prompts == Prompts::Expanded { words } else { 0 };
-            PromptParts {
-                count: part(usize::from(tiles > 0)),
-                tiles: part(tiles),
-                segments: part(of(segment_words)),
-                later: LaterParts {
-                    counts: part(of(segments)),
-                    segments: part(of(segment_words)),
-                    firsts: part(of(segments)),
-                    tiles: part(of(tiles)),
-                },
-            }
-        });
-        let prompts = prompts.collect();
-        let absorbed = part(1).start;
-        let drawn = bucket.min(most_rows(limits));
-        let heads = part(drawn.div_ceil(sizes.drawn_tile));
-        let how = part(drawn * HOW_WORDS);
-        let kept = part(drawn);
-        let changed = part(1).start;
-        let changes = part(0).start;
-        let [ids, positions, wanted] = rows;
-        Self {
-            count,
-            ids,
-            positions,
-            wanted,
-            row_tables,
-            segments: segments_of,
-            tiles,
-            pieces,
-            prompts,
-            absorbed,
-            heads,
-            how,
-            kept,
-            changed,
-            changes,
-            most_changes: segments.saturating_mul(blocks(limits)).saturating_mul(sizes.groups),
-        }
-    }
-
-    /// Whether prompts of an attention run apart.
-    #[cfg(test)]
-    pub(super) fn has_prompts(&self, spec: usize) -> bool {
-        !self.prompts[spec].count.is_empty()
-    }
-
-    /// Bytes of everything.
-    pub(super) fn bytes(&self) -> usize {
-        self.most_changes.saturating_mul(4 * CHANGE_WORDS).saturating_add(self.changes * 4)
-    }
-}
-
-/// Prompts of an attention that run apart; empty where none do.
-pub(super) struct PromptViews {
-    pub(super) tile_count: DeviceSlice,
-    pub(super) tiles: DeviceSlice,
-    /// Of those whose keys are rows of the step.
-    pub(super) segments: DeviceSlice,
-    pub(super) later: LaterViews,
-}
-
-/// Prompts whose keys are gathered.
-pub(super) struct LaterViews {
-    counts: DeviceSlice,
-    segments: DeviceSlice,
-    firsts: DeviceSlice,
-    tiles: DeviceSlice,
-}
-
-impl LaterViews {
-    /// Pass number `index`: number of tiles, segments, their first blocks, tiles.
-    pub(super) fn pass(&self, index: usize, pass: &Pass) -> [DeviceSlice; 4] {
-        let part = |of: &DeviceSlice, range: &Range<usize>, size: usize| {
-            of.slice(range.start * size..range.end * size)
-        };
-        [
-            part(&self.counts, &(index..index + 1), 4),
-            part(&self.segments, &pass.segments, size_of::<Segment>()),
-            part(&self.firsts, &pass.segments, 4),
-            part(&self.tiles, &pass.tiles, size_of::<Tile>()),
-        ]
-    }
-}
-
-/// The parts on the device, for steps of one bucket.
-pub(super) struct Views {
-    pub(super) bucket: usize,
-    layout: Layout,
-    pub(super) count: DeviceSlice,
-    pub(super) ids: DeviceSlice,
-    pub(super) positions: DeviceSlice,
-    pub(super) wanted: DeviceSlice,
-    pub(super) row_tables: Vec<DeviceSlice>,
-    pub(super) segments: Vec<DeviceSlice>,
-    /// How many, and which.
-    pub(super) tiles: Vec<(DeviceSlice, DeviceSlice)>,
-    /// Pieces, and their slots.
-    pub(super) pieces: Vec<[DeviceSlice; 2]>,
-    /// Prompts that run apart, by attention.
-    pub(super) prompts: Vec<PromptViews>,
-    /// Rows up to the last one of any segment that is not expanded.
-    pub(super) absorbed: DeviceSlice,
-    /// Real rows of each tile of logits.
-    pub(super) heads: Vec<DeviceSlice>,
-    pub(super) how: DeviceSlice,
-    pub(super) kept: DeviceSlice,
-    pub(super) changed: DeviceSlice,
-    pub(super) changes: DeviceSlice,
-    pub(super) tables: DeviceSlice,
-}
-
-impl Views {
-    fn new(layout: Layout, bucket: usize, device: &DeviceSlice, tables: &DeviceSlice) -> Self {
-        let words = |range: &Range<usize>| device.slice(range.start * 4..range.end * 4);
-        let word = |at: usize| device.slice(at * 4..at * 4 + 4);
-        let changes = layout.changes * 4;
-        Self {
-            bucket,
-            count: word(layout.count),
-            ids: words(&layout.ids),
-            positions: words(&layout.positions),
-            wanted: words(&layout.wanted),
-            row_tables: layout.row_tables.iter().map(words).collect(),
-            segments: layout.segments.iter().map(words).collect(),
-            tiles: layout.tiles.iter().map(|(at, list)| (word(*at), words(list))).collect(),
-            pieces: layout.pieces.iter().map(|parts| parts.each_ref().map(words)).collect(),
-            prompts: (layout.prompts.iter())
-                .map(|of| PromptViews {
-                    tile_count: words(&of.count),
-                    tiles: words(&of.tiles),
-                    segments: words(&of.segments),
-                    later: LaterViews {
-                        counts: words(&of.later.counts),
-                        segments: words(&of.later.segments),
-                        firsts: words(&of.later.firsts),
-                        tiles: words(&of.later.tiles),
-                    },
-                })
-                .collect(),
-            absorbed: word(layout.absorbed),
-            heads: layout.heads.clone().map(word).collect(),
-            how: words(&layout.how),
-            kept: words(&layout.kept),
-            changed: word(layout.changed),
-            changes: device.slice(changes..changes + layout.most_changes * 4 * CHANGE_WORDS),
-            tables: tables.clone(),
-            layout,
-        }
-    }
-}
-
 /// Inputs of steps, staged and on the device.
 pub(super) struct Inputs {
     /// Used in turn, so that a step is staged while the one before is copied.
