@@ -1,29 +1,24 @@
-"""The table and the result lines of bench/h200.sh: h200.py LINES RECORD VERSION.
+"""The table and the result lines of bench/h200.sh: h200.py LINES RECORD VERSION PEER.
 
-Peers are vLLM 0.26.0 on one H200, measured apart, of DeepSeek-V2-Lite with routing simulated uniformly.
+PEER is a JSON object of another engine's figures by name; what it says of itself is under "about".
 A decode step is the median time between tokens as a client sees it; beside it stands the mean of the
 steps on the device, from the server's own metrics.
 """
 import json, subprocess, sys
 
 MODELS = {"v2": "deepseek_v2_lite", "qwen": "qwen3_8b"}
-# By name: peer, floor where there is one.
-PEERS = {
-    "decode.v2.ctx256": {1: (3.15, 1.15), 4: (4.91, 2.7), 16: (7.94, 5.9), 64: (9.96, 7.4), 256: (11.24, 7.75)},
-    "decode.v2.ctx8192": {1: (3.42, 1.21), 16: (8.93, 6.9), 64: (13.57, 11.2)},
-    "decode.v2.ctx32768": {1: (3.95, 1.39), 16: (11.78, 9.7)},
-    "decode.qwen.ctx256": {1: (5.23, 3.55), 4: (5.28, None), 16: (5.36, None), 64: (6.27, None), 256: (11.89, 7.1)},
-    "decode.qwen.ctx8192": {1: (5.45, 3.83), 16: (9.56, 8.1), 64: (22.94, 21.7)},
-    "decode.qwen.ctx32768": {1: (6.31, 4.68), 16: (22.77, 21.7)},
-    "prefill.v2": {"1x512": (31344, None), "1x4096": (60454, None), "1x16000": (74166, None), "16x2048": (91754, None)},
-    "prefill.qwen": {"1x512": (29655, None), "1x4096": (40451, None), "1x16000": (32446, None), "16x2048": (42010, None)},
-    "offline.v2.in1024": {"out256": (12280, None)}, "offline.v2.in256": {"out512": (27976, None)},
-    "offline.qwen.in1024": {"out256": (5946, None)}, "offline.qwen.in256": {"out512": (16040, None)},
-    "http": {1: (305, 51, 4.1), 4: (757, 104, 5.7), 16: (1762, 209, 9.1), 64: (4789, 354, 85.9), 256: (9681, 1479, 123.6)},
+# ms of a decode step in which bytes and operations take no longer than the chip gives; by context and batch.
+FLOORS = {
+    "decode.v2.ctx256": {1: 1.15, 4: 2.7, 16: 5.9, 64: 7.4, 256: 7.75},
+    "decode.v2.ctx8192": {1: 1.21, 16: 6.9, 64: 11.2},
+    "decode.v2.ctx32768": {1: 1.39, 16: 9.7},
+    "decode.qwen.ctx256": {1: 3.55, 256: 7.1},
+    "decode.qwen.ctx8192": {1: 3.83, 16: 8.1, 64: 21.7},
+    "decode.qwen.ctx32768": {1: 4.68, 16: 21.7},
 }
 
 
-def figures(name, line):
+def figures(name, line, peers):
     """Name, value, unit, peer, floor, and what else is worth a word."""
     report, server = line.get("report"), line.get("server") or {}
     if report and report["failed"]:
@@ -34,36 +29,33 @@ def figures(name, line):
     if kind == "decode":
         context, batch = rest.split(".")
         n = int(batch[2:])
-        peer, floor = PEERS[f"decode.{model}.{context}"].get(n, (None, None))
+        peer, floor = peers.get(name), FLOORS.get(f"decode.{model}.{context}", {}).get(n)
         steps = [s for s in server.get("decode_steps", []) if s["tokens"] >= n]
         more = {"device_step_ms": steps[0]["mean_ms"]} if steps else {}
-        for key in ("device_idle_percent", "planner_p99_us", "launches_per_step"):
+        for key in ("device_idle_percent", "planner_p99_us", "deliver_p99_us", "launches_per_step"):
             more[key] = server.get(key)
         of = "" if context == "ctx256" else f".{context}"
         yield f"{named}.decode.{batch}{of}.ms", report["itl_ms"]["p50"], "ms", peer, floor, more
     elif kind == "prefill":
-        peer, floor = PEERS[f"prefill.{model}"][rest]
         tokens = int(rest.split("x")[1])
         alone = rest.startswith("1x")
         value = tokens / report["ttft_ms"]["p50"] * 1e3 if alone else report["total_tokens_per_s"]
-        yield f"{named}.prefill.{rest}.tokens_per_s", value, "tokens/s", peer, floor, {}
+        yield f"{named}.prefill.{rest}.tokens_per_s", value, "tokens/s", peers.get(name), None, {}
     elif kind == "offline":
-        given, made = rest.split(".")
-        peer, floor = PEERS[f"offline.{model}.{given}"][made]
-        yield f"{named}.offline.{rest}.tokens_per_s", report["output_tokens_per_s"], "tokens/s", peer, floor, {}
+        yield f"{named}.offline.{rest}.tokens_per_s", report["output_tokens_per_s"], "tokens/s", peers.get(name), None, {}
     elif kind == "http":
         c = line["concurrency"]
-        tokens, first, between = PEERS["http"][c]
+        peer = peers.get(f"http.c{c}", {})
         at = f"http.{MODELS[model]}.{rest}.c{c}"
-        yield f"{at}.tokens_per_s", report["output_tokens_per_s"], "tokens/s", tokens, None, {}
-        yield f"{at}.ttft_mean.ms", report["ttft_ms"]["mean"], "ms", first, None, {}
-        yield f"{at}.itl_p99.ms", report["itl_ms"]["p99"], "ms", between, None, {
-            k: server.get(k) for k in ("device_idle_percent", "planner_p99_us")}
+        yield f"{at}.tokens_per_s", report["output_tokens_per_s"], "tokens/s", peer.get("tokens_per_s"), None, {}
+        yield f"{at}.ttft_mean.ms", report["ttft_ms"]["mean"], "ms", peer.get("ttft_mean_ms"), None, {}
+        yield f"{at}.itl_p99.ms", report["itl_ms"]["p99"], "ms", peer.get("itl_p99_ms"), None, {
+            k: server.get(k) for k in ("device_idle_percent", "planner_p99_us", "deliver_p99_us")}
     elif line.get("bench") == "cold_start":
         more = {"steady_ms": line["steady_ttft_p99_ms"], "ratio": round(line["ratio"], 2)}
         yield f"startup.{MODELS[model]}.ttft_p99_first_100.ms", line["ttft_p99_ms"], "ms", None, None, more
     elif kind == "startup":
-        yield f"startup.{MODELS[model]}.random.{rest}.s", line["seconds"], "s", None, None, {}
+        yield f"startup.{MODELS[model]}.{rest}.s", line["seconds"], "s", None, None, {}
 
 
 def machine():
@@ -74,12 +66,13 @@ def machine():
         return "no GPU"
 
 
-def main(lines, record, version):
+def main(lines, record, version, peer_file):
+    peers = json.load(open(peer_file))
     commit = version.rsplit("(", 1)[-1].rstrip(")\n")
     found = {}
     for text in open(lines):
         name, command, line = text.rstrip("\n").split("\t")
-        for figure in figures(name, json.loads(line)):
+        for figure in figures(name, json.loads(line), peers):
             # Of a measurement that was repeated the last counts.
             found[figure[0]] = figure + (f"bench/h200.sh: tokenmill {command}",)
     with open(record, "a") as out:

@@ -2,10 +2,12 @@
 # What one H200 gives through the whole engine: bench/h200.sh PART [RECORD]
 #
 # PART: steps, long, prefill, offline (each of both models, or of one as steps:v2 or steps:qwen), http,
-# start, kernels, or all. Every part starts servers of its own with random weights and takes less than a
-# minute for a model. The program is target/release/tokenmill, or what TOKENMILL names. Figures are printed
-# as a table at the end and appended to RECORD as the lines of bench/results; CURVE may name a file for the
-# loads of the sweep, which `tokenmill bench plot` draws.
+# start, kernels, or all. Every part starts servers of its own and takes less than a minute for a model.
+# Weights are random, made on the device; or those of CHECKPOINTS/deepseek-v2-lite and CHECKPOINTS/qwen3-8b
+# (as `tokenmill model random` writes them), so that another engine can be measured on the same ones.
+# The program is target/release/tokenmill, or what TOKENMILL names. Figures are printed as a table at the
+# end, beside those of bench/results/peer.json or of the file that PEER names, and appended to RECORD as the
+# lines of bench/results; CURVE may name a file for the loads of the sweep, which `tokenmill bench plot` draws.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part=${1:?usage: bench/h200.sh PART [RECORD]} record=${2:-/dev/null}
@@ -19,15 +21,19 @@ stop() {
     [ -z "$server" ] || { kill "$server" 2>/dev/null && wait "$server" 2>/dev/null || true; }
     server=
 }
-folder() { # MODEL: a folder with its config.json
+folder() { # MODEL: a folder with its config.json, and weights if they are not to be made
     case $1 in
-        v2) echo recipes/deepseek-v2-lite ;;
-        qwen) echo recipes/qwen3-8b ;;
+        v2) echo "${CHECKPOINTS:-recipes}/deepseek-v2-lite" ;;
+        qwen) echo "${CHECKPOINTS:-recipes}/qwen3-8b" ;;
     esac
 }
+weights=random
+[ -z "${CHECKPOINTS:-}" ] || weights=checkpoint
 serve() { # MODEL CONTEXT REQUESTS TOKENS_OF_A_STEP
     stop
-    "$program" serve "$(folder "$1")" --load-format random --device "${DEVICE:-cuda}" --port "$port" \
+    local format=()
+    [ $weights = checkpoint ] || format=(--load-format random)
+    "$program" serve "$(folder "$1")" "${format[@]}" --device "${DEVICE:-cuda}" --port "$port" \
         --max-model-len "$2" --max-num-seqs "$3" --max-num-batched-tokens "$4" \
         --no-enable-prefix-caching >"$work/log" 2>&1 &
     server=$!
@@ -77,7 +83,7 @@ start() {
     serve v2 4096 256 2048
     measure start.v2 serve --cold-start --num-prompts 100 --max-concurrency 16 --input-len 1024 --output-len 16
     curl -sf "http://127.0.0.1:$port/metrics" | sed -n 's/^tokenmill_startup_seconds{.*phase="\([a-z_]*\)".*} /\1 /p' |
-        while read -r phase seconds; do printf 'startup.v2.%s\tserve\t{"seconds": %s}\n' "$phase" "$seconds"; done >>"$work/lines"
+        while read -r phase seconds; do printf 'startup.v2.%s.%s\tserve\t{"seconds": %s}\n' $weights "$phase" "$seconds"; done >>"$work/lines"
 }
 kernels() { "$program" bench kernels --record "$record"; }
 
@@ -94,4 +100,4 @@ run() { # PART[:MODEL]
 }
 run "$part"
 stop
-"${PYTHON:-python3}" bench/h200.py "$work/lines" "$record" "$("$program" --version)"
+"${PYTHON:-python3}" bench/h200.py "$work/lines" "$record" "$("$program" --version)" "${PEER:-bench/results/peer.json}"

@@ -102,8 +102,10 @@ pub struct Metrics {
     pub queue_time: Histogram,
     /// Time that the worker took for a step, as it says itself.
     pub step_duration: Histogram,
-    /// Turns of the scheduler in which it planned a step.
+    /// Turns of the scheduler in which it planned a step, until its plans had left.
     pub planner: Histogram,
+    /// Handing results to their requests after that.
+    pub deliver: Histogram,
     /// Launches of kernels, graphs and copies that the worker's host made.
     pub worker_launches: IntCounter,
     /// Steps whose tokens the worker's host drew, so that the next one waited for it.
@@ -186,8 +188,14 @@ impl Metrics {
             ),
             planner: make.histogram(
                 "planner_seconds",
-                "Time of the scheduler's turns in which it planned a step: what it was told taken in, \
-                 steps planned, results given out.",
+                "Time of the scheduler's turns in which it planned a step, until the plans had left: what it \
+                 was told taken in, steps planned and sent.",
+                PLANNER,
+            ),
+            deliver: make.histogram(
+                "deliver_seconds",
+                "Time in which the scheduler's thread handed a turn's results to their requests, after its \
+                 plans had left.",
                 PLANNER,
             ),
             worker_launches: make.counter(

@@ -64,8 +64,10 @@ fn label<'a>(labels: &'a str, name: &str) -> Option<&'a str> {
 pub(super) struct Server {
     /// Share of the time in which the device ran nothing between steps though there was work.
     idle: Option<f64>,
-    /// Seconds of the 99th of a hundred of the scheduler's turns, at most.
+    /// Seconds of the 99th of a hundred of the scheduler's turns until their plans had left, at most.
     planner_p99: Option<f64>,
+    /// The same of handing on what a turn gave.
+    deliver_p99: Option<f64>,
     launches_per_step: Option<f64>,
     /// Tokens of decode steps, rounded up to a power of two; how many steps; mean seconds.
     decode: Vec<(u32, f64, f64)>,
@@ -98,6 +100,7 @@ impl Server {
         Self {
             idle: ratio(idle, idle + busy),
             planner_p99: quantile(after.grown(before, "tokenmill_planner_seconds_bucket"), 0.99),
+            deliver_p99: quantile(after.grown(before, "tokenmill_deliver_seconds_bucket"), 0.99),
             launches_per_step: ratio(sum("tokenmill_worker_launches_total"), steps),
             decode,
         }
@@ -110,6 +113,7 @@ impl Server {
         json!({
             "device_idle_percent": self.idle.map(|idle| rounded(100.0 * idle)),
             "planner_p99_us": self.planner_p99.map(|seconds| rounded(1e6 * seconds)),
+            "deliver_p99_us": self.deliver_p99.map(|seconds| rounded(1e6 * seconds)),
             "launches_per_step": self.launches_per_step.map(rounded),
             "decode_steps": self.decode.iter().map(step).collect::<Vec<_>>(),
         })
@@ -144,9 +148,9 @@ impl fmt::Display for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut told = Vec::new();
         told.extend(self.idle.map(|idle| format!("device idle {:.2} %", 100.0 * idle)));
-        let planner =
-            self.planner_p99.map(|seconds| format!("planner p99 {:.0} us", 1e6 * seconds));
-        told.extend(planner);
+        for (what, p99) in [("planner", self.planner_p99), ("deliver", self.deliver_p99)] {
+            told.extend(p99.map(|seconds| format!("{what} p99 {:.0} us", 1e6 * seconds)));
+        }
         told.extend(self.launches_per_step.map(|n| format!("{n:.1} launches a step")));
         if !told.is_empty() {
             writeln!(f, "server        {}", told.join(", "))?;

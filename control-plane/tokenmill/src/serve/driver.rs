@@ -2,8 +2,8 @@
 //!
 //! It makes no decision of its own. Messages come from the gateway and the supervisor; plans and
 //! uploads go to the worker's stream in the order the core says them; results go to each request's
-//! channel. Invariants: an upload leaves before the plan that admits it; a request's channel is
-//! dropped right after its last event.
+//! channel once the plans of the turn have left. Invariants: an upload leaves before the plan that
+//! admits it; a request's channel is dropped right after its last event.
 
 use super::life::{Life, Progress};
 use super::startup::Startup;
@@ -11,6 +11,7 @@ use super::streams::Streams;
 use gateway::engine::GenerationEvent;
 use ids::{GroupId, RequestId, Timestamp, Tokens};
 use scheduler::{Event, Output, Scheduler, Submit};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -73,6 +74,7 @@ impl Driver {
     /// Runs until every sender of the inbox is gone.
     pub(crate) fn run(mut self) {
         let mut streams = Streams::default();
+        let mut said = VecDeque::new();
         // When gauges are to be refreshed; nothing while they show the state of an idle scheduler.
         let mut gauges_due = Some(Instant::now());
         loop {
@@ -94,8 +96,13 @@ impl Driver {
             while let Ok(message) = self.inbox.try_recv() {
                 self.take(now, message, &mut streams);
             }
-            if self.plan(&mut streams) {
-                self.metrics.planner.observe(begun.elapsed().as_secs_f64());
+            let planned = self.plan(&mut said);
+            let gone = Instant::now();
+            if planned {
+                self.metrics.planner.observe(gone.duration_since(begun).as_secs_f64());
+            }
+            if self.deliver(&mut said, &mut streams) {
+                self.metrics.deliver.observe(gone.elapsed().as_secs_f64());
             }
             if gauges_due.is_none_or(|due| Instant::now() >= due) {
                 self.gauges();
@@ -172,25 +179,26 @@ impl Driver {
         }
     }
 
-    /// Plans what can be planned; whether that was any step.
-    fn plan(&mut self, streams: &mut Streams) -> bool {
+    /// Plans what can be planned; whether that was any step. What is for requests is left in `said`.
+    fn plan(&mut self, said: &mut VecDeque<Output>) -> bool {
         let mut any = false;
         loop {
-            self.drain(streams);
+            self.command(said);
             let Some(planned) = self.scheduler.plan_step(self.now()) else { break };
-            self.drain(streams);
+            self.command(said);
             self.metrics.steps_planned(StepsAhead::of(planned.report.ahead)).inc();
             self.life.command(ToWorker::Step(planned.plan));
             any = true;
         }
-        self.drain(streams);
+        self.command(said);
         let gauges = self.scheduler.gauges();
         self.progress.working(gauges.running + gauges.waiting > 0);
         self.progress.queued(gauges.waiting, gauges.queued_tokens);
         any
     }
 
-    fn drain(&mut self, streams: &mut Streams) {
+    /// Does what the scheduler asks for; what is for requests waits in `said`, in its order.
+    fn command(&mut self, said: &mut VecDeque<Output>) {
         while let Some(output) = self.scheduler.poll_output() {
             match output {
                 Output::Upload(upload) => self.life.command(ToWorker::Upload(upload)),
@@ -201,17 +209,25 @@ impl Driver {
                     tracing::error!(%incarnation, %reason, "the worker cannot be trusted");
                     self.life.kill();
                 }
-                said => {
-                    if let Output::Started { request, .. } = &said
-                        && let Some(arrival) = streams.arrival(*request)
-                    {
-                        let waited = self.now().since(arrival);
-                        self.metrics.queue_time.observe(waited.as_secs_f64());
-                    }
-                    streams.say(said);
-                }
+                for_a_request => said.push_back(for_a_request),
             }
         }
+    }
+
+    /// Hands results to their requests; whether there were any. Waking those who wait for them takes
+    /// longer than planning does, so the plans have left by then.
+    fn deliver(&self, said: &mut VecDeque<Output>, streams: &mut Streams) -> bool {
+        let any = !said.is_empty();
+        for output in said.drain(..) {
+            if let Output::Started { request, .. } = &output
+                && let Some(arrival) = streams.arrival(*request)
+            {
+                let waited = self.now().since(arrival);
+                self.metrics.queue_time.observe(waited.as_secs_f64());
+            }
+            streams.say(output);
+        }
+        any
     }
 
     fn gauges(&self) {
