@@ -177,7 +177,7 @@ mod tests {
     fn lowered(family: &str) -> Lowered {
         let config = format!(
             r#"{{"model_type": "{family}", "vocab_size": 64, "hidden_size": 32,
-            "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 6,
             "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 512,
             "rms_norm_eps": 1e-6, "kv_lora_rank": 16, "q_lora_rank": 12, "qk_nope_head_dim": 8,
             "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 8, "num_experts": 8,
