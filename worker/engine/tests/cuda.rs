@@ -280,14 +280,51 @@ fn mixed_steps_say_the_same_in_both_forms_and_captured() {
         let roundings = Roundings::of(&model.config, model.weights, &common::prompt(21, 4));
         let off = absorbed.iter().zip(&launched).flat_map(|(one, other)| {
             assert_eq!(one.prompt.len(), other.prompt.len(), "{name}");
-            // The tokens drawn are the same up to where they part.
-            let same = one.tokens.iter().zip(&other.tokens).take_while(|(a, b)| a == b).count();
-            let drawn = one.logprobs[..same].iter().zip(&other.logprobs);
-            let both = one.prompt.iter().zip(&other.prompt).chain(drawn);
-            both.map(|(a, b)| f64::from((a - b).abs())).collect::<Vec<_>>()
+            let prompts = one.prompt.iter().zip(&other.prompt);
+            let off = prompts.map(|(a, b)| f64::from((a - b).abs()));
+            off.chain(drawn_off(one, other)).collect::<Vec<_>>()
         });
         roundings.twice().explain(off.collect(), &format!("absorbed or expanded, {name}"));
     }
+}
+
+/// Where log-probabilities of prompts are asked for all rows run to the end, else those alone that draw.
+#[test]
+fn rows_that_nobody_asks_for_are_not_missed() {
+    let Some((setup, _turn)) = cuda() else { return };
+    for (name, config) in families().into_iter().chain(native()) {
+        let model = Model::new(&config, 27);
+        for (graphs, kv_dtype) in
+            [(false, KvDtype::F32), (true, KvDtype::F32), (true, KvDtype::Bf16)]
+        {
+            let setup = Setup { kv_dtype, slots: 8, graphs, ..setup };
+            let run =
+                |how, what: &str| mixed::run_with(&model, setup, how, &format!("{name}, {what}"));
+            let all = run((Some(0), greedy()), "all rows");
+            let few = run((None, greedy()), "some rows");
+            let drawn = run((None, Sampling::default()), "drawn ahead");
+            assert!(few.iter().all(|few| few.prompt.is_empty() && !few.logprobs.is_empty()));
+            for (few, drawn) in few.iter().zip(&drawn) {
+                assert_eq!(few.tokens, drawn.tokens, "{name}");
+            }
+            if kv_dtype == KvDtype::F32 {
+                for (few, all) in few.iter().zip(all) {
+                    few.assert_close(&Completion { prompt: Vec::new(), ..all }, TOLERANCE, name);
+                }
+                continue;
+            }
+            let roundings = Roundings::of(&model.config, model.weights, &common::prompt(21, 4));
+            let off = few.iter().zip(&all).flat_map(|(few, all)| drawn_off(few, all));
+            roundings.twice().explain(off.collect(), &format!("some rows or all, {name}"));
+        }
+    }
+}
+
+/// How far log-probabilities of the tokens drawn are apart, which are the same up to where they part.
+fn drawn_off(one: &Completion, other: &Completion) -> Vec<f64> {
+    let same = one.tokens.iter().zip(&other.tokens).take_while(|(a, b)| a == b).count();
+    let drawn = one.logprobs[..same].iter().zip(&other.logprobs);
+    drawn.map(|(a, b)| f64::from((a - b).abs())).collect()
 }
 
 #[test]
