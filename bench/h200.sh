@@ -69,13 +69,13 @@ prefill() {
     measure "prefill.$1.16x2048" throughput --num-prompts 16 --input-len 2048 --output-len 1
     measure "prefill.$1.16x2048" throughput --num-prompts 16 --input-len 2048 --output-len 1 --seed 1
 }
-offline() {
-    serve "$1" 1536 512 8192
+offline() { # eight prompts of 1,024 beside 512 requests that decode
+    serve "$1" 1536 512 8704
     measure "offline.$1.in1024.out256" throughput --num-prompts 512 --input-len 1024 --output-len 256
     measure "offline.$1.in256.out512" throughput --num-prompts 512 --input-len 256 --output-len 512 --seed 1
 }
-http() {
-    serve v2 4096 256 2048
+http() { # two prompts of 1,024 beside 256 requests that decode
+    serve v2 4096 256 2304
     measure http.v2.in1024.out256 serve --input-len 1024 --output-len 256 --max-concurrency 1,4,16,64,256 \
         ${CURVE:+--record "$CURVE"}
 }

@@ -55,6 +55,33 @@ fn what_cannot_run_is_refused_with_its_numbers() {
     assert_eq!(end(&replica, 5), FinishReason::Length);
 }
 
+/// Chunks and prompt tokens of every step that has some, with prompts of these lengths.
+fn chunks(prompts: &[u32]) -> Vec<(u32, u32)> {
+    let step = Tokens(230);
+    let config =
+        Config { max_step_tokens: step, max_chunk: step, prefix_caching: false, ..limits() };
+    let mut replica = Replica::new(config, &[full(0)], 256);
+    for (id, prompt) in (1..).zip(prompts) {
+        replica.submit(request(id, *prompt, 40));
+    }
+    replica.drive(|_, _| {});
+    assert!(prompts.iter().zip(1..).all(|(_, id)| end(&replica, id) == FinishReason::Length));
+    let reports = replica.reports.iter().filter(|report| report.chunks > 0);
+    reports.map(|report| (report.chunks, report.prefill_tokens.0)).collect()
+}
+
+#[test]
+fn a_prompt_that_nearly_fits_waits_for_the_step_that_takes_it_whole() {
+    // Decoding requests take a token each of what follows.
+    assert_eq!(chunks(&[100; 5]), [(2, 200), (2, 200), (1, 100)]);
+    // Too much of the step would stay empty.
+    assert_eq!(chunks(&[140; 3]), [(2, 230), (2, 190)]);
+    // No step takes it whole.
+    assert_eq!(chunks(&[200, 500])[..2], [(2, 230), (1, 229)]);
+    // One that is under way goes on, and nobody waits behind it longer than for a step of its own.
+    assert_eq!(chunks(&[430, 100]), [(1, 230), (1, 200), (1, 100)]);
+}
+
 #[test]
 fn the_queue_is_bounded_by_requests_and_by_tokens() {
     let config = Config { queue_requests: 2, queue_tokens: 100, ..limits() };

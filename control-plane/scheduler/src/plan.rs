@@ -28,8 +28,9 @@ pub(crate) struct Draft {
     pub(crate) chunks: Vec<Chunk>,
     /// Decoding slots that can run, and the context they attend to.
     pub(crate) load: Load,
-    /// Prompt tokens that the step still takes.
+    /// Prompt tokens that the step still takes, and how many it took at first.
     pub(crate) room: Tokens,
+    pub(crate) whole_room: Tokens,
     /// Whether the decode budget, not the step's size, set the room.
     pub(crate) by_budget: bool,
     /// Blocks on their way that a stalled request counts on.

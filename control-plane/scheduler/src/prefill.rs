@@ -15,19 +15,32 @@ use ids::{BLOCK_TOKENS, Tokens};
 /// Prompt tokens that a step takes even when decoding alone breaks the budget.
 const CHUNK_LEAST: u32 = BLOCK_TOKENS;
 
+/// The part of a step's room for prompts that may stay empty, so that a prompt is not cut: one of so many.
+const SPARE: u32 = 4;
+
 impl Scheduler {
     /// How many prompt tokens the step takes beside its decodes.
     pub(crate) fn set_room(&self, life: &Life, draft: &mut Draft) {
         let decode = Tokens(draft.load.decode);
         draft.room = self.config.max_step_tokens.saturating_sub(decode);
-        if life.decoding.is_empty() {
-            return;
-        }
-        if let Some(room) = self.cost.prefill_room(draft.load, self.config.decode_budget) {
+        if !life.decoding.is_empty()
+            && let Some(room) = self.cost.prefill_room(draft.load, self.config.decode_budget)
+        {
             let room = Tokens(room.max(CHUNK_LEAST));
             draft.by_budget = room < draft.room;
             draft.room = room.min(draft.room);
         }
+        draft.whole_room = draft.room;
+    }
+
+    /// Whether a prompt of which `left` tokens are to be computed waits for the next step, which takes it
+    /// whole, rather than be cut here: a cut costs the rest of it another reading of what is in front.
+    /// It waits only behind other prompts, so the next step begins with it, and only where little of this
+    /// step stays empty.
+    pub(crate) fn waits_whole(&self, draft: &Draft, left: Tokens) -> bool {
+        let fits = left <= draft.whole_room.min(self.config.max_chunk);
+        let little = draft.room.0 <= draft.whole_room.0 / SPARE;
+        !draft.chunks.is_empty() && left > draft.room && fits && little
     }
 
     /// Continues requests whose prompts are under way.

@@ -62,6 +62,7 @@ pub(super) struct Stretch<'a> {
 impl Ahead {
     pub(super) fn take(
         context: &Context,
+        stream: &Stream,
         arena: &mut Arena,
         limits: &Limits,
     ) -> Result<Self, CudaError> {
@@ -76,13 +77,11 @@ impl Ahead {
                 launches: 0,
             })
         };
-        Ok(Self {
-            places: (0..PLACES).map(place).collect::<Result<_, CudaError>>()?,
-            enqueued: 0,
-            collected: 0,
-            drawn: arena.take(OP, drawn)?,
-            last: arena.take(OP, last)?,
-        })
+        let places = (0..PLACES).map(place).collect::<Result<_, CudaError>>()?;
+        let drawn = arena.take(OP, drawn)?;
+        // Places of padding rows come back with the others, and no draw writes them.
+        stream.fill(&drawn, 0)?;
+        Ok(Self { places, enqueued: 0, collected: 0, drawn, last: arena.take(OP, last)? })
     }
 
     /// Marks the beginning of a step.

@@ -29,13 +29,18 @@ pub(super) struct Draws {
 impl Draws {
     pub(super) fn take(
         context: &Context,
+        stream: &Stream,
         arena: &mut Arena,
         sizes: &Sizes,
     ) -> Result<Self, CudaError> {
+        let how = arena.take(OP, sizes.draw_bytes())?;
+        let drawn = arena.take(OP, sizes.drawn_bytes())?;
+        // What is not drawn or not described comes back with the rest, and no draw writes it.
+        stream.fill(&drawn, 0)?;
         Ok(Self {
             upload: Upload::new(context, sizes.draw_bytes())?,
-            how: arena.take(OP, sizes.draw_bytes())?,
-            drawn: arena.take(OP, sizes.drawn_bytes())?,
+            how,
+            drawn,
             most: None,
             draws: true,
             download: Download::new(context, sizes.drawn_bytes())?,

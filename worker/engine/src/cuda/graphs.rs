@@ -7,6 +7,17 @@ use super::limits::Limits;
 use device::cuda::Graph;
 use std::collections::BTreeMap;
 
+/// Which rows of a step run latent attention in the absorbed form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Absorbed {
+    /// None: all are of prompts that run expanded.
+    Nothing,
+    /// Those that decode.
+    Decodes,
+    /// Those of chunks too.
+    Chunks,
+}
+
 /// What launches depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Kind {
@@ -14,6 +25,8 @@ pub(super) struct Kind {
     pub(super) bucket: usize,
     /// Whether a segment has several rows.
     pub(super) prompts: bool,
+    /// Of a step with prompts that may run expanded; others say that chunks do.
+    pub(super) absorbed: Absorbed,
     /// Whether all tokens that are drawn with it are just the likeliest.
     pub(super) greedy: bool,
     /// Whether latent attention of its few rows of short contexts takes one launch.
@@ -22,8 +35,8 @@ pub(super) struct Kind {
 
 /// Every kind of step within limits. Only requests that decode are a row each, so without prompt
 /// chunks a step has at most as many rows as there are slots. Contexts may be near in steps of up to
-/// `near` rows.
-pub(super) fn kinds(limits: &Limits, near: usize) -> Vec<Kind> {
+/// `near` rows. Prompts may run expanded where the program `expands`.
+pub(super) fn kinds(limits: &Limits, near: usize, expands: bool) -> Vec<Kind> {
     let slots = limits.bucket(limits.slots.min(limits.rows));
     let buckets = limits.buckets().into_iter();
     buckets
@@ -31,9 +44,18 @@ pub(super) fn kinds(limits: &Limits, near: usize) -> Vec<Kind> {
             // Draws behind prompt chunks are not part of the graph.
             let draws = [(false, false), (false, true), (true, false)];
             draws.into_iter().flat_map(move |(prompts, greedy)| {
-                [false, true].map(|near| Kind { bucket, prompts, greedy, near })
+                [false, true].into_iter().flat_map(move |near| {
+                    [Absorbed::Nothing, Absorbed::Decodes, Absorbed::Chunks].map(|absorbed| Kind {
+                        bucket,
+                        prompts,
+                        absorbed,
+                        greedy,
+                        near,
+                    })
+                })
             })
         })
+        .filter(|kind| kind.absorbed == Absorbed::Chunks || (kind.prompts && expands))
         .filter(|kind| if kind.prompts { kind.bucket > 1 } else { kind.bucket <= slots })
         .filter(|kind| !kind.near || (!kind.prompts && kind.bucket <= near))
         .collect()
@@ -86,17 +108,23 @@ mod tests {
     #[test]
     fn every_step_has_a_kind() {
         let limits = Limits { rows: 1000, slots: 20, context: 1, multiprocessors: 1 };
-        let kinds = kinds(&limits, 2);
+        let all = kinds(&limits, 2, true);
+        let kinds = kinds(&limits, 2, false);
+        let absorbed = Absorbed::Chunks;
+        assert!(kinds.iter().all(|kind| kind.absorbed == absorbed && all.contains(kind)));
         for rows in 1..=limits.rows {
             let bucket = limits.bucket(rows);
-            let kind = Kind { bucket, prompts: true, greedy: false, near: false };
+            let kind = Kind { bucket, prompts: true, absorbed, greedy: false, near: false };
             assert_eq!(kinds.contains(&kind), rows > 1);
+            for absorbed in [Absorbed::Nothing, Absorbed::Decodes] {
+                assert_eq!(all.contains(&Kind { absorbed, ..kind }), rows > 1);
+            }
             for (greedy, near) in [(false, false), (true, false), (false, true), (true, true)] {
-                let kind = Kind { bucket, prompts: false, greedy, near };
+                let kind = Kind { bucket, prompts: false, absorbed, greedy, near };
                 let is_there = rows <= limits.slots && (!near || rows <= 2);
                 assert!(!is_there || kinds.contains(&kind));
             }
         }
-        assert!(kinds.len() < 60, "{}", kinds.len());
+        assert!(kinds.len() < 60 && all.len() < 100, "{} and {}", kinds.len(), all.len());
     }
 }

@@ -12,9 +12,10 @@ mod views;
 pub(super) use layout::{Layout, kept_bytes};
 pub(super) use views::{PromptViews, Views};
 
+use super::graphs::Absorbed;
 use super::limits::Limits;
 use super::sizes::{Prompts, Sizes, Spec};
-use crate::batch::Batch;
+use crate::batch::{Batch, Run};
 use crate::executor::{RowDraw, TableView};
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceSlice, Stream, Upload};
@@ -189,6 +190,7 @@ impl Inputs {
             <[[u32; CHANGE_WORDS]]>::mut_from_bytes(changes).map_err(|e| refused(e.to_string()))?;
 
         words[layout.count] = narrow(batch.ids.len())?;
+        words[layout.wanted_count] = narrow(batch.wanted.len())?;
         copy(words, &layout.ids, &batch.ids)?;
         copy(words, &layout.positions, &batch.positions)?;
         let wanted = part(words, &layout.wanted, batch.wanted.len())?;
@@ -302,6 +304,21 @@ fn stage_draws(
 /// Whether a batch has segments of several rows, which other kernels serve.
 pub(super) fn has_prompts(batch: &Batch) -> bool {
     batch.runs.iter().any(|run| run.len > 1)
+}
+
+/// Which rows of a batch run absorbed where prompts may run expanded.
+pub(super) fn absorbed(batch: &Batch) -> Absorbed {
+    let of = |run: &Run| {
+        let (len, context) = (run.len as u32, run.context as u32);
+        match run.len {
+            1 => Absorbed::Decodes,
+            _ if expand::is_expanded(&Segment { start: 0, len, context, table: 0 }) => {
+                Absorbed::Nothing
+            }
+            _ => Absorbed::Chunks,
+        }
+    };
+    batch.runs.iter().map(of).max().unwrap_or(Absorbed::Nothing)
 }
 
 fn refused(why: String) -> CudaError {

@@ -67,6 +67,12 @@ impl Activations {
         })
     }
 
+    /// The same but for the body's, which lie in other memory.
+    pub(super) fn over(&self, body: DeviceSlice) -> Self {
+        let [head, router, logits] = [&self.head, &self.router, &self.logits].map(Clone::clone);
+        Self { body, head, router, logits, dtype: self.dtype }
+    }
+
     /// Element type of a place.
     pub(super) const fn dtype(&self, place: Place) -> Dtype {
         match place.region {

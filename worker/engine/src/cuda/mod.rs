@@ -20,6 +20,7 @@ mod inputs;
 mod launch;
 mod limits;
 mod moe_layer;
+mod rest;
 mod run;
 mod sizes;
 mod weights;
@@ -38,7 +39,7 @@ use asked::Asked;
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Download, Stream};
 use draw::Draws;
-use graphs::{Graphs, Kind};
+use graphs::{Absorbed, Graphs, Kind};
 use inputs::Inputs;
 use launch::{Activations, Launch, Place, Region, Resolver};
 use limits::Limits;
@@ -49,6 +50,7 @@ use ops::mla::cuda::expand::later::Passes;
 use ops::rope::Pairing;
 use ops::tokens::cuda::{Begin, begin};
 use ops::{embed, gqa, mla, moe};
+use rest::{Chosen, Rest};
 use run::{Beside, Rotation, Scratch, Step};
 use sizes::{ExpertShape, Sizes};
 use std::time::Duration;
@@ -68,6 +70,8 @@ const fn dtype_of(kv: KvDtype) -> Dtype {
 /// Runs one rank's program on a device.
 pub(crate) struct Cuda {
     body: Vec<Launch>,
+    /// What of it only some rows run in steps with prompts.
+    rest: Option<Rest>,
     head: Vec<Launch>,
     rotations: Vec<Rotation>,
     sizes: Sizes,
@@ -93,6 +97,7 @@ struct Memory {
     limits: Limits,
     inputs: Inputs,
     activations: Activations,
+    chosen: Chosen,
     scratch: Scratch,
     cache: DeviceSlice,
     ahead: Ahead,
@@ -136,12 +141,14 @@ impl Cuda {
             factor: rope.attention_factor(),
             pairing: if rope.interleaved { Pairing::Interleaved } else { Pairing::Halves },
         });
+        let launches = body.launches(&lowered.body)?;
         Ok(Self {
             rotations: rotations.collect(),
             hidden: body.place(lowered.hidden),
             chosen: head.place(lowered.chosen),
             logits: head.place(lowered.logits),
-            body: body.launches(&lowered.body)?,
+            rest: rest::find(lowered, &launches, |id| body.place(id)),
+            body: launches,
             head: head.launches(&lowered.head)?,
             capture: options.graphs,
             failing_launch: options.failing_launch,
@@ -197,15 +204,17 @@ impl Cuda {
         let moe = sizes.experts.map(moe).transpose()?;
         let mut choices = || arena.take("routing", sizes.choice_bytes(&limits));
         let choices = [choices()?, choices()?];
+        let activations = Activations::take(arena, sizes, &limits)?;
         let mut memory = Memory {
+            chosen: Chosen::take(arena, &self.stream, (sizes, &limits), &activations)?,
             graphs: Graphs::default(),
             inputs: Inputs::take(&self.context, arena, sizes, &limits)?,
-            activations: Activations::take(arena, sizes, &limits)?,
+            activations,
             scratch: Scratch { partials, mla, expanded, latent, grouped, moe, choices },
             cache,
-            ahead: Ahead::take(&self.context, arena, &limits)?,
+            ahead: Ahead::take(&self.context, &self.stream, arena, &limits)?,
             asked: Asked::take(&self.context, arena, sizes, &limits)?,
-            draws: Draws::take(&self.context, arena, sizes)?,
+            draws: Draws::take(&self.context, &self.stream, arena, sizes)?,
             download: Download::new(&self.context, sizes.host_bytes())?,
             bucket: 0,
             limits,
@@ -246,7 +255,7 @@ impl Cuda {
     /// Captures the body of every step there can be, with the draws where it only decodes.
     fn capture(&self, memory: &mut Memory) -> Result<(), CudaError> {
         let mut graphs = Graphs::default();
-        for kind in graphs::kinds(&memory.limits, self.near_rows()) {
+        for kind in graphs::kinds(&memory.limits, self.near_rows(), self.sizes.expands()) {
             memory.bucket = kind.bucket;
             let before = self.launches();
             let body = |_: &Stream| self.enqueue_body(memory, kind, &[]);
@@ -279,7 +288,7 @@ impl Cuda {
         memory: &'a Memory,
         rows: Rows<'a>,
         ids: &'a DeviceSlice,
-        (prompts, near): (bool, bool),
+        prompts: bool,
     ) -> Result<Step<'a>, CudaError> {
         Ok(Step {
             on: self.queue(),
@@ -288,7 +297,8 @@ impl Cuda {
             ids,
             views: memory.inputs.views(memory.bucket)?,
             prompts,
-            near,
+            absorbed: Absorbed::Chunks,
+            near: false,
             passes: &[],
             limits: &memory.limits,
             sizes: &self.sizes,
@@ -308,8 +318,8 @@ impl Cuda {
         Queue { gpu: &self.gpu, stream: &self.stream }
     }
 
-    /// Enqueues the body for a batch whose inputs were sent, and the draws where it only decodes:
-    /// then no more rows are wanted than there are.
+    /// Enqueues the body for a batch whose inputs were sent; where there are prompts as far as all rows
+    /// run it, else with the draws: then no more rows are wanted than there are.
     fn enqueue_body(
         &self,
         memory: &Memory,
@@ -327,8 +337,9 @@ impl Cuda {
             tables: &views.tables,
         };
         begin(self.queue(), rows, &operands)?;
-        let step = self.step(memory, rows, &memory.inputs.ids, (kind.prompts, kind.near))?;
-        Step { passes, ..step }.run_all(&self.body)?;
+        let step = self.step(memory, rows, &memory.inputs.ids, kind.prompts)?;
+        Step { passes, absorbed: kind.absorbed, near: kind.near, ..step }
+            .run_all(self.captured_body(kind.prompts))?;
         match kind.prompts {
             true => Ok(()),
             false => self.enqueue_draws(memory, memory.bucket, false, kind.greedy),
@@ -365,14 +376,19 @@ impl Cuda {
     /// Enqueues the head for some of the wanted rows.
     fn enqueue_head(&self, memory: &Memory, first: usize, rows: Rows<'_>) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
-        let ids = views.wanted.slice(first * 4..(first + rows.padded) * 4);
-        let step = self.step(memory, rows, &ids, (false, false))?;
+        let (hidden, table_rows, ids) = match memory.chosen.hidden(self.hidden, first) {
+            Some(chosen) => chosen,
+            None => {
+                let ids = views.wanted.slice(first * 4..(first + rows.padded) * 4);
+                (memory.activations.at(self.hidden, memory.bucket), memory.bucket, ids)
+            }
+        };
+        let step = self.step(memory, rows, &ids, false)?;
         // Choosing rows of hidden states is looking them up.
-        let hidden = memory.activations.at(self.hidden, memory.bucket);
         let choose = embed::cuda::Embed {
             ids: &ids,
             table: Tensor::new(&hidden, self.sizes.dtype),
-            table_rows: memory.bucket,
+            table_rows,
             first_row: 0,
             width: self.chosen.width,
             out: &memory.activations.at(self.chosen, rows.padded),
@@ -392,6 +408,7 @@ impl Cuda {
     ) -> Result<bool, CudaError> {
         let before = self.launched();
         memory.bucket = memory.limits.bucket(batch.ids.len());
+        memory.chosen.none();
         let (bucket, prompts) = (memory.bucket, inputs::has_prompts(batch));
         let here = draws.iter().all(|draw| draw.is_some_and(|draw| !draw.describes()));
         memory.asked.fill(self.queue(), batch, tables, draws)?;
@@ -400,13 +417,20 @@ impl Cuda {
         let greedy = draws.iter().flatten().all(|draw| draw.how.is_greedy());
         let few = !prompts && bucket <= self.near_rows();
         let near = few && mla::cuda::near::fits(batch.runs.iter().map(|run| run.context));
-        let kind = Kind { bucket, prompts, greedy: greedy && !prompts, near };
+        let absorbed = match prompts && self.sizes.expands() {
+            true => inputs::absorbed(batch),
+            false => Absorbed::Chunks,
+        };
+        let kind = Kind { bucket, prompts, absorbed, greedy: greedy && !prompts, near };
         // How many launches passes take depends on the step; long kernels hide them.
         let passes = memory.inputs.passes();
         let captured = passes.iter().all(|of| of.passes.is_empty());
         match memory.graphs.get(kind).filter(|_| captured) {
             Some(graph) => graph.launch(&self.stream)?,
             None => self.enqueue_body(memory, kind, passes)?,
+        }
+        if prompts {
+            self.enqueue_rest(memory, batch.wanted.len())?;
         }
         let wanted = if here { draws.len() } else { 0 };
         if prompts && wanted > 0 {

@@ -3,6 +3,7 @@
 
 use super::fold::Fold;
 use super::fuse::{Block, Grouped};
+use super::graphs::Absorbed;
 use super::inputs::{PromptViews, Views};
 use super::launch::{Activations, Latent, Launch, Layer, Place};
 use super::limits::Limits;
@@ -66,6 +67,8 @@ pub(super) struct Step<'a> {
     pub(super) ids: &'a DeviceSlice,
     pub(super) views: &'a Views,
     pub(super) prompts: bool,
+    /// In steps with prompts that may run expanded.
+    pub(super) absorbed: Absorbed,
     /// Whether there are few rows, of short contexts.
     pub(super) near: bool,
     /// Of prompts whose keys are gathered, by attention; none in steps that are captured.
@@ -228,11 +231,16 @@ impl Step<'_> {
                 let layer = layer.kv;
                 let tiles = (&plan, &self.scratch.partials);
                 let pieces = self.pieces(*spec);
+                let decodes = self.prompts && self.absorbed == Absorbed::Decodes;
+                let few = decodes && pieces.is_some();
                 let core = match &pieces {
                     None => Core::Tiles(tiles.0, tiles.1),
-                    Some((plan, partials)) if !self.prompts => Core::Pieces(plan, partials),
+                    Some((plan, partials)) if !self.prompts || few => Core::Pieces(plan, partials),
                     Some((plan, partials)) => Core::Both(tiles, (plan, *partials)),
                 };
+                // Rows that decode come first, and are no more than there are slots.
+                let most = if few { self.limits.bucket(self.limits.slots) } else { rows.padded };
+                let rows = Rows { padded: rows.padded.min(most), ..rows };
                 mla::cuda::attention(
                     on, rows, &q, &weights, shape, layer, cache, core, scratch, &out,
                 )
@@ -277,9 +285,11 @@ impl Step<'_> {
         before.iter().try_for_each(|launch| self.run(launch))?;
         let (q, kv, out) = (self.at(block.q), self.at(block.kv), self.at(block.out));
         let kv_b = &block.weights.kv_b;
-        // This may write rows between those that it computes, so prompts come after.
-        let rows = Rows { count: Some(&self.views.absorbed), ..self.rows };
-        Step { rows, ..*self }.run(last)?;
+        if self.absorbed != Absorbed::Nothing {
+            // This may write rows between those that it computes, so prompts come after.
+            let rows = Rows { count: Some(&self.views.absorbed), ..self.rows };
+            Step { rows, ..*self }.run(last)?;
+        }
         let views = &self.views.prompts[*spec];
         let plan = self.prompts_of(*spec, expand::cut(), &views.segments);
         expand::attention(self.on, self.rows, shape, &q, &kv, kv_b, &plan, scratch, &out)?;

@@ -7,7 +7,7 @@ use super::fuse::{self, Found};
 use super::inputs::{self, Layout};
 use super::launch::Layer;
 use super::limits::Limits;
-use super::{ahead, asked, weights};
+use super::{ahead, asked, rest, weights};
 use crate::memory::HEAD_ROWS;
 use device::cuda::{Arena, CudaError, DeviceSlice, TensorMap};
 use model::lower::{BufferId, LocalAttention, Lowered, Op};
@@ -338,6 +338,12 @@ impl Sizes {
         most
     }
 
+    /// Whether prompts may run expanded in every attention.
+    pub(super) fn expands(&self) -> bool {
+        let mut prompts = self.prompts.iter();
+        !self.prompts.is_empty() && prompts.all(|prompts| *prompts == Prompts::Expanded)
+    }
+
     /// The latent attention whose prompts run expanded, and the room for that.
     pub(super) fn expanded(&self, limits: &Limits) -> Option<(&mla::Mla, expand::Room)> {
         let Limits { rows, slots, context, .. } = *limits;
@@ -395,7 +401,7 @@ impl Sizes {
             self.drawn_bytes(),
         ];
         let kept = inputs::kept_bytes(self, limits).into_iter().chain(ahead::bytes(limits));
-        let kept = kept.chain(asked::bytes(self, limits));
+        let kept = kept.chain(asked::bytes(self, limits)).chain(rest::bytes(self, limits));
         let plain = plain.into_iter().chain(kept).map(Arena::padded).fold(0, usize::saturating_add);
         plain.saturating_add(attention).saturating_add(experts)
     }

@@ -83,7 +83,7 @@ struct Cache {
 
 /// Log-probabilities after the tokens at `positions`.
 fn logprobs_at(model: &Model, tokens: &[u32], positions: &[usize]) -> Rows {
-    let naive = Naive { config: &model.config, weights: model.weights };
+    let naive = Naive::new(&model.config, model.weights);
     let decoder = model.config.decoder();
     let table = naive.get("model.embed_tokens.weight");
     let words: Rows = table.chunks_exact(decoder.hidden).map(<[f64]>::to_vec).collect();

@@ -1,15 +1,27 @@
 //! Steps that hold everything at once: decodes, later chunks, and prompts that lie in them as a whole.
 
 use super::{Completion, Model, Session, Setup, greedy, prompt};
+use step::Sampling;
 
 /// Requests of a mixed session, in the order of their slots.
-pub const REQUESTS: usize = 6;
+pub const REQUESTS: usize = 7;
 
-/// Runs six requests through mixed steps and some decodes behind them; what came back for each.
+/// Runs all requests through mixed steps and some decodes behind them; what came back for each.
 pub fn run(model: &Model, setup: Setup, what: &str) -> Vec<Completion> {
+    run_with(model, setup, (Some(2), greedy()), what)
+}
+
+/// The same for requests that ask for so many likeliest tokens of their prompts, and for these draws.
+pub fn run_with(
+    model: &Model,
+    setup: Setup,
+    (listed, sampling): (Option<u8>, Sampling),
+    what: &str,
+) -> Vec<Completion> {
     let mut session = model.session(setup);
+    session.prompt_logprobs = listed;
     let mut done: Vec<Completion> = (0..REQUESTS).map(|_| Completion::default()).collect();
-    let lengths = [30, 300, 70, 1, 64, 129];
+    let lengths = [30, 300, 70, 1, 64, 129, 50];
     let first = u64::from(session.generations) + 1;
     let mut step = |session: &mut Session, chunks: &[(u32, u32)]| {
         let mut outcome = session.step(chunks);
@@ -26,15 +38,17 @@ pub fn run(model: &Model, setup: Setup, what: &str) -> Vec<Completion> {
         }
     };
     for (slot, length) in (0_u32..).zip(lengths) {
-        session.admit(slot, &prompt(length, 40 + slot), length, greedy());
+        session.admit(slot, &prompt(length, 40 + slot), length, sampling.clone());
     }
+    // A chunk of a step in which nobody draws.
+    step(&mut session, &[(6, 20)]);
     // One decodes from here on, one has a first chunk, which is no whole prompt.
     step(&mut session, &[(0, 30)]);
     step(&mut session, &[(1, 65)]);
     // A decode, a later chunk and four whole prompts, of one token, within a block, of one, over two.
     step(&mut session, &[(1, 100), (2, 70), (3, 1), (4, 64), (5, 129)]);
     // Decodes and later chunks; the last of one token, as decodes have.
-    step(&mut session, &[(1, 134)]);
+    step(&mut session, &[(1, 134), (6, 30)]);
     step(&mut session, &[(1, 1)]);
     for _ in 0..6 {
         step(&mut session, &[]);

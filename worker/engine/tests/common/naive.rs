@@ -6,6 +6,7 @@
 use model::config::{
     DeepSeek, DeepSeekVersion, Gqa, Mla, ModelConfig, Qwen3Moe, RopeConfig, RopeScaling,
 };
+use std::cell::RefCell;
 use std::f64::consts::PI;
 use weights::Weights;
 
@@ -15,12 +16,23 @@ type Choice<'a> = dyn Fn(&[f64]) -> Vec<(usize, f64)> + 'a;
 
 /// Log-probabilities after each token, `[tokens][vocab]`.
 pub fn logprobs(config: &ModelConfig, weights: &Weights, tokens: &[u32]) -> Rows {
-    Naive { config, weights }.logprobs(tokens)
+    Naive::new(config, weights).logprobs(tokens)
+}
+
+/// Of each token whether it would take other experts in some layer, were one of a router's scores off by
+/// `part` of their spread.
+pub fn undecided(config: &ModelConfig, weights: &Weights, tokens: &[u32], part: f64) -> Vec<bool> {
+    let mut naive = Naive::new(config, weights);
+    naive.undecided = Some((part, RefCell::new(vec![false; tokens.len()])));
+    naive.logprobs(tokens);
+    naive.undecided.map(|(_, tokens)| tokens.into_inner()).unwrap_or_default()
 }
 
 pub struct Naive<'a> {
     pub config: &'a ModelConfig,
     pub weights: &'a Weights,
+    /// Which tokens are, and how far a score may be off.
+    undecided: Option<(f64, RefCell<Vec<bool>>)>,
 }
 
 fn silu(x: f64) -> f64 {
@@ -53,7 +65,11 @@ fn top(x: &[f64], k: usize) -> Vec<usize> {
     order
 }
 
-impl Naive<'_> {
+impl<'a> Naive<'a> {
+    pub const fn new(config: &'a ModelConfig, weights: &'a Weights) -> Self {
+        Self { config, weights, undecided: None }
+    }
+
     pub fn get(&self, name: &str) -> Vec<f64> {
         let weight = self.weights.get(name).unwrap_or_else(|| panic!("no weight {name}"));
         weight.data.to_f32().into_iter().map(f64::from).collect()
@@ -238,8 +254,30 @@ impl Naive<'_> {
             }
             out
         };
+        if let Some((part, undecided)) = &self.undecided {
+            for (token, logits) in undecided.borrow_mut().iter_mut().zip(&logits) {
+                *token |= is_undecided(logits, *part, choose);
+            }
+        }
         h.iter().zip(&logits).map(row).collect()
     }
+}
+
+/// Whether other experts would be chosen, were one of the scores off by `part` of their spread.
+fn is_undecided(logits: &[f64], part: f64, choose: &Choice<'_>) -> bool {
+    let mean = logits.iter().sum::<f64>() / logits.len() as f64;
+    let variance = logits.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / logits.len() as f64;
+    let chosen = |logits: &[f64]| {
+        let mut experts: Vec<usize> = choose(logits).into_iter().map(|(e, _)| e).collect();
+        experts.sort_unstable();
+        experts
+    };
+    let (expected, off) = (chosen(logits), part * variance.sqrt());
+    (0..logits.len()).flat_map(|at| [(at, off), (at, -off)]).any(|(at, off)| {
+        let mut logits = logits.to_vec();
+        logits[at] += off;
+        chosen(&logits) != expected
+    })
 }
 
 fn qwen_choice(c: &Qwen3Moe, logits: &[f64]) -> Vec<(usize, f64)> {

@@ -19,7 +19,14 @@ const UNIT: f64 = 1.0 / 512.0;
 /// chosen and the first one not chosen is about exponential, with `experts * density at the border`
 /// (12 * 0.32) scores to a standard deviation; the noise of a difference of scores, sqrt(2) * 0.012 of
 /// it, closes one in 40; of two layers one token in 20 is hit.
-const OTHERWISE: f64 = 0.06;
+pub const OTHERWISE: f64 = 0.06;
+
+/// One standard deviation of what follows from hidden states, as part of its spread.
+fn part(config: &ModelConfig) -> f64 {
+    let roundings = (ROUNDINGS.0 * config.decoder().layers + ROUNDINGS.1) as f64;
+    // Matrices are rounded too, which counts as much again.
+    UNIT * (2.0 * roundings).sqrt()
+}
 
 /// One standard deviation of a model's log-probabilities in bf16.
 #[derive(Clone, Copy, Debug)]
@@ -35,10 +42,13 @@ impl Roundings {
         let row = expected.last().expect("a token");
         let mean = row.iter().sum::<f64>() / row.len() as f64;
         let variance = row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / row.len() as f64;
-        let roundings = (ROUNDINGS.0 * config.decoder().layers + ROUNDINGS.1) as f64;
-        // Matrices are rounded too, which counts as much again.
-        let typical = UNIT * (2.0 * roundings * variance).sqrt();
-        Self { typical, routed: Self::is_routed(config) }
+        Self { typical: part(config) * variance.sqrt(), routed: Self::is_routed(config) }
+    }
+
+    /// Part of their spread by which a router's scores may be off for two computations in bf16 to choose
+    /// differently: four and a half standard deviations, of a difference of two scores, each computed twice.
+    pub fn of_scores(config: &ModelConfig) -> f64 {
+        4.5 * 2.0 * part(config)
     }
 
     /// Whether tokens of a model choose experts.

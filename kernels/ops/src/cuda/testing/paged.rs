@@ -5,6 +5,7 @@ use crate::cuda::{Dtype, Tensor};
 use crate::flash::cuda::{Plan, Segment, Variant, max_tiles, tiles};
 use crate::paged::{BLOCK, KvLayer};
 use crate::testing::Random;
+use core::ops::Range;
 use device::cuda::DeviceSlice;
 
 /// Sequences in scattered blocks, everything around them NaN.
@@ -80,6 +81,22 @@ impl Cache {
         cache
     }
 
+    /// Sequences whose rows are zero, but that of the elements `marks` one is set in each: of the position
+    /// `t` the one at `t` modulo their number. Attention that weighs all keys alike counts them.
+    pub(crate) fn counting(sequences: &[(usize, usize)], row: usize, marks: Range<usize>) -> Self {
+        let mut cache = Self::whole_rows(sequences, row, Dtype::Bf16, 1);
+        for (segment, content) in cache.segments.clone().iter().zip(0..) {
+            for position in 0..segment.context as usize {
+                let mut kv = vec![0.0; row];
+                kv[marks.start + position % marks.len()] = 1.0;
+                let at = cache.at(segment.table as usize, position);
+                cache.arena[at..at + row].copy_from_slice(&kv);
+                cache.contents[content][position * row..][..row].copy_from_slice(&kv);
+            }
+        }
+        cache
+    }
+
     /// Element of the arena where a position of the sequence with that table begins.
     pub(crate) fn at(&self, table: usize, position: usize) -> usize {
         let block = self.tables[table + position / BLOCK] as usize;
@@ -141,6 +158,19 @@ impl Sent {
     }
 }
 
+/// Asserts that a row which sees so many keys of [`Cache::counting`] counted each of them once; `got` are
+/// its values of all marks.
+pub(crate) fn assert_counted(what: &str, got: &[f32], keys: usize) {
+    let marks = got.len();
+    for (mark, got) in got.iter().enumerate() {
+        let expected = keys / marks + usize::from(mark < keys % marks);
+        let counted = f64::from(*got) * keys as f64;
+        // A result is rounded to 2^-9 of itself: a quarter of a key where it has 128.
+        let off = (counted - expected as f64).abs();
+        assert!(off < 0.5, "{what}: {counted} of {expected} keys with mark {mark}");
+    }
+}
+
 /// Ragged steps: `(rows of this step, context)`.
 pub(crate) const RAGGED: [(usize, usize); 12] = [
     (1, 1),
@@ -156,5 +186,26 @@ pub(crate) const RAGGED: [(usize, usize); 12] = [
     (129, 129),
     (2, 513),
 ];
+/// On both sides of 64k tokens.
+pub(crate) const AROUND_64K: [usize; 3] = [65_535, 65_536, 65_537];
 /// Long contexts.
 pub(crate) const LONG: [(usize, usize); 4] = [(1, 4097), (5, 3000), (1, 2), (1, 7000)];
+
+/// What [`assert_counted`] is for: roundings of a right count pass, a key too few or twice does not.
+#[test]
+fn a_key_too_few_or_twice_is_noticed() {
+    let values = |keys: usize, at_7: f32| -> Vec<f32> {
+        let counted = (0..512).map(|mark| (keys / 512 + usize::from(mark < keys % 512)) as f32);
+        let off = counted.enumerate().map(|(mark, n)| if mark == 7 { n + at_7 } else { n });
+        super::rounded(&off.map(|n| n / keys as f32).collect::<Vec<_>>(), Dtype::Bf16)
+    };
+    for keys in AROUND_64K {
+        assert_counted("all", &values(keys, 0.0), keys);
+        for off in [-1.0, 1.0] {
+            let noticed = std::panic::catch_unwind(|| {
+                assert_counted("not all", &values(keys, off), keys);
+            });
+            assert!(noticed.is_err(), "{keys} keys and {off}");
+        }
+    }
+}

@@ -1,5 +1,6 @@
 //! Every variant against the f64 reference at every border.
 
+mod long;
 mod prompts;
 
 use super::*;

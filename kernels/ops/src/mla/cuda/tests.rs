@@ -1,6 +1,8 @@
 //! The absorbed form on the device against f64: the paper's own form for small shapes, the absorbed one
 //! in f64 at native widths.
 
+mod long;
+
 use super::*;
 use crate::cuda::testing::paged::{Cache, LONG, RAGGED};
 use crate::cuda::testing::{Device, assert_near, device, rounded};

@@ -26,6 +26,8 @@ pub(in crate::cuda) struct Layout {
     pub(super) ids: Range<usize>,
     pub(super) positions: Range<usize>,
     pub(super) wanted: Range<usize>,
+    /// How many are wanted.
+    pub(super) wanted_count: usize,
     /// One of each per cache group.
     pub(super) row_tables: Vec<Range<usize>>,
     pub(super) segments: Vec<Range<usize>>,
@@ -101,6 +103,7 @@ impl Layout {
         let count = part(1).start;
         let counts = part(sizes.specs.len()).start;
         let rows = [part(bucket), part(bucket), part(bucket)];
+        let wanted_count = part(1).start;
         let groups = 0..sizes.groups;
         let row_tables = groups.clone().map(|_| part(bucket)).collect();
         let segment_words = segments * size_of::<Segment>() / 4;
@@ -149,6 +152,7 @@ impl Layout {
             ids,
             positions,
             wanted,
+            wanted_count,
             row_tables,
             segments: segments_of,
             tiles,

@@ -49,6 +49,8 @@ pub(in crate::cuda) struct Views {
     pub(in crate::cuda) ids: DeviceSlice,
     pub(in crate::cuda) positions: DeviceSlice,
     pub(in crate::cuda) wanted: DeviceSlice,
+    /// How many are.
+    pub(in crate::cuda) wanted_count: DeviceSlice,
     pub(in crate::cuda) row_tables: Vec<DeviceSlice>,
     pub(in crate::cuda) segments: Vec<DeviceSlice>,
     /// How many, and which.
@@ -84,6 +86,7 @@ impl Views {
             ids: words(&layout.ids),
             positions: words(&layout.positions),
             wanted: words(&layout.wanted),
+            wanted_count: word(layout.wanted_count),
             row_tables: layout.row_tables.iter().map(words).collect(),
             segments: layout.segments.iter().map(words).collect(),
             tiles: layout.tiles.iter().map(|(at, list)| (word(*at), words(list))).collect(),

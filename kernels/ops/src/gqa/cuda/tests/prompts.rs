@@ -1,6 +1,7 @@
 //! The kernel for prompts against the f64 reference at every border.
 
 use super::*;
+use crate::cuda::testing::paged::assert_counted;
 use crate::flash::cuda::Segment;
 
 fn gqa(heads: usize, kv_heads: usize, head_dim: usize) -> Gqa {
@@ -104,6 +105,36 @@ fn long_prompts_agree_with_f64() {
     for head_dim in [128, 64] {
         let case = Case::new(gqa(4, 1, head_dim), &[(16_384, 16_384), (700, 9_001)]);
         case.check(&case.run(&device), 4);
+    }
+}
+
+#[test]
+fn chunks_behind_64k_agree_with_f64() {
+    let Some(device) = device() else { return };
+    for head_dim in [128, 64] {
+        let shape = Gqa { scale: 0.25, ..gqa(4, 1, head_dim) };
+        // Few rows, whose keys blocks share, and many.
+        for sequences in [vec![(3, 65_536)], vec![(200, 65_537), (1, 9), (131, 65_535)]] {
+            let case = Case::new(shape, &sequences);
+            case.check(&case.run(&device), 2);
+        }
+    }
+}
+
+#[test]
+fn every_key_of_64k_counts_once() {
+    let Some(device) = device() else { return };
+    for (kv_heads, head_dim) in [(4, 128), (8, 64)] {
+        let marks = kv_heads * head_dim;
+        for (len, context) in [(2, 65_537), (150, 65_535)] {
+            let cache = Cache::counting(&[(len, context)], 2 * marks, marks..2 * marks);
+            let (shape, q) = (gqa(kv_heads, kv_heads, head_dim), vec![1.0; len * marks]);
+            let got = Case { shape, cache, q }.run(&device);
+            for (row, got) in got[..len * marks].chunks_exact(marks).enumerate() {
+                let keys = context - len + row + 1;
+                assert_counted(&format!("row {row} of {len} of {context}"), got, keys);
+            }
+        }
     }
 }
 

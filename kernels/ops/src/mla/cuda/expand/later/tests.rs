@@ -1,7 +1,7 @@
 //! Prompts behind a context against the absorbed form in f64, and what is gathered together.
 
 use super::*;
-use crate::cuda::testing::paged::Cache;
+use crate::cuda::testing::paged::{Cache, assert_counted};
 use crate::cuda::testing::{Device, assert_near, device, rounded};
 use crate::mla::cuda::tests::absorbed_row;
 use crate::testing::Random;
@@ -106,6 +106,42 @@ fn a_chunk_behind_a_long_context_agrees_with_f64() {
     let case = Case::new(2, &[(200, 9_000)]);
     let (got, _) = case.run(&device, Room { latents: 9_000, expanded: 9_000 });
     case.check(&got);
+}
+
+#[test]
+fn chunks_behind_64k_agree_with_f64() {
+    let Some(device) = device() else { return };
+    // Scores spread, so that some hundred keys make up a result.
+    let mut case = Case::new(2, &[(200, 65_537), (33, 65_535)]);
+    case.mla.scale = 0.5;
+    let (got, passes) = case.run(&device, Room { latents: 131_072, expanded: 131_072 });
+    assert_eq!(passes, 1);
+    case.check(&got);
+    // A sequence at a time, and one head.
+    let (got, passes) = case.run(&device, Room { latents: 65_537, expanded: 33_000 });
+    assert_eq!(passes, 2);
+    case.check(&got);
+}
+
+#[test]
+fn every_key_of_64k_counts_once() {
+    let Some(device) = device() else { return };
+    let (heads, of_head) = (4, 256 * 512);
+    // Each head gives a part of the latent as it is; queries see no difference.
+    let mut kv_b = vec![0.0; heads * of_head];
+    for (head, kv_b) in kv_b.chunks_exact_mut(of_head).enumerate() {
+        (0..128).for_each(|value| kv_b[(128 + value) * 512 + head * 128 + value] = 1.0);
+    }
+    for (len, context) in [(32, 65_535), (150, 65_537)] {
+        let cache = Cache::counting(&[(len, context)], 576, 0..512);
+        let (q, kv_b) = (vec![1.0; len * heads * 192], kv_b.clone());
+        let case = Case { mla: mla(heads), cache, q, kv_b };
+        let (got, _) = case.run(&device, Room { latents: 66_000, expanded: 66_000 });
+        for (row, got) in got.chunks_exact(512).enumerate() {
+            let keys = context - len + row + 1;
+            assert_counted(&format!("row {row} of {len} of {context}"), got, keys);
+        }
+    }
 }
 
 #[test]
