@@ -1,7 +1,9 @@
 //! Launches of grouped-query attention: any rows by the tiles of `flash`, decoding rows in pieces of equal
-//! work, rows of prompts by the kernel of `flash` for those, where these serve their heads.
+//! work, rows of prompts by the kernel of `flash` for those, where these serve their heads; and of what lies
+//! between projections and attention ([`prepare`]).
 
 pub mod decode;
+pub mod prepare;
 #[cfg(test)]
 mod tests;
 
