@@ -53,9 +53,9 @@ at_once() { # NAME REQUESTS IN OUT
     measure "$1" serve --num-prompts "$2" --max-concurrency "$2" --input-len "$3" --output-len "$4"
 }
 
-steps() {
+steps() { # as the other engine was measured: 128 tokens in, 257 out, a context of 256 on average
     serve "$1" 512 256 2048
-    for n in 1 4 16 64 256; do at_once "decode.$1.ctx256.bs$n" "$n" 224 64; done
+    for n in 1 4 16 64 256; do at_once "decode.$1.ctx256.bs$n" "$n" 128 257; done
 }
 long() { # prompts that lie in a step as a whole, and so many tokens behind them that most steps only decode
     serve "$1" 8400 64 16384

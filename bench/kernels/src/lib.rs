@@ -20,10 +20,12 @@ mod cases;
 mod measure;
 mod near;
 mod peer;
+mod profile;
 mod rig;
 
 pub use case::Case;
 pub use cases::all as cases;
 pub use measure::{Bench, Ceilings, Figure, Rate};
 pub use near::Failure;
+pub use profile::Profile;
 pub use rig::COLD;

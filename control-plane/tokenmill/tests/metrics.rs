@@ -2,12 +2,12 @@
 //!
 //! A metric that nothing feeds misleads whoever watches it. How values are spelled in the text format
 //! is the library's business. Stalled clients need a half-minute of silence; the gateway's own tests,
-//! with shorter timers, show that they are counted. Launches, idle time and the state
-//! are a device's; tests on one look at them.
+//! with shorter timers, show that they are counted. Launches, idle time and the state are a device's: the
+//! last test looks at them where `TOKENMILL_TEST_DEVICE` is `cuda`.
 
 mod common;
 
-use common::{Server, checkpoint, config, signal, wait_until};
+use common::{Server, checkpoint, config, program, signal, test_device, wait_until};
 use serde_json::{Value, json};
 use std::io::Read;
 use std::time::Duration;
@@ -182,4 +182,42 @@ fn every_metric_is_fed() {
         let series = format!("tokenmill_refused_total{{refused_by=\"{by}\"}}");
         assert!(server.metric(&series) > Some(0.0), "{series}");
     }
+}
+
+#[test]
+fn a_device_tells_how_it_is_doing() {
+    if test_device().as_deref() != Some("cuda") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let model = checkpoint(&config("llama/native_tied"), 3, folder.path());
+    let cache = (64_u64 << 20).to_string();
+    let server = Server::start(&[
+        model.to_str().expect("UTF-8"),
+        "--kv-cache-memory-bytes",
+        &cache,
+        "--max-model-len",
+        "1024",
+    ]);
+    server.ok("/v1/completions", &body(&prompt(1, 200), 30, false));
+    // The library opens beside the server's start.
+    let used = "tokenmill_gpu_memory_used_bytes";
+    wait_until(used, Duration::from_secs(10), || server.metric(used) > Some(0.0));
+    let of = |name: &str| server.metric(name).unwrap_or_else(|| panic!("no {name}"));
+    let all = of("tokenmill_gpu_memory_bytes");
+    assert!(of(used) > 64.0 * 1048576.0 && of(used) < all, "{} of {all} bytes", of(used));
+    assert!((0.0..=1.0).contains(&of("tokenmill_gpu_utilization_ratio")));
+    assert!((20.0..1500.0).contains(&of("tokenmill_gpu_power_watts")));
+    assert!((10.0..110.0).contains(&of("tokenmill_gpu_temperature_celsius")));
+    for clock in ["sm", "memory"] {
+        let hertz = of(&format!("tokenmill_gpu_clock_hertz{{clock=\"{clock}\"}}"));
+        assert!((1e8..1e10).contains(&hertz), "{clock}: {hertz}");
+    }
+    assert!(of("tokenmill_worker_launches_total") >= 30.0);
+    let doctor = std::process::Command::new(program()).arg("doctor").output().expect("it starts");
+    let told = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert!(doctor.status.success(), "{told}");
+    let line = |name: &str| told.lines().find(|line| line.contains(name)).expect(name).to_owned();
+    assert!(line("gpu ").contains("kernels built"), "{told}");
+    assert!(line("gpu state").contains("GiB used"), "{told}");
 }

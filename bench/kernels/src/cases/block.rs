@@ -8,9 +8,10 @@ use crate::case::{Case, Check, Launch, Ready, Work};
 use crate::near::{Failure, near};
 use crate::rig::{Rig, cold_sets};
 use device::cuda::{CudaError, DeviceSlice};
-use ops::cuda::{Dtype, Queue, Rows, Tensor};
-use ops::linear::cuda::{Linear, Variant, both, linear, linear_as, takes_both};
+use ops::cuda::{Dtype, Queue, Rows, Strided, Tensor};
+use ops::linear::cuda::{Linear, Variant, linear, linear_as};
 use ops::mla::cuda::{self as mla, Core, block, near};
+use ops::norm::Heads;
 use ops::norm::cuda::{add_rms_norm, head_norm};
 use ops::paged::cuda::{Destination, write_kv};
 use ops::rope::Pairing;
@@ -19,6 +20,8 @@ use ops::rope::cuda::{Rope, rope};
 const HIDDEN: usize = 2048;
 const EPS: f32 = 1e-6;
 const CONTEXT: usize = 256;
+/// Of a row of queries and latents.
+const BOTH: usize = MLA.heads * QUERY + WIDTH;
 const ROWS: [usize; 5] = [1, 4, 16, 64, 256];
 
 pub(super) fn cases() -> Vec<Case> {
@@ -32,8 +35,8 @@ pub(super) fn cases() -> Vec<Case> {
 /// Weights of as many layers as there are sets, and activations.
 struct Layers {
     rows: usize,
-    q_proj: DeviceSlice,
-    kv_a: DeviceSlice,
+    /// Of queries and latents, side by side.
+    projections: DeviceSlice,
     o_proj: DeviceSlice,
     absorbed: Vec<DeviceSlice>,
     kv_b: Vec<DeviceSlice>,
@@ -47,8 +50,8 @@ struct Layers {
     hidden: DeviceSlice,
     residual: DeviceSlice,
     normed: DeviceSlice,
-    q: DeviceSlice,
-    kv: DeviceSlice,
+    /// Queries, and latents behind them in the same rows.
+    projected: [DeviceSlice; 2],
     out: DeviceSlice,
 }
 
@@ -71,10 +74,11 @@ impl Layers {
         }
         let inv_freq: Vec<f32> =
             (0..MLA.rope / 2).map(|i| 1e4_f32.powf(-2.0 * i as f32 / MLA.rope as f32)).collect();
+        let both = rig.space(rows * BOTH * 2)?;
+        let projected = [both.clone(), both.slice(MLA.heads * QUERY * 2..both.bytes())];
         Ok(Self {
             rows,
-            q_proj: rig.normal(sets * HIDDEN * MLA.heads * QUERY, scale(HIDDEN))?,
-            kv_a: rig.normal(sets * HIDDEN * WIDTH, scale(HIDDEN))?,
+            projections: rig.normal(sets * HIDDEN * BOTH, scale(HIDDEN))?,
             o_proj: rig.normal(sets * MLA.heads * MLA.v * HIDDEN, scale(HIDDEN))?,
             absorbed,
             kv_b,
@@ -87,27 +91,24 @@ impl Layers {
             hidden: rig.normal(rows * HIDDEN, 1.0)?,
             residual: rig.normal(rows * HIDDEN, 1.0)?,
             normed: rig.space(rows * HIDDEN * 2)?,
-            q: rig.space(rows * MLA.heads * QUERY * 2)?,
-            kv: rig.space(rows * WIDTH * 2)?,
+            projected,
             out: rig.space(rows * MLA.heads * MLA.v * 2)?,
         })
     }
 
-    /// Projections of a set: queries, latents, output.
-    fn projections(&self, set: usize) -> [DeviceSlice; 3] {
+    /// Projections of a set: queries with latents, output.
+    fn projections(&self, set: usize) -> [DeviceSlice; 2] {
         [
-            nth(&self.q_proj, HIDDEN * MLA.heads * QUERY * 2, set),
-            nth(&self.kv_a, HIDDEN * WIDTH * 2, set),
+            nth(&self.projections, HIDDEN * BOTH * 2, set),
             nth(&self.o_proj, MLA.heads * MLA.v * HIDDEN * 2, set),
         ]
     }
 
-    fn products<'a>(&'a self, [q, kv, o]: &'a [DeviceSlice; 3]) -> [Linear<'a>; 3] {
+    fn products<'a>(&'a self, [both, o]: &'a [DeviceSlice; 2]) -> [Linear<'a>; 2] {
         let wide = MLA.heads * MLA.v;
         let normed = tensor(&self.normed);
         [
-            Linear::plain(normed, q, tensor(&self.q), HIDDEN, MLA.heads * QUERY),
-            Linear::plain(normed, kv, tensor(&self.kv), HIDDEN, WIDTH),
+            Linear::plain(normed, both, tensor(&self.projected[0]), HIDDEN, BOTH),
             Linear::plain(tensor(&self.out), o, tensor(&self.hidden), wide, HIDDEN),
         ]
     }
@@ -129,8 +130,8 @@ impl Layers {
         let (absorbed, kv_b) = (&self.absorbed[set], &self.kv_b[set]);
         let pairing = Pairing::Interleaved;
         work(&block::Block {
-            q: &self.q,
-            kv: &self.kv,
+            q: Strided { slice: &self.projected[0], stride: BOTH },
+            kv: Strided { slice: &self.projected[1], stride: BOTH },
             norm: &self.norms[1],
             eps: EPS,
             rope: Rope { inv_freq: &self.inv_freq, factor: 1.0, pairing },
@@ -148,14 +149,9 @@ impl Layers {
     fn run(&self, on: Queue<'_>, set: usize) -> Result<(), CudaError> {
         let rows = Rows::exactly(self.rows);
         let weights = self.projections(set);
-        let [q, kv, o] = self.products(&weights);
+        let [both, o] = self.products(&weights);
         self.norm(on)?;
-        if takes_both(on, self.rows, &q, &kv) {
-            both(on, rows, &q, &kv)?;
-        } else {
-            linear(on, rows, &q)?;
-            linear(on, rows, &kv)?;
-        }
+        linear(on, rows, &both)?;
         self.with_block(set, |block| match near::fits(std::iter::repeat_n(CONTEXT, self.rows)) {
             true => near::attention(on, rows, &MLA, block),
             false => block::attention(on, rows, &MLA, block),
@@ -167,22 +163,20 @@ impl Layers {
     fn one_by_one(&self, on: Queue<'_>, set: usize) -> Result<(), CudaError> {
         let rows = Rows::exactly(self.rows);
         let weights = self.projections(set);
-        let [q, kv, o] = self.products(&weights);
+        let [both, o] = self.products(&weights);
         self.norm(on)?;
-        linear_as(Variant::Any, on, rows, &q)?;
-        linear_as(Variant::Any, on, rows, &kv)?;
-        let [of_q, latent, key] = block::heads(&MLA);
+        linear_as(Variant::Any, on, rows, &both)?;
+        let [of_q, latent, key] = block::heads(&MLA).map(|heads| Heads { row: BOTH, ..heads });
+        let [queries, latents] = self.projected.each_ref().map(tensor);
         self.with_block(set, |block| {
-            let block::Block { to, .. } = *block;
-            rope(on, rows, tensor(&self.q), &of_q, to.positions, &block.rope)?;
-            head_norm(on, rows, tensor(&self.kv), &latent, block.norm, EPS)?;
-            rope(on, rows, tensor(&self.kv), &key, to.positions, &block.rope)?;
-            write_kv(on, rows, &self.kv, LAYER, &to)?;
+            let block::Block { q, kv, to, .. } = *block;
+            rope(on, rows, queries, &of_q, to.positions, &block.rope)?;
+            head_norm(on, rows, latents, &latent, block.norm, EPS)?;
+            rope(on, rows, latents, &key, to.positions, &block.rope)?;
+            write_kv(on, rows, kv, LAYER, &to)?;
             let core = Core::Pieces(block.plan, block.partials);
             let (weights, scratch) = (&block.weights, &self.scratch);
-            mla::attention(
-                on, rows, &self.q, weights, &MLA, LAYER, to.arena, core, scratch, &self.out,
-            )
+            mla::attention(on, rows, q, weights, &MLA, LAYER, to.arena, core, scratch, &self.out)
         })?;
         linear_as(Variant::Any, on, rows, &o)
     }

@@ -5,7 +5,7 @@ use crate::case::{Case, Check, Launch, Ready, Work};
 use crate::near::{Failure, near, some};
 use crate::rig::{Rig, cold_sets};
 use device::cuda::{CudaError, DeviceSlice};
-use ops::cuda::{Dtype, Rows, Tensor};
+use ops::cuda::{Dtype, Rows, Strided, Tensor};
 use ops::flash::cuda::cut::{Cut, Piece};
 use ops::flash::cuda::prompt as kernel;
 use ops::gqa::Gqa;
@@ -76,7 +76,8 @@ fn decoding(rig: &mut Rig, step: &Step) -> Result<Ready, Failure> {
         let plan = decode::Plan { map, pieces, tables, blocks, decodes: rows };
         let kv = Tensor::new(&caches[i], Dtype::Bf16);
         let core = gqa::Core::Pieces(&plan, &partials);
-        gqa::attention(on, Rows::exactly(rows), &q, &GQA, LAYER, kv, core, &out)
+        let q = Strided::dense(&q, GQA.heads * GQA.head_dim);
+        gqa::attention(on, Rows::exactly(rows), q, &GQA, LAYER, kv, core, &out)
     });
     Ok(Ready { work: Work::bytes(bytes), sets, launch, check })
 }
@@ -103,7 +104,8 @@ fn prompt(rig: &mut Rig, step: &Step, work: Work) -> Result<Ready, Failure> {
         let (segments, tiles, tile_count) = (&segments, &tiles, &count);
         let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
         let (all, kv) = (Rows::exactly(rows), Tensor::new(&cache, Dtype::Bf16));
-        gqa::prompts(on, all, &q, &GQA, LAYER, kv, &tables, &plan, &out)
+        let q = Strided::dense(&q, heads * head_dim);
+        gqa::prompts(on, all, q, &GQA, LAYER, kv, &tables, &plan, &out)
     });
     Ok(Ready { work, sets: 1, launch, check })
 }

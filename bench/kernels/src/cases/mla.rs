@@ -6,7 +6,7 @@ use crate::case::{Case, Check, Launch, Ready, Work};
 use crate::near::{Failure, near, some};
 use crate::rig::{Rig, cold_sets};
 use device::cuda::{CudaError, DeviceSlice, TensorMap};
-use ops::cuda::{Dtype, Rows, Tensor};
+use ops::cuda::{Dtype, Rows, Strided, Tensor};
 use ops::flash::cuda::cut::{Cut, Piece};
 use ops::flash::cuda::{Query, prompt as kernel};
 use ops::mla::Mla;
@@ -153,7 +153,8 @@ fn prompt(rig: &mut Rig, len: usize) -> Result<Ready, Failure> {
         let (segments, tiles, tile_count) = (&segments, &tiles, &count);
         let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
         let all = Rows::exactly(len);
-        expand::attention(on, all, &MLA, &q, &kv, &kv_b, &plan, &scratch, &out)
+        let (q, kv) = (Strided::dense(&q, heads * QUERY), Strided::dense(&kv, WIDTH));
+        expand::attention(on, all, &MLA, q, kv, &kv_b, &plan, &scratch, &out)
     });
     let check: Check = Box::new(move |rig, launch| {
         let keys = rig.bf16s(&of[3], 0..len * WIDTH)?;
@@ -194,7 +195,8 @@ fn behind(rig: &mut Rig, len: usize, context: usize) -> Result<Ready, Failure> {
         let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
         let later = Later { pass, plan, firsts: &firsts, tables: &tables };
         let from = (LAYER, Tensor::new(&cache, Dtype::Bf16));
-        later::attention(on, len, &MLA, &q, &kv_b, from, &later, &scratch, &out)
+        let q = Strided::dense(&q, heads * QUERY);
+        later::attention(on, len, &MLA, q, &kv_b, from, &later, &scratch, &out)
     });
     let check: Check = Box::new(move |rig, launch| {
         let keys = step.contents(rig, &of[3], 0)?;

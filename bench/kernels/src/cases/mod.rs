@@ -6,6 +6,7 @@ mod linear;
 mod mla;
 mod moe;
 mod paged;
+mod prepare;
 mod row;
 mod sample;
 mod step;
@@ -19,6 +20,7 @@ pub fn all() -> Vec<Case> {
         mla::cases(),
         block::cases(),
         gqa::cases(),
+        prepare::cases(),
         linear::cases(),
         moe::cases(),
         sample::cases(),

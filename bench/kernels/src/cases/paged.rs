@@ -4,7 +4,7 @@ use super::step::Step;
 use crate::case::{Case, Check, Launch, Ready, Work};
 use crate::near::{Failure, equal, some};
 use crate::rig::{Rig, cold_sets};
-use ops::cuda::{Dtype, Rows, Tensor};
+use ops::cuda::{Dtype, Rows, Strided, Tensor};
 use ops::paged::cuda::{Destination, copy_blocks, write_kv, zero_blocks};
 use ops::paged::{BLOCK, KvLayer};
 
@@ -52,7 +52,7 @@ fn written(rig: &mut Rig, rows: usize, width: usize) -> Result<Ready, Failure> {
             row_tables: &row_tables,
             tables: &tables,
         };
-        write_kv(on, Rows::exactly(rows), &x, layer, &to)
+        write_kv(on, Rows::exactly(rows), Strided::dense(&x, layer.row), layer, &to)
     });
     let check: Check = Box::new(move |rig, launch| {
         rig.poison(&arena)?;

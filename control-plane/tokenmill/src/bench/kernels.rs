@@ -5,7 +5,7 @@
 use super::Unavailable;
 use crate::cli::{KernelsArgs, VERSION};
 use anyhow::{Context, Result, bail};
-use kernel_bench::{Bench, Case, Figure, Rate, cases};
+use kernel_bench::{Bench, Case, Failure, Figure, Profile, Rate, cases};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::Write;
@@ -24,6 +24,9 @@ pub(crate) fn run(args: &KernelsArgs) -> Result<()> {
         cases.iter().for_each(|case| println!("{}", case.name()));
         return Ok(());
     }
+    if args.profile {
+        return profile(&cases);
+    }
     let mut record = match &args.record {
         Some(path) => {
             let file = File::options().create(true).append(true).open(path);
@@ -31,10 +34,7 @@ pub(crate) fn run(args: &KernelsArgs) -> Result<()> {
         }
         None => None,
     };
-    let mut bench = Bench::open().map_err(|failure| match failure.is_absent() {
-        true => Unavailable(failure.to_string()).into(),
-        false => anyhow::Error::new(failure).context("open the device"),
-    })?;
+    let mut bench = Bench::open().map_err(unopened)?;
     let told = Told::new(&bench, args);
     if !args.json {
         println!("{}", bench.products());
@@ -68,6 +68,25 @@ pub(crate) fn run(args: &KernelsArgs) -> Result<()> {
     }
     if wrong > 0 {
         bail!("{wrong} of {} kernels failed", cases.len());
+    }
+    Ok(())
+}
+
+/// Why there is nothing to measure on.
+fn unopened(failure: Failure) -> anyhow::Error {
+    match failure.is_absent() {
+        true => Unavailable(failure.to_string()).into(),
+        false => anyhow::Error::new(failure).context("open the device"),
+    }
+}
+
+/// Launches cases for a profiler, in their order.
+#[expect(clippy::print_stdout, reason = "what is launched is the command's output")]
+fn profile(cases: &[Case]) -> Result<()> {
+    let mut profile = Profile::open().map_err(unopened)?;
+    for case in cases {
+        let launches = profile.launch(case).with_context(|| case.name().to_owned())?;
+        println!("{} {launches}", case.name());
     }
     Ok(())
 }

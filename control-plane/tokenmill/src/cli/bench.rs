@@ -35,6 +35,10 @@ pub(crate) struct KernelsArgs {
     /// Append a JSON line for each kernel to this file.
     #[arg(long)]
     pub(crate) record: Option<PathBuf>,
+    /// Time nothing: check each kernel, launch it once more where a profiler looks that waits for the
+    /// program (ncu --profile-from-start off), and print its name and how many launches that were.
+    #[arg(long, conflicts_with_all = ["json", "record"])]
+    pub(crate) profile: bool,
 }
 
 /// What every measurement of a server needs.

@@ -112,6 +112,26 @@ impl Context {
         // SAFETY: no argument; acts on the current context.
         check("cuCtxSynchronize", unsafe { sys::cuCtxSynchronize() })
     }
+
+    /// Enqueues `work` where a profiler looks that was told to begin when the program says so
+    /// (`ncu --profile-from-start off`), and waits for it. Without a profiler it is just run.
+    ///
+    /// # Errors
+    /// `work`'s own, or when the driver refuses.
+    pub fn profiled<T, E: From<CudaError>>(
+        &self,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        // SAFETY: no argument; acts on the current context.
+        check("cuProfilerStart", unsafe { sys::cuProfilerStart() })?;
+        let outcome = work();
+        let ran = self.synchronize();
+        // SAFETY: as above.
+        let stopped = check("cuProfilerStop", unsafe { sys::cuProfilerStop() });
+        let outcome = outcome?;
+        ran.and(stopped)?;
+        Ok(outcome)
+    }
 }
 
 fn facts(device: CUdevice) -> Result<DeviceFacts, CudaError> {

@@ -6,6 +6,13 @@ mod tests;
 use crate::cuda::{Queue, Rows, Tensor, bytes, dim, need};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
+/// Elements that one thread handles at a time, at most, and threads of a block.
+const WIDE: usize = 8;
+const THREADS: usize = 256;
+/// Blocks of a grid, and along its rows, at most; threads go round.
+const BLOCKS: usize = 4096;
+const ROWS: usize = 32_768;
+
 /// Mirrors `ActParams`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -32,7 +39,9 @@ pub fn silu_mul(
 ) -> Result<(), CudaError> {
     const OP: &str = "silu_mul";
     gate_up.need(OP, "gate_up", &[rows.padded, 2, width])?;
-    launch(on, OP, gate_up.dtype.pick("silu_mul_f32", "silu_mul_bf16"), rows, width, gate_up, out)
+    let kernel = gate_up.dtype.pick("silu_mul_f32", "silu_mul_bf16");
+    let of_row = width.div_ceil(THREADS * WIDE);
+    launch(on, OP, kernel, rows, width, gate_up, out, [of_row, rows.padded.min(ROWS), 1])
 }
 
 /// `target += x`, `[rows, width]` each.
@@ -48,9 +57,11 @@ pub fn add(
 ) -> Result<(), CudaError> {
     const OP: &str = "add";
     x.need(OP, "x", &[rows.padded, width])?;
-    launch(on, OP, x.dtype.pick("add_f32", "add_bf16"), rows, width, x, target)
+    let blocks = bytes(OP, &[rows.padded, width])?.div_ceil(THREADS * WIDE).min(BLOCKS);
+    launch(on, OP, x.dtype.pick("add_f32", "add_bf16"), rows, width, x, target, [blocks, 1, 1])
 }
 
+#[allow(clippy::too_many_arguments, reason = "the operands of the op")]
 fn launch(
     on: Queue<'_>,
     op: &'static str,
@@ -59,11 +70,8 @@ fn launch(
     width: usize,
     x: Tensor<'_>,
     out: &DeviceSlice,
+    grid: [usize; 3],
 ) -> Result<(), CudaError> {
-    /// Elements that one thread handles at a time, at most.
-    const WIDE: usize = 8;
-    /// Blocks of a grid, at most; threads go round.
-    const BLOCKS: usize = 4096;
     need(op, "out", out, &[rows.padded, width], x.dtype.size())?;
     let params = Params {
         x: x.address(),
@@ -72,6 +80,7 @@ fn launch(
         rows: dim(op, rows.padded)?,
         width: dim(op, width)?,
     };
-    let blocks = bytes(op, &[rows.padded, width])?.div_ceil(256 * WIDE).min(BLOCKS);
-    Launch::new(on.kernel(kernel)?, [blocks as u32, 1, 1], 256).dependent().on(on.stream, &params)
+    let [x, y, z] = grid;
+    let grid = [dim(op, x)?, dim(op, y)?, dim(op, z)?];
+    Launch::new(on.kernel(kernel)?, grid, THREADS as u32).dependent().on(on.stream, &params)
 }

@@ -33,6 +33,12 @@ __device__ __forceinline__ bool aligned16(const void* p) {
     return (reinterpret_cast<uint64_t>(p) & 15) == 0;
 }
 
+// A pair of elements turned by an angle, with roundings that no compiler chooses: kernels that rotate the
+// same elements store the same bits.
+__device__ __forceinline__ float2 turned(float u, float v, float cosine, float sine) {
+    return {__fmaf_rn(u, cosine, -__fmul_rn(v, sine)), __fmaf_rn(v, cosine, __fmul_rn(u, sine))};
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);

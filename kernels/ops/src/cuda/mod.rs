@@ -14,6 +14,7 @@ mod tests;
 use crate::{flash, linear, moe};
 use device::cuda::{Context, CudaError, DeviceFacts, DeviceSlice, Kernel, Kernels, Lane, Stream};
 
+pub use operand::Strided;
 pub(crate) use operand::{bytes, dim, need, shape};
 
 mod built {

@@ -1,12 +1,14 @@
 //! Launches of grouped-query attention: any rows by the tiles of `flash`, decoding rows in pieces of equal
-//! work, rows of prompts by the kernel of `flash` for those, where these serve their heads.
+//! work, rows of prompts by the kernel of `flash` for those, where these serve their heads; and of what lies
+//! between projections and attention ([`prepare`]).
 
 pub mod decode;
+pub mod prepare;
 #[cfg(test)]
 mod tests;
 
 use super::Gqa;
-use crate::cuda::{Dtype, Queue, Rows, Tensor, shape};
+use crate::cuda::{Dtype, Queue, Rows, Strided, Tensor, shape};
 use crate::flash::cuda::prompt::{self, Cut, Keys};
 use crate::flash::cuda::{self as flash, Partials, Plan, Query, Shape, Variant};
 use crate::paged::KvLayer;
@@ -60,7 +62,7 @@ fn check(gqa: &Gqa, layer: KvLayer) -> Result<(), CudaError> {
     Ok(())
 }
 
-/// `q` and `out` are `[rows, heads * head_dim]` of the arena's type; keys and values of the rows are
+/// Rows of `q`, and `out`, are `[heads * head_dim]` of the arena's type; keys and values of the rows are
 /// written.
 ///
 /// # Errors
@@ -69,7 +71,7 @@ fn check(gqa: &Gqa, layer: KvLayer) -> Result<(), CudaError> {
 pub fn attention(
     on: Queue<'_>,
     rows: Rows<'_>,
-    q: &DeviceSlice,
+    q: Strided<'_>,
     gqa: &Gqa,
     layer: KvLayer,
     arena: Tensor<'_>,
@@ -80,8 +82,8 @@ pub fn attention(
     // Merging splits writes something into every row; pieces come after, with what holds for theirs.
     if let Core::Tiles(plan, partials) | Core::Both((plan, partials), _) = core {
         let Gqa { heads, head_dim, .. } = *gqa;
-        Tensor::new(q, arena.dtype).need(OP, "q", &[rows.padded, heads, head_dim])?;
-        let query = Query { address: q.address(), row: heads * head_dim, head: head_dim };
+        q.need(OP, "q", rows.padded, &[heads, head_dim], arena.dtype.size())?;
+        let query = Query { address: q.address(), row: q.stride, head: head_dim };
         let shape = shape_of(gqa, arena.dtype);
         flash::attention(on, rows, &shape, [query, query], layer, arena, plan, partials, out)?;
     }
@@ -114,7 +116,7 @@ pub const fn prompt_cut(gqa: &Gqa, layer: KvLayer, dtype: Dtype) -> Option<Cut> 
 pub fn prompts(
     on: Queue<'_>,
     rows: Rows<'_>,
-    q: &DeviceSlice,
+    q: Strided<'_>,
     gqa: &Gqa,
     layer: KvLayer,
     arena: Tensor<'_>,

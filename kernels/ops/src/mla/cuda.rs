@@ -13,7 +13,7 @@ pub mod near;
 mod tests;
 
 use super::Mla;
-use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
+use crate::cuda::{Dtype, Queue, Rows, Strided, Tensor, bytes, dim, need, shape};
 use crate::flash::cuda::{self as flash, Partials, Plan, Query, Shape, Variant};
 use crate::linear::cuda::{FEW_ROWS, Linear, linear};
 use crate::paged::KvLayer;
@@ -162,7 +162,7 @@ impl<'a> Core<'a> {
     }
 }
 
-/// `q` is `[rows, heads * (nope + rope)]`, rotated; `out` `[rows, heads * v]`; both of the arena's type.
+/// Rows of `q` are `[heads * (nope + rope)]`, rotated; `out` `[rows, heads * v]`; both of the arena's type.
 /// Latents of the rows are written.
 ///
 /// # Errors
@@ -171,7 +171,7 @@ impl<'a> Core<'a> {
 pub fn attention(
     on: Queue<'_>,
     rows: Rows<'_>,
-    q: &DeviceSlice,
+    q: Strided<'_>,
     weights: &Weights<'_>,
     mla: &Mla,
     layer: KvLayer,
@@ -186,8 +186,8 @@ pub fn attention(
         return Err(shape(OP, format!("{mla:?} over {layer:?}")));
     }
     let width = nope + rope;
-    Tensor::new(q, dtype).need(OP, "q", &[rows.padded, heads, width])?;
     let size = dtype.size();
+    q.need(OP, "q", rows.padded, &[heads, width], size)?;
     need(OP, "kv_b", weights.kv_b, &[heads, nope + v, latent], size)?;
     need(OP, "out", out, &[rows.padded, heads, v], size)?;
     need(OP, "scratch", &scratch.queries, &[rows.padded, heads, latent], size)?;
@@ -197,13 +197,13 @@ pub fn attention(
     if by_heads {
         heads::to_latent(on, rows, mla, q, weights.absorbed, &scratch.queries)?;
     } else {
-        to_latent(on, rows, mla, Tensor::new(q, dtype), weights, &scratch.queries)?;
+        to_latent(on, rows, mla, (q, dtype), weights, &scratch.queries)?;
     }
 
     let rotated = q.address() + (nope * size) as u64;
     let queries = [
         Query { address: scratch.queries.address(), row: heads * latent, head: latent },
-        Query { address: rotated, row: heads * width, head: width },
+        Query { address: rotated, row: q.stride, head: width },
     ];
     let results = &scratch.results;
     // Merging splits writes something into every row; pieces come after, with what holds for theirs.
@@ -226,20 +226,21 @@ fn to_latent(
     on: Queue<'_>,
     rows: Rows<'_>,
     mla: &Mla,
-    q: Tensor<'_>,
+    (q, dtype): (Strided<'_>, Dtype),
     weights: &Weights<'_>,
     queries: &DeviceSlice,
 ) -> Result<(), CudaError> {
     let Mla { heads, nope, rope, latent, .. } = *mla;
     let width = nope + rope;
+    let from = Tensor::new(q.slice, dtype);
     let product = Linear {
-        x_stride: heads * width,
+        x_stride: q.stride,
         out_stride: heads * latent,
         batch: heads,
         x_batch: width,
         w_batch: latent * nope,
         out_batch: latent,
-        ..Linear::plain(q, weights.absorbed, Tensor::new(queries, q.dtype), nope, latent)
+        ..Linear::plain(from, weights.absorbed, Tensor::new(queries, dtype), nope, latent)
     };
     linear(on, rows, &product)
 }

@@ -4,7 +4,7 @@
 mod tests;
 
 use super::Heads;
-use crate::cuda::{Queue, Rows, Tensor, dim, need, shape};
+use crate::cuda::{Queue, Rows, Strided, Tensor, dim, need, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
 /// Mirrors `NormParams`.
@@ -154,8 +154,8 @@ pub(crate) fn check_heads(
     let Heads { row, count, offset, width, stride } = *heads;
     let end = count.saturating_sub(1).checked_mul(stride).and_then(|at| at.checked_add(offset));
     let end = end.and_then(|at| at.checked_add(width)).filter(|end| *end <= row || count == 0);
-    if end.is_none() || width > stride {
-        return Err(shape(op, format!("heads that leave their rows: {heads:?}")));
-    }
-    x.need(op, "x", &[rows.padded, row])
+    let end = end.filter(|_| width <= stride).map(|end| if count == 0 { 0 } else { end });
+    let end = end.ok_or_else(|| shape(op, format!("heads that leave their rows: {heads:?}")))?;
+    // The last row may end with its heads.
+    Strided { slice: x.slice, stride: row }.need(op, "x", rows.padded, &[end], x.dtype.size())
 }

@@ -8,7 +8,7 @@
 mod tests;
 
 use super::KvLayer;
-use crate::cuda::{Queue, Rows, Tensor, dim, need, shape};
+use crate::cuda::{Queue, Rows, Strided, Tensor, dim, need, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
 /// Mirrors `WriteKvParams`.
@@ -23,6 +23,7 @@ struct WriteParams {
     count: u64,
     arena_elements: u64,
     layer_offset: u64,
+    stride: u64,
     rows: u32,
     width: u32,
 }
@@ -42,19 +43,19 @@ pub struct Destination<'a> {
     pub tables: &'a DeviceSlice,
 }
 
-/// Writes one row per token: `rows_in` is `[rows, layer.row]` of the arena's type.
+/// Writes one row per token: those of `rows_in` have `layer.row` elements of the arena's type.
 ///
 /// # Errors
 /// When an operand is too short, or the launch fails.
 pub fn write_kv(
     on: Queue<'_>,
     rows: Rows<'_>,
-    rows_in: &DeviceSlice,
+    rows_in: Strided<'_>,
     layer: KvLayer,
     to: &Destination<'_>,
 ) -> Result<(), CudaError> {
     const OP: &str = "write_kv";
-    need(OP, "rows", rows_in, &[rows.padded, layer.row], to.arena.dtype.size())?;
+    rows_in.need(OP, "rows", rows.padded, &[layer.row], to.arena.dtype.size())?;
     need(OP, "positions", to.positions, &[rows.padded], 4)?;
     need(OP, "row_tables", to.row_tables, &[rows.padded], 4)?;
     let params = WriteParams {
@@ -66,6 +67,7 @@ pub fn write_kv(
         count: rows.count_address(),
         arena_elements: to.arena.len() as u64,
         layer_offset: layer.offset as u64,
+        stride: rows_in.stride as u64,
         rows: dim(OP, rows.padded)?,
         width: dim(OP, layer.row)?,
     };

@@ -8,7 +8,7 @@ use super::launch::{Launch, Place};
 use super::moe_layer::Layer as MoeLayer;
 use super::run::Step;
 use device::cuda::{CudaError, DeviceSlice};
-use ops::linear::cuda::{Linear, Normed, Then, Variant, both, linear_as, streams, takes_both};
+use ops::linear::cuda::{Linear, Normed, Then, Variant, linear_as, streams};
 
 /// A norm that the launch behind it makes.
 #[derive(Clone, Copy)]
@@ -104,39 +104,27 @@ impl Step<'_> {
         (*x == fold.out).then_some(Linear { norm, ..plain })
     }
 
-    /// Calls `each` with the product, or the two, of a launch whose rows are normed there, if kernels take
-    /// them; the answer is nothing where they do not.
+    /// Calls `each` with the product of a launch whose rows are normed there, if kernels take it; the answer
+    /// is nothing where they do not.
     fn products<T>(
         &self,
         launch: &Launch,
         fold: &Fold<'_>,
-        each: impl FnOnce(&Linear<'_>, Option<&Linear<'_>>) -> T,
+        each: impl FnOnce(&Linear<'_>) -> T,
     ) -> Option<T> {
         let rows = self.rows.padded;
         match launch {
             Launch::Linear { out, .. } => {
                 let at = self.places(fold, *out);
                 let one = self.folded(launch, fold, &at, *out)?;
-                streams(rows, &one).then(|| each(&one, None))
+                streams(rows, &one).then(|| each(&one))
             }
             Launch::Gated { product, act } => {
                 let Launch::SiluMul { out, .. } = &**act else { return None };
                 let at = self.places(fold, *out);
                 let plain = self.folded(product, fold, &at, *out)?;
                 let gated = Linear { then: Then::Gate, ..plain };
-                (gated.bias.is_none() && streams(rows, &gated)).then(|| each(&gated, None))
-            }
-            Launch::Both([first, second]) => {
-                let (Launch::Linear { out, .. }, Launch::Linear { out: out2, .. }) =
-                    (&**first, &**second)
-                else {
-                    return None;
-                };
-                let (at, at2) = (self.places(fold, *out), self.places(fold, *out2));
-                let one = self.folded(first, fold, &at, *out)?;
-                let other = self.folded(second, fold, &at2, *out2)?;
-                let other = Linear { norm: None, ..other };
-                takes_both(self.on, rows, &one, &other).then(|| each(&one, Some(&other)))
+                (gated.bias.is_none() && streams(rows, &gated)).then(|| each(&gated))
             }
             Launch::Moe(layer) => {
                 self.few_always(layer)?;
@@ -148,7 +136,7 @@ impl Step<'_> {
 
     /// Whether a launch makes the norm in front of it.
     fn folds(&self, launch: &Launch, fold: &Fold<'_>) -> bool {
-        self.products(launch, fold, |_, _| ()).is_some()
+        self.products(launch, fold, |_| ()).is_some()
     }
 
     /// A launch that makes the norm in front of it.
@@ -156,10 +144,8 @@ impl Step<'_> {
         if let Launch::Moe(layer) = launch {
             return self.moe(layer, Some(fold), false);
         }
-        let launched = self.products(launch, fold, |one, other| match other {
-            Some(other) => both(self.on, self.rows, one, other),
-            None => linear_as(Variant::Stream, self.on, self.rows, one),
-        });
+        let launched =
+            self.products(launch, fold, |one| linear_as(Variant::Stream, self.on, self.rows, one));
         let why = || "a norm that nobody makes".to_owned();
         launched.unwrap_or_else(|| Err(CudaError::Shape { op: "rms_norm", why: why() }))
     }

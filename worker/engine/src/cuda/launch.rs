@@ -5,7 +5,7 @@ use super::fuse::{self, Block, Found, Grouped};
 use super::limits::Limits;
 use super::moe_layer::{self, Layer as MoeLayer};
 use super::sizes::{Attention, Sizes, Spec, attention_of};
-use super::weights::{Loaded, Packed};
+use super::weights::{Loaded, Packed, Product, product};
 use device::cuda::{Arena, CudaError, DeviceSlice};
 use model::lower::{BufferId, LocalAttention, LocalSlice, Lowered, Op};
 use model::program::CacheSlot;
@@ -27,18 +27,22 @@ pub(super) enum Region {
     Logits,
 }
 
-/// A buffer's place: `[rows, width]` at `offset * rows` of its region.
+/// A buffer's place: `[rows, width]`, of rows of `row` elements at `offset * rows` of its region, from
+/// their element `column` on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     pub(super) region: Region,
     offset: usize,
+    column: usize,
     pub(super) width: usize,
+    /// More than the width where another buffer lies in the same rows.
+    pub(super) row: usize,
 }
 
 impl Place {
-    /// Whether they share no memory.
+    /// Whether they are in no memory of the same rows.
     pub(super) fn is_apart(self, other: Self) -> bool {
-        let ends_before = |a: Self, b: Self| a.offset + a.width <= b.offset;
+        let ends_before = |a: Self, b: Self| a.offset + a.row <= b.offset;
         self.region != other.region || ends_before(self, other) || ends_before(other, self)
     }
 }
@@ -81,7 +85,7 @@ impl Activations {
         }
     }
 
-    /// A place's memory, for steps padded to `rows`.
+    /// A place's memory, for steps padded to `rows`; its rows are [`Place::row`] apart.
     pub(super) fn at(&self, place: Place, rows: usize) -> DeviceSlice {
         let region = match place.region {
             Region::Body => &self.body,
@@ -90,8 +94,10 @@ impl Activations {
             Region::Logits => &self.logits,
         };
         let element = self.dtype(place).size();
-        let start = place.offset * rows * element;
-        region.slice(start..start + place.width * rows * element)
+        let start = place.offset * rows + place.column;
+        // The last row ends with what is the buffer's own.
+        let len = rows.checked_sub(1).map_or(0, |before| before * place.row + place.width);
+        region.slice(start * element..(start + len) * element)
     }
 }
 
@@ -192,8 +198,6 @@ pub(super) enum Launch {
     },
     /// A layer of experts with what surrounds it.
     Moe(Box<MoeLayer>),
-    /// Two products of the same rows.
-    Both([Box<Launch>; 2]),
     /// A product and the activation of its results.
     Gated {
         product: Box<Launch>,
@@ -204,11 +208,8 @@ pub(super) enum Launch {
         block: Box<Block>,
         apart: Vec<Launch>,
     },
-    /// The same of grouped-query attention.
-    Grouped {
-        block: Box<Grouped>,
-        apart: Vec<Launch>,
-    },
+    /// The same of grouped-query attention, for any steps.
+    Grouped(Box<Grouped>),
 }
 
 /// Weights of latent attention.
@@ -261,7 +262,18 @@ pub(super) struct Resolver<'a> {
 impl Resolver<'_> {
     pub(super) fn place(&self, id: BufferId) -> Place {
         let buffer = &self.lowered.buffers[id.0];
-        let plain = Place { region: self.region, offset: buffer.offset, width: buffer.width };
+        let (region, offset, width) = (self.region, buffer.offset, buffer.width);
+        let plain = Place { region, offset, column: 0, width, row: width };
+        if let Some(pair) = self.lowered.pairs.iter().find(|pair| pair.contains(&id)) {
+            let [first, second] = pair.map(|id| &self.lowered.buffers[id.0]);
+            let column = if id == pair[0] { 0 } else { first.width };
+            return Place {
+                offset: first.offset,
+                column,
+                row: first.width + second.width,
+                ..plain
+            };
+        }
         if !Sizes::is_exact(self.lowered, id) {
             return plain;
         }
@@ -275,13 +287,7 @@ impl Resolver<'_> {
         let mut rest = ops;
         while let [op, after @ ..] = rest {
             if let Some(found) = fuse::find(self.lowered, rest, self.sizes.dtype) {
-                let projection = self.launch(found.projection)?;
-                match (launches.pop(), projection) {
-                    (Some(first @ Launch::Linear { .. }), Some(second)) => {
-                        launches.push(Launch::Both([first, second].map(Box::new)));
-                    }
-                    (first, second) => launches.extend(first.into_iter().chain(second)),
-                }
+                launches.extend(self.launch(found.projection)?);
                 launches.push(self.block(found)?);
                 rest = &rest[Found::LENGTH..];
             } else if let Some(length) = fuse::find_grouped(self.lowered, rest, self.sizes.dtype) {
@@ -290,16 +296,6 @@ impl Resolver<'_> {
             } else if let Some(found) = moe_layer::find(self.lowered, rest) {
                 launches.push(Launch::Moe(Box::new(self.moe_layer(found)?)));
                 rest = &rest[found.length..];
-            } else if let [first @ Op::Linear { .. }, second @ Op::Linear { .. }, after @ ..] = rest
-                && fuse::find_grouped(self.lowered, after, self.sizes.dtype).is_some()
-            {
-                match (self.launch(first)?, self.launch(second)?) {
-                    (Some(first), Some(second)) => {
-                        launches.push(Launch::Both([first, second].map(Box::new)));
-                    }
-                    (first, second) => launches.extend(first.into_iter().chain(second)),
-                }
-                rest = after;
             } else if let [Op::Linear { out, .. }, act @ Op::SiluMul { gate_up, .. }, after @ ..] =
                 rest
                 && out == gate_up
@@ -376,7 +372,7 @@ impl Resolver<'_> {
             spec: *spec,
             out: *out,
         };
-        Ok(Launch::Grouped { block: Box::new(block), apart })
+        Ok(Launch::Grouped(Box::new(block)))
     }
 
     fn moe_layer(&self, found: moe_layer::Found<'_>) -> Result<MoeLayer, CudaError> {
@@ -423,7 +419,7 @@ impl Resolver<'_> {
         Layer::of(self.lowered, slot)
     }
 
-    /// The op resolved; `None` for what one rank need not do.
+    /// The op resolved; `None` for what one rank need not do, or another product does.
     fn launch(&self, op: &Op) -> Result<Option<Launch>, CudaError> {
         let place = |id| self.place(id);
         let vector = |id| self.loaded.get(&Packed::Vectors(vec![id]));
@@ -448,17 +444,23 @@ impl Resolver<'_> {
             },
             Op::Add { x, target } => Launch::Add { x: place(x), target: place(target) },
             Op::HeadNorm { x, weight, eps, ref slice } => {
-                let heads = heads(self.lowered, x, slice);
-                Launch::HeadNorm { x: place(x), heads, weight: vector(weight)?, eps: eps as f32 }
+                let (x, heads) = (place(x), heads(self.lowered, x, slice));
+                let heads = Heads { row: x.row, ..heads };
+                Launch::HeadNorm { x, heads, weight: vector(weight)?, eps: eps as f32 }
             }
             Op::Rope { x, rope, ref slice } => {
-                Launch::Rope { x: place(x), heads: heads(self.lowered, x, slice), rotation: rope.0 }
+                let (x, heads) = (place(x), heads(self.lowered, x, slice));
+                Launch::Rope { x, heads: Heads { row: x.row, ..heads }, rotation: rope.0 }
             }
-            Op::Linear { x, ref parts, ref biases, out } => {
-                let biased = !biases.is_empty();
-                let bias = biased.then(|| self.loaded.get(&Packed::Vectors(biases.clone())));
-                let (w, bias) = (matrices(parts)?, bias.transpose()?);
-                Launch::Linear { x: place(x), w, bias, out: place(out) }
+            Op::Linear { x, out, .. } => {
+                let Some(Product { matrices, biases }) = product(self.lowered, op) else {
+                    return Ok(None);
+                };
+                let bias = biases.map(|biases| self.loaded.get(&biases)).transpose()?;
+                let out = place(out);
+                // The first of a pair, or a product by itself.
+                let out = Place { width: out.row, ..out };
+                Launch::Linear { x: place(x), w: self.loaded.get(&matrices)?, bias, out }
             }
             Op::WriteKv { rows, slot } => {
                 Launch::WriteKv { rows: place(rows), layer: self.layer(slot) }

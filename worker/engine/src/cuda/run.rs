@@ -10,11 +10,11 @@ use super::limits::Limits;
 use super::moe_layer::Layer as MoeLayer;
 use super::sizes::{Prompts, Sizes};
 use device::cuda::{Context, CudaError, DeviceSlice, Event, Lane, Stream, TensorMap};
-use ops::cuda::{Queue, Rows, Tensor};
+use ops::cuda::{Queue, Rows, Strided, Tensor};
 use ops::flash::cuda::prompt::{self, Cut};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
-use ops::gqa::cuda::decode as grouped;
-use ops::linear::cuda::{Linear, Then, Variant, both, linear, linear_as, streams, takes_both};
+use ops::gqa::cuda::{decode as grouped, prepare};
+use ops::linear::cuda::{Linear, Then, Variant, linear, linear_as, streams};
 use ops::mla::cuda::expand::later::{self, Later, Passes};
 use ops::mla::cuda::{Core, decode, expand};
 use ops::moe::cuda::stream::Always;
@@ -199,36 +199,17 @@ impl Step<'_> {
                 let (from, to) = (at(x), at(out));
                 linear(on, rows, &self.product((*x, &from), w, bias.as_ref(), (*out, &to)))
             }
-            Launch::Both([first, second]) => self.both(first, second),
             Launch::WriteKv { rows: x, layer } => {
-                paged::cuda::write_kv(on, rows, &at(x), layer.kv, &self.destination(*layer))
+                let (to, from) = (self.destination(*layer), at(x));
+                paged::cuda::write_kv(on, rows, rows_of(*x, &from), layer.kv, &to)
             }
-            Launch::Gqa { q, shape, layer, spec, out } => {
-                let (q, out, plan) = (at(q), at(out), self.plan(*spec, *layer));
-                let (kv, cut) = (layer.kv, self.sizes.specs[*spec].paged);
-                let cut = cut.filter(|_| self.prompts);
-                let tiles = (&plan, &self.scratch.partials);
-                let pieces = self.grouped(*spec);
-                let core = match &pieces {
-                    None => gqa::cuda::Core::Tiles(tiles.0, tiles.1),
-                    Some((plan, partials)) if !self.prompts || cut.is_some() => {
-                        gqa::cuda::Core::Pieces(plan, partials)
-                    }
-                    Some((plan, partials)) => gqa::cuda::Core::Both(tiles, (plan, *partials)),
-                };
-                // Tiles may write rows between those that they compute, so prompts come after.
-                gqa::cuda::attention(on, rows, &q, shape, kv, cache, core, &out)?;
-                let Some(cut) = cut else { return Ok(()) };
-                let (segments, tables) = (&self.views.segments[layer.group], &self.views.tables);
-                let prompts = self.prompts_of(*spec, cut, segments);
-                gqa::cuda::prompts(on, rows, &q, shape, kv, cache, tables, &prompts, &out)
-            }
+            Launch::Gqa { q, shape, layer, spec, out } => self.gqa(*q, shape, *layer, *spec, *out),
             Launch::Mla { q, shape, weights, layer, spec, out } => {
                 let scratch = self.scratch.mla.as_ref().ok_or_else(|| missing("mla"))?;
                 let (absorbed, kv_b) = (&weights.absorbed, &weights.kv_b);
                 let weights = mla::cuda::Weights { absorbed, kv_b };
-                let (q, out, plan) = (at(q), at(out), self.plan(*spec, *layer));
-                let layer = layer.kv;
+                let (from, out, plan) = (at(q), at(out), self.plan(*spec, *layer));
+                let (q, layer) = (rows_of(*q, &from), layer.kv);
                 let tiles = (&plan, &self.scratch.partials);
                 let pieces = self.pieces(*spec);
                 let decodes = self.prompts && self.absorbed == Absorbed::Decodes;
@@ -242,7 +223,7 @@ impl Step<'_> {
                 let most = if few { self.limits.bucket(self.limits.slots) } else { rows.padded };
                 let rows = Rows { padded: rows.padded.min(most), ..rows };
                 mla::cuda::attention(
-                    on, rows, &q, &weights, shape, layer, cache, core, scratch, &out,
+                    on, rows, q, &weights, shape, layer, cache, core, scratch, &out,
                 )
             }
             Launch::SiluMul { gate_up, out } => {
@@ -267,11 +248,49 @@ impl Step<'_> {
                 Some((plan, partials)) if !self.prompts => self.block(block, &plan, partials),
                 _ => self.apart(block, apart),
             },
-            Launch::Grouped { block, apart } => match self.grouped(block.spec) {
-                Some((plan, partials)) if !self.prompts => self.as_one(block, &plan, partials),
-                _ => apart.iter().try_for_each(|launch| self.run(launch)),
+            Launch::Grouped(block) => match self.grouped(block.spec) {
+                Some((plan, partials)) if !self.prompts => {
+                    let (out, fused) = (self.at(block.out), grouped::fused);
+                    self.projected(block, |of| {
+                        fused(on, rows, &block.shape, of, &plan, partials, &out)
+                    })
+                }
+                _ => {
+                    self.projected(block, |of| prepare::prepare(on, rows, &block.shape, of))?;
+                    self.gqa(block.q, &block.shape, block.layer, block.spec, block.out)
+                }
             },
         }
+    }
+
+    /// Grouped-query attention of queries that are ready over keys that are written.
+    fn gqa(
+        &self,
+        q: Place,
+        shape: &gqa::Gqa,
+        layer: Layer,
+        spec: usize,
+        out: Place,
+    ) -> Result<(), CudaError> {
+        let (on, rows, cache) = (self.on, self.rows, Tensor::new(self.cache, self.sizes.dtype));
+        let (from, out, plan) = (self.at(q), self.at(out), self.plan(spec, layer));
+        let (q, kv, cut) = (rows_of(q, &from), layer.kv, self.sizes.specs[spec].paged);
+        let cut = cut.filter(|_| self.prompts);
+        let tiles = (&plan, &self.scratch.partials);
+        let pieces = self.grouped(spec);
+        let core = match &pieces {
+            None => gqa::cuda::Core::Tiles(tiles.0, tiles.1),
+            Some((plan, partials)) if !self.prompts || cut.is_some() => {
+                gqa::cuda::Core::Pieces(plan, partials)
+            }
+            Some((plan, partials)) => gqa::cuda::Core::Both(tiles, (plan, *partials)),
+        };
+        // Tiles may write rows between those that they compute, so prompts come after.
+        gqa::cuda::attention(on, rows, q, shape, kv, cache, core, &out)?;
+        let Some(cut) = cut else { return Ok(()) };
+        let (segments, tables) = (&self.views.segments[layer.group], &self.views.tables);
+        let prompts = self.prompts_of(spec, cut, segments);
+        gqa::cuda::prompts(on, rows, q, shape, kv, cache, tables, &prompts, &out)
     }
 
     /// Latent attention op by op, prompts expanded.
@@ -283,7 +302,8 @@ impl Step<'_> {
             return apart.iter().try_for_each(|launch| self.run(launch));
         };
         before.iter().try_for_each(|launch| self.run(launch))?;
-        let (q, kv, out) = (self.at(block.q), self.at(block.kv), self.at(block.out));
+        let [from_q, from_kv, out] = [block.q, block.kv, block.out].map(|place| self.at(place));
+        let (q, kv) = (rows_of(block.q, &from_q), rows_of(block.kv, &from_kv));
         let kv_b = &block.weights.kv_b;
         if self.absorbed != Absorbed::Nothing {
             // This may write rows between those that it computes, so prompts come after.
@@ -292,7 +312,7 @@ impl Step<'_> {
         }
         let views = &self.views.prompts[*spec];
         let plan = self.prompts_of(*spec, expand::cut(), &views.segments);
-        expand::attention(self.on, self.rows, shape, &q, &kv, kv_b, &plan, scratch, &out)?;
+        expand::attention(self.on, self.rows, shape, q, kv, kv_b, &plan, scratch, &out)?;
         let passes = self.passes.get(*spec).map_or(&[][..], |passes| &passes.passes);
         for (index, pass) in passes.iter().enumerate() {
             let [tile_count, segments, firsts, tiles] = &views.later.pass(index, pass);
@@ -301,7 +321,7 @@ impl Step<'_> {
             let later = Later { pass, plan, firsts, tables: &self.views.tables };
             let of = (layer.kv, Tensor::new(self.cache, self.sizes.dtype));
             let rows = self.rows.padded;
-            later::attention(self.on, rows, shape, &q, kv_b, of, &later, scratch, &out)?;
+            later::attention(self.on, rows, shape, q, kv_b, of, &later, scratch, &out)?;
         }
         Ok(())
     }
@@ -315,9 +335,10 @@ impl Step<'_> {
     ) -> Result<(), CudaError> {
         let Rotation { inv_freq, factor, pairing } = &self.rotations[block.rotation];
         let Latent { absorbed, kv_b } = &block.weights;
+        let [q, kv] = [block.q, block.kv].map(|place| self.at(place));
         let operands = mla::cuda::block::Block {
-            q: &self.at(block.q),
-            kv: &self.at(block.kv),
+            q: rows_of(block.q, &q),
+            kv: rows_of(block.kv, &kv),
             norm: &block.norm,
             eps: block.eps,
             rope: rope::cuda::Rope { inv_freq, factor: *factor, pairing: *pairing },
@@ -335,27 +356,24 @@ impl Step<'_> {
         }
     }
 
-    /// Grouped-query attention of decoding rows, with what lies between it and the projections.
-    fn as_one(
+    /// Calls `run` with what grouped-query attention was projected to, and all that it then needs.
+    fn projected(
         &self,
         block: &Grouped,
-        plan: &grouped::Plan<'_>,
-        partials: &grouped::Partials,
+        run: impl FnOnce(&grouped::Projected<'_>) -> Result<(), CudaError>,
     ) -> Result<(), CudaError> {
         let Rotation { inv_freq, factor, pairing } = &self.rotations[block.rotation];
         let norms = block.norms.as_ref().map(|norms| {
             norms.each_ref().map(|(weight, eps)| grouped::HeadNorm { weight, eps: *eps })
         });
-        let of = grouped::Projected {
-            q: &self.at(block.q),
-            kv: &self.at(block.kv),
+        run(&grouped::Projected {
+            q: rows_of(block.q, &self.at(block.q)),
+            kv: rows_of(block.kv, &self.at(block.kv)),
             norms,
             rope: rope::cuda::Rope { inv_freq, factor: *factor, pairing: *pairing },
             to: self.destination(block.layer),
             layer: block.layer.kv,
-        };
-        let out = self.at(block.out);
-        grouped::fused(self.on, self.rows, &block.shape, &of, plan, partials, &out)
+        })
     }
 
     /// Where the rows' keys and values go.
@@ -377,25 +395,8 @@ impl Step<'_> {
     ) -> Linear<'a> {
         let from = Tensor::new(from, self.activations.dtype(x));
         let to = Tensor::new(to, self.activations.dtype(out));
-        Linear { bias, ..Linear::plain(from, w, to, x.width, out.width) }
-    }
-
-    /// Two products, in one launch where they are of the same rows and that is faster.
-    fn both(&self, first: &Launch, second: &Launch) -> Result<(), CudaError> {
-        if let (
-            Launch::Linear { x, w, bias, out },
-            Launch::Linear { x: x2, w: w2, bias: bias2, out: out2 },
-        ) = (first, second)
-        {
-            let [from, to, from2, to2] = [x, out, x2, out2].map(|place| self.at(*place));
-            let one = self.product((*x, &from), w, bias.as_ref(), (*out, &to));
-            let other = self.product((*x2, &from2), w2, bias2.as_ref(), (*out2, &to2));
-            if takes_both(self.on, self.rows.padded, &one, &other) {
-                return both(self.on, self.rows, &one, &other);
-            }
-        }
-        self.run(first)?;
-        self.run(second)
+        let plain = Linear::plain(from, w, to, x.width, out.width);
+        Linear { bias, x_stride: x.row, out_stride: out.row, ..plain }
     }
 
     /// A product and its activation, in one launch where rows are few.
@@ -519,6 +520,11 @@ impl Step<'_> {
         let [chosen, weights] = &self.scratch.choices;
         moe::cuda::Routing { chosen, weights, top_k }
     }
+}
+
+/// Rows of a place, whose memory is at hand.
+const fn rows_of(place: Place, at: &DeviceSlice) -> Strided<'_> {
+    Strided { slice: at, stride: place.row }
 }
 
 /// An op whose scratch the sizes did not count.

@@ -62,16 +62,45 @@ impl Packed {
     }
 }
 
+/// What a product reads.
+pub(super) struct Product {
+    pub(super) matrices: Packed,
+    pub(super) biases: Option<Packed>,
+}
+
+/// What an op reads if it is a product; that of a pair's first result makes both, and the other is none.
+pub(super) fn product(lowered: &Lowered, op: &Op) -> Option<Product> {
+    let Op::Linear { parts, biases, out, .. } = op else { return None };
+    let (mut parts, mut biases) = (parts.clone(), biases.clone());
+    if let Some([first, second]) = lowered.pairs.iter().find(|pair| pair.contains(out)) {
+        if second == out {
+            return None;
+        }
+        debug_assert_eq!(first, out, "a pair is of two");
+        let other = lowered.body.iter().find_map(|op| match op {
+            Op::Linear { parts, biases, out, .. } if out == second => Some((parts, biases)),
+            _ => None,
+        });
+        let (more, others) = other?;
+        parts.extend(more);
+        biases.extend(others);
+    }
+    let biases = (!biases.is_empty()).then_some(Packed::Vectors(biases));
+    Some(Product { matrices: Packed::Matrices(parts), biases })
+}
+
 /// What an op reads.
-fn packed(op: &Op) -> Vec<Packed> {
+fn packed(lowered: &Lowered, op: &Op) -> Vec<Packed> {
     use Packed::{Matrices, Vectors};
     match op {
         Op::Embed { table, .. } => vec![Matrices(vec![*table])],
         Op::Norm { weight, .. } | Op::AddNorm { weight, .. } | Op::HeadNorm { weight, .. } => {
             vec![Vectors(vec![*weight])]
         }
-        Op::Linear { parts, biases, .. } if biases.is_empty() => vec![Matrices(parts.clone())],
-        Op::Linear { parts, biases, .. } => vec![Matrices(parts.clone()), Vectors(biases.clone())],
+        Op::Linear { .. } => {
+            let of = product(lowered, op).into_iter();
+            of.flat_map(|Product { matrices, biases }| [Some(matrices), biases]).flatten().collect()
+        }
         Op::Attention { attention, .. } => {
             let absorbed = Packed::absorbed(attention).into_iter();
             let kv_b = op.weights();
@@ -90,7 +119,7 @@ fn packed(op: &Op) -> Vec<Packed> {
 
 /// Everything a program reads, each once.
 fn all(lowered: &Lowered) -> impl Iterator<Item = Packed> {
-    let all = lowered.body.iter().chain(&lowered.head).flat_map(packed);
+    let all = lowered.body.iter().chain(&lowered.head).flat_map(|op| packed(lowered, op));
     all.collect::<std::collections::BTreeSet<_>>().into_iter()
 }
 

@@ -6,10 +6,11 @@
 //! Every buffer begins on a vector whatever the number of tokens, because kernels load vectors.
 
 use super::{BufferId, Op};
+use core::slice;
 
 /// Elements of 16 bytes at two bytes each: offsets are multiples, so that any number of tokens times
 /// an offset is.
-const VECTOR: usize = 8;
+pub(super) const VECTOR: usize = 8;
 
 /// How many rows a buffer has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,11 +46,13 @@ impl Buffer {
 }
 
 /// Gives every buffer that `ops` write, and every one of `inputs`, a place; `result` lives to the
-/// end. Returns the elements per token of the whole arena.
+/// end, the two of a pair as long as each other, side by side. Returns the elements per token of the whole
+/// arena.
 pub(super) fn plan(
     ops: &[Op],
     inputs: &[BufferId],
     result: BufferId,
+    pairs: &[[BufferId; 2]],
     buffers: &mut [Buffer],
 ) -> usize {
     let mut last_use = vec![0_usize; buffers.len()];
@@ -62,22 +65,35 @@ pub(super) fn plan(
     live_beside_experts(ops, &mut last_use);
     live_until_attention(ops, &mut last_use);
     last_use[result.0] = usize::MAX;
+    for [first, second] in pairs {
+        let last = last_use[first.0].max(last_use[second.0]);
+        (last_use[first.0], last_use[second.0]) = (last, last);
+    }
 
     let mut live: Vec<BufferId> = Vec::new();
     let mut width = 0;
-    let place = |buffer: BufferId, live: &mut Vec<BufferId>, buffers: &mut [Buffer]| {
-        let offset = first_fit(buffers[buffer.0].per_token(), live, buffers);
-        buffers[buffer.0].offset = offset;
-        live.push(buffer);
+    let place = |together: &[BufferId], live: &mut Vec<BufferId>, buffers: &mut [Buffer]| {
+        let size = together.iter().map(|id| buffers[id.0].per_token()).sum();
+        let mut end = first_fit(size, live, buffers);
+        for id in together {
+            buffers[id.0].offset = end;
+            end += buffers[id.0].per_token();
+            live.push(*id);
+        }
         live.sort_by_key(|live| buffers[live.0].offset);
-        offset + buffers[buffer.0].per_token()
+        end
     };
     for &input in inputs {
-        width = width.max(place(input, &mut live, buffers));
+        width = width.max(place(&[input], &mut live, buffers));
     }
     for (at, op) in ops.iter().enumerate() {
         if let Some(made) = op.uses().writes {
-            width = width.max(place(made, &mut live, buffers));
+            let pair = pairs.iter().find(|pair| pair.contains(&made));
+            let together = pair.map_or(slice::from_ref(&made), |pair| pair);
+            // The second one has its place already.
+            if together[0] == made {
+                width = width.max(place(together, &mut live, buffers));
+            }
         }
         live.retain(|buffer| last_use[buffer.0] > at);
     }

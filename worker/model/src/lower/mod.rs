@@ -6,6 +6,7 @@
 mod buffers;
 mod local;
 mod op;
+mod pairs;
 mod place;
 mod rewrite;
 
@@ -32,6 +33,9 @@ pub struct Lowered {
     pub head: Vec<Op>,
     /// All buffers, of body and head.
     pub buffers: Vec<Buffer>,
+    /// Results of two products of the same rows in the body that lie side by side, the second behind the
+    /// first, and live as long as each other: one product may make rows of both.
+    pub pairs: Vec<[BufferId; 2]>,
     /// The body's result: all tokens.
     pub hidden: BufferId,
     /// The head's input: chosen rows of `hidden`.
@@ -121,9 +125,10 @@ pub fn lower(
     let groups = program.groups.iter().map(|g| local.group(g)).collect::<Result<Vec<_>, _>>()?;
     let mut placed = place::place(program, &local, &weights)?;
     rewrite::fuse_add_norm(&mut placed.body);
-    let body_width = buffers::plan(&placed.body, &[], placed.hidden, &mut placed.buffers);
+    let pairs = pairs::find(&placed.body, &placed.buffers);
+    let body_width = buffers::plan(&placed.body, &[], placed.hidden, &pairs, &mut placed.buffers);
     let head_width =
-        buffers::plan(&placed.head, &[placed.chosen], placed.logits, &mut placed.buffers);
+        buffers::plan(&placed.head, &[placed.chosen], placed.logits, &[], &mut placed.buffers);
     Ok(Lowered {
         mesh,
         rank,
@@ -131,6 +136,7 @@ pub fn lower(
         body: placed.body,
         head: placed.head,
         buffers: placed.buffers,
+        pairs,
         hidden: placed.hidden,
         chosen: placed.chosen,
         logits: placed.logits,

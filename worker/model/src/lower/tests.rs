@@ -59,6 +59,32 @@ fn buffers_alive_together_never_overlap() {
     }
 }
 
+#[test]
+fn projections_of_queries_and_keys_lie_side_by_side() {
+    for (kind, pairs) in
+        [("llama", 3), ("qwen3", 3), ("qwen3_moe", 3), ("deepseek_v2", 0), ("deepseek_v3", 0)]
+    {
+        // Two ranks cut widths, and a part of less than a vector has no place in wider rows.
+        for (mesh, pairs) in [(Mesh::SINGLE, pairs), (Mesh { tp: 2, ..Mesh::SINGLE }, pairs)] {
+            let low = lowered(kind, mesh, 0).expect(kind);
+            assert_eq!(low.pairs.len(), pairs, "{kind} on {mesh:?}");
+            for [first, second] in &low.pairs {
+                let [first, second] = [first, second].map(|id| &low.buffers[id.0]);
+                assert_eq!(first.offset + first.width, second.offset, "{first:?} and {second:?}");
+            }
+        }
+    }
+    // Queries straight from the stream are projected with the latent, those of a latent are not.
+    let mut direct = tiny("deepseek_v2");
+    direct["q_lora_rank"] = Value::Null;
+    direct["qk_rope_head_dim"] = json!(8);
+    let config = config::parse(&direct.to_string()).expect("a tiny config").config;
+    let low = lower(&families::program(&config, false), Mesh::SINGLE, Rank(0), 16).expect("one");
+    assert_eq!(low.pairs.len(), 3);
+    check_disjoint(&low, &low.body);
+    check_written_rows(&low, &low.body);
+}
+
 /// An attention may read the step's own keys where they lie: its result lies elsewhere. And every buffer
 /// begins on 16 bytes, with one row as with any other number.
 fn check_written_rows(low: &Lowered, ops: &[Op]) {

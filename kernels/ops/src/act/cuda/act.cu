@@ -10,20 +10,21 @@ struct ActParams {
 
 template <typename T, int N> __device__ void silu_mul_elements(const ActParams& p) {
     using V = Vec<T, N>;
-    const uint32_t vectors = p.width / N;
-    const uint64_t all = uint64_t(real_rows(p.count, p.rows)) * vectors;
-    const V* x = static_cast<const V*>(p.x);
-    V* out = static_cast<V*>(p.out);
-    for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += uint64_t(gridDim.x) * blockDim.x) {
-        const uint64_t row = i / vectors, at = i % vectors;
-        V gate = x[row * 2 * vectors + at];
-        const V up = x[row * 2 * vectors + vectors + at];
+    // A block for some vectors of a row: rows are along y, as far as a grid goes.
+    const uint32_t vectors = p.width / N, rows = real_rows(p.count, p.rows);
+    for (uint64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+        const V* x = static_cast<const V*>(p.x) + row * 2 * vectors;
+        V* out = static_cast<V*>(p.out) + row * vectors;
+        for (uint32_t at = blockIdx.x * blockDim.x + threadIdx.x; at < vectors; at += gridDim.x * blockDim.x) {
+            V gate = x[at];
+            const V up = x[vectors + at];
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            const float g = widen(gate.at[j]);
-            gate.at[j] = narrow<T>(g / (1.0f + expf(-g)) * widen(up.at[j]));
+            for (int j = 0; j < N; ++j) {
+                const float g = widen(gate.at[j]);
+                gate.at[j] = narrow<T>(g / (1.0f + expf(-g)) * widen(up.at[j]));
+            }
+            out[at] = gate;
         }
-        out[i] = gate;
     }
 }
 

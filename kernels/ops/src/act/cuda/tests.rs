@@ -8,7 +8,7 @@ use crate::testing::Random;
 fn the_gate_goes_through_the_activation_and_up_does_not() {
     let Some(device) = device() else { return };
     for dtype in DTYPES {
-        for (rows, n) in [(0, 4), (1, 1), (3, 5), (65, 17), (2, 10944)] {
+        for (rows, n) in [(0, 4), (1, 1), (3, 5), (65, 17), (2, 10944), (32_770, 8)] {
             let x: Vec<f32> = Random::new(3).vector(2 * rows * n).iter().map(|x| x * 8.0).collect();
             let x = rounded(&x, dtype);
             let sent = device.send_as(&x, dtype);

@@ -9,7 +9,7 @@
 mod tests;
 
 use super::{Segment, Tile, max_tiles as most_tiles, tiles as all_tiles};
-use crate::cuda::{Queue, dim, need, shape};
+use crate::cuda::{Queue, Strided, dim, need, shape};
 use crate::paged::{BLOCK, KvLayer};
 use device::cuda::{
     Context, CudaError, DeviceMemory, DeviceSlice, Launch, Parameters, Stream, Swizzle, TensorMap,
@@ -148,11 +148,12 @@ pub(crate) enum Keys<'a> {
     /// In blocks of the cache: keys of all KV heads, then values, as wide as keys.
     Paged { arena: &'a DeviceSlice, layer: KvLayer, tables: &'a DeviceSlice },
     /// `[rows, heads, 256]`: 128 of the key, then the value; the key's other 64, which all heads share,
-    /// end the rows of `shared`, `[rows, width]`.
-    Rows { up: &'a DeviceSlice, shared: &'a DeviceSlice, width: usize, rows: usize },
+    /// end the `width` elements of rows of `shared`.
+    Rows { up: &'a DeviceSlice, shared: Strided<'a>, width: usize, rows: usize },
 }
 
-/// What attention works on; `q` is `[rows, heads, qk]`, `out` `[rows, heads, v]`.
+/// What attention works on; `q` is `[rows, heads, qk]`, its rows as far apart as it says, `out`
+/// `[rows, heads, v]`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Operands<'a> {
     pub(crate) rows: usize,
@@ -163,7 +164,7 @@ pub(crate) struct Operands<'a> {
     pub(crate) group: usize,
     pub(crate) qk: usize,
     pub(crate) scale: f32,
-    pub(crate) q: &'a DeviceSlice,
+    pub(crate) q: Strided<'a>,
     pub(crate) keys: Keys<'a>,
     pub(crate) out: &'a DeviceSlice,
 }
@@ -223,11 +224,12 @@ pub(crate) fn attention(
     need(OP, "out", out, &[(rows - 1) * heads + here, v], 2)?;
     need(OP, "tiles", plan.tiles, &[plan.max_tiles], size_of::<Tile>())?;
     need(OP, "tile count", plan.tile_count, &[1], 4)?;
-    let [line, of_heads, of_qk, of_here] = [LINE, heads, qk, here].map(|n| n as u64);
+    q.need(OP, "q", rows, &[here, qk], 2)?;
+    let [line, q_row, of_qk, of_here] = [LINE, q.stride, qk, here].map(|n| n as u64);
     let boxes = [LINE as u32, group as u32, cut.rows as u32, 1];
     let dims = [line, of_here, rows as u64, of_qk / line];
-    let strides = [1, of_qk, of_heads * of_qk, line];
-    let q = TensorMap::bf16_strided(q, dims, strides, boxes, Swizzle::Bytes128)?;
+    let strides = [1, of_qk, q_row, line];
+    let q = TensorMap::bf16_strided(q.slice, dims, strides, boxes, Swizzle::Bytes128)?;
     let of_blocks = on.prompts();
     let params = Params {
         q,
@@ -282,16 +284,16 @@ pub(crate) fn attention(
             if !width.is_multiple_of(LINE) || rows == 0 {
                 return Err(refused());
             }
-            let (rows, width) = (rows as u64, width as u64);
+            let (rows, width, stride) = (rows as u64, width as u64, shared.stride as u64);
             let boxes = [LINE as u32, KEYS as u32, 1];
             let dims = [line, rows, of_here * (UP / line)];
             let of = [1, of_here * UP, line];
             Params {
                 keys: TensorMap::bf16_strided(up, dims, of, boxes, Swizzle::Bytes128)?,
                 shared: TensorMap::bf16_strided(
-                    shared,
+                    shared.slice,
                     [line, rows, width / line],
-                    [1, width, line],
+                    [1, stride, line],
                     boxes,
                     Swizzle::Bytes128,
                 )?,

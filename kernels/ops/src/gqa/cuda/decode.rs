@@ -13,7 +13,7 @@
 mod tests;
 
 use super::{Gqa, OP, check};
-use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
+use crate::cuda::{Dtype, Queue, Rows, Strided, Tensor, bytes, dim, need, shape};
 use crate::flash::cuda::cut::{Costs, Cut, Lines, Piece, UNIT};
 use crate::norm::Heads;
 use crate::paged::{KvLayer, cuda::Destination};
@@ -162,6 +162,8 @@ struct Params {
     inv_freq: u64,
     arena_elements: u64,
     layer_offset: u64,
+    q_row: u64,
+    kv_row: u64,
     row: u32,
     heads: u32,
     scale: f32,
@@ -175,7 +177,7 @@ unsafe impl Parameters for Params {}
 #[allow(clippy::too_many_arguments, reason = "the operands of attention")]
 fn params(
     rows: Rows<'_>,
-    q: &DeviceSlice,
+    q: Strided<'_>,
     gqa: &Gqa,
     layer: KvLayer,
     arena: Tensor<'_>,
@@ -189,7 +191,7 @@ fn params(
     }
     let Gqa { heads, head_dim, scale, .. } = *gqa;
     let (most, slots) = Cut::most(plan.decodes, lines(gqa), plan.blocks);
-    need(OP, "q", q, &[rows.padded, heads, head_dim], 2)?;
+    q.need(OP, "q", rows.padded, &[heads, head_dim], 2)?;
     need(OP, "out", out, &[rows.padded, heads, head_dim], 2)?;
     need(OP, "pieces", plan.pieces, &[most, Piece::WORDS], 4)?;
     need(OP, "partial sums", &partials.sums, &[slots, LINES, head_dim], 4)?;
@@ -211,6 +213,8 @@ fn params(
         inv_freq: 0,
         arena_elements: arena.len() as u64,
         layer_offset: layer.offset as u64,
+        q_row: q.stride as u64,
+        kv_row: 0,
         row: dim(OP, layer.row)?,
         heads: dim(OP, heads)?,
         scale,
@@ -232,7 +236,7 @@ fn launch(
     Launch::new(on.kernel(name)?, grid, THREADS).shared(shared).dependent().on(on.stream, params)
 }
 
-/// Rows of the cut alone: `q` and `out` are `[rows, heads * head_dim]`; keys and values of the rows are
+/// Rows of the cut alone: those of `q`, and `out`, are `[heads * head_dim]`; keys and values of the rows are
 /// written.
 ///
 /// # Errors
@@ -241,7 +245,7 @@ fn launch(
 pub fn attention(
     on: Queue<'_>,
     rows: Rows<'_>,
-    q: &DeviceSlice,
+    q: Strided<'_>,
     gqa: &Gqa,
     layer: KvLayer,
     arena: Tensor<'_>,
@@ -265,10 +269,10 @@ pub struct HeadNorm<'a> {
 /// What attention of rows that only decode works on.
 #[derive(Clone, Copy, Debug)]
 pub struct Projected<'a> {
-    /// `[rows, heads * head_dim]`.
-    pub q: &'a DeviceSlice,
-    /// `[rows, 2 * kv_heads * head_dim]`: keys, then values.
-    pub kv: &'a DeviceSlice,
+    /// Rows of `[heads * head_dim]`.
+    pub q: Strided<'a>,
+    /// Rows of `[2 * kv_heads * head_dim]`: keys, then values.
+    pub kv: Strided<'a>,
     /// Of queries and of keys, where the model has them.
     pub norms: Option<[HeadNorm<'a>; 2]>,
     /// Of both; the elements of a pair are half a head apart.
@@ -312,7 +316,7 @@ pub fn fused(
     if !rotates(rope.pairing) {
         return Err(shape(OP, format!("{:?} in pieces", rope.pairing)));
     }
-    need(OP, "kv", kv, &[rows.padded, layer.row], 2)?;
+    kv.need(OP, "kv", rows.padded, &[layer.row], 2)?;
     need(OP, "inv_freq", rope.inv_freq, &[gqa.head_dim / 2], 4)?;
     for norm in norms.iter().flatten() {
         need(OP, "norm", norm.weight, &[gqa.head_dim], 4)?;
@@ -321,6 +325,7 @@ pub fn fused(
     let [q_eps, k_eps] = norms.map_or([0.0; 2], |norms| norms.map(|norm| norm.eps));
     let params = Params {
         kv: kv.address(),
+        kv_row: kv.stride as u64,
         q_norm,
         k_norm,
         inv_freq: rope.inv_freq.address(),

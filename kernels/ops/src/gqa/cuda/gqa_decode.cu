@@ -28,8 +28,8 @@ constexpr int kQueries = kLines / kWarps;  // that a warp prepares
 
 struct Params {
     TensorMap cache;   // the arena as lines of 64 elements, tokens, lines of a token; 16 tokens of a head to a box
-    const bf16* q;     // [rows, heads, D]
-    const bf16* kv;    // fused: [rows, 2, KV heads, D], keys and values as projected
+    const bf16* q;     // [rows, heads, D], q_row apart
+    const bf16* kv;    // fused: [rows, 2, KV heads, D], kv_row apart, keys and values as projected
     bf16* arena;       // fused: where they go
     bf16* out;         // [rows, heads, D]
     float4* partial;   // [slots, D / 16, 32]: a thread's share of sums
@@ -40,7 +40,7 @@ struct Params {
     const float* q_norm;    // fused: [D] each; null without norms
     const float* k_norm;
     const float* inv_freq;  // fused: [D / 2]
-    uint64_t arena_elements, layer_offset;
+    uint64_t arena_elements, layer_offset, q_row, kv_row;
     uint32_t row;      // elements of a token in the cache: keys, then values
     uint32_t heads;
     float scale, q_eps, k_eps, factor;
@@ -168,9 +168,8 @@ template <int kDim> struct Head {
     __device__ __forceinline__ void rotate(const float2 (&turn)[kPairs]) {
 #pragma unroll
         for (int i = 0; i < kPairs; i++) {
-            const float u = widen(x[i]), v = widen(x[i + kPairs]);
-            x[i] = narrow<bf16>(u * turn[i].x - v * turn[i].y);
-            x[i + kPairs] = narrow<bf16>(v * turn[i].x + u * turn[i].y);
+            const float2 by = turned(widen(x[i]), widen(x[i + kPairs]), turn[i].x, turn[i].y);
+            x[i] = narrow<bf16>(by.x), x[i + kPairs] = narrow<bf16>(by.y);
         }
     }
 };
@@ -189,10 +188,10 @@ template <int kDim, bool kFused> struct Prepared {
         for (int i = 0; i < kQueries; i++) {
             const uint32_t line = warp + i * kWarps;
             query[i] = {};
-            if (line < piece.lines) query[i].load(p.q + (uint64_t(piece.row) * p.heads + piece.head + line) * kDim, lane);
+            if (line < piece.lines) query[i].load(p.q + piece.row * p.q_row + (piece.head + line) * kDim, lane);
         }
         if (newest(piece, warp)) {
-            const bf16* from = p.kv + uint64_t(piece.row) * p.row + piece.kv_head * kDim;
+            const bf16* from = p.kv + piece.row * p.kv_row + piece.kv_head * kDim;
             key.load(from, lane);
             value.load(from + p.row / 2, lane);
         }

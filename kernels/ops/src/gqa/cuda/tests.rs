@@ -32,7 +32,8 @@ fn run(
     let rows = Rows::exactly(cache.rows());
     let plan = sent.plan(variant, splits);
     let core = Core::Tiles(&plan, &partials);
-    attention(device.queue(), rows, &q, shape, cache.layer, sent.arena(), core, &out)
+    let q = Strided::dense(&q, shape.heads * shape.head_dim);
+    attention(device.queue(), rows, q, shape, cache.layer, sent.arena(), core, &out)
         .expect("a launch");
     device.fetch_as(&out, cache.dtype)
 }

@@ -11,7 +11,7 @@ pub(super) mod tests;
 
 use super::decode::{self, LATENT, LINES, ROPE, WIDTH};
 use super::{Mla, OP, Scratch, Weights, heads as by_heads};
-use crate::cuda::{Dtype, Queue, Rows, dim, need, shape};
+use crate::cuda::{Dtype, Queue, Rows, Strided, dim, need, shape};
 use crate::flash::cuda::Query;
 use crate::norm::Heads;
 use crate::paged::{KvLayer, cuda::Destination};
@@ -59,10 +59,10 @@ pub const fn heads(mla: &Mla) -> [Heads; 3] {
 /// What attention of decoding rows works on.
 #[derive(Clone, Copy, Debug)]
 pub struct Block<'a> {
-    /// `[rows, heads * 192]`, as projected; its rotated parts are rotated in place.
-    pub q: &'a DeviceSlice,
-    /// `[rows, 576]`, as projected.
-    pub kv: &'a DeviceSlice,
+    /// Rows of `[heads * 192]`, as projected; their rotated parts are rotated in place.
+    pub q: Strided<'a>,
+    /// Rows of `[576]`, as projected.
+    pub kv: Strided<'a>,
     /// f32 `[512]`: of the latent's norm.
     pub norm: &'a DeviceSlice,
     /// Of the norm.
@@ -162,8 +162,8 @@ pub fn prepare(
     if !serves(mla, layer, to.arena.dtype) {
         return Err(shape(OP, format!("{mla:?} over {layer:?} as a block")));
     }
-    need(OP, "q", q, &[rows.padded, heads, QUERY], 2)?;
-    need(OP, "kv", kv, &[rows.padded, WIDTH], 2)?;
+    q.need(OP, "q", rows.padded, &[heads, QUERY], 2)?;
+    kv.need(OP, "kv", rows.padded, &[WIDTH], 2)?;
     need(OP, "absorbed weights", weights.absorbed, &[heads, LATENT, NOPE], 2)?;
     need(OP, "kv_b", weights.kv_b, &[heads, NOPE + VALUE, LATENT], 2)?;
     need(OP, "scratch", &scratch.queries, &[rows.padded, heads, LATENT], 2)?;
@@ -188,8 +188,8 @@ pub fn prepare(
         count: rows.count_address(),
         arena_elements: to.arena.len() as u64,
         layer_offset: layer.offset as u64,
-        q_row: (heads * QUERY) as u64,
-        kv_row: WIDTH as u64,
+        q_row: q.stride as u64,
+        kv_row: kv.stride as u64,
         rows: dim(OP, rows.padded)?,
         heads: dim(OP, heads)?,
         tiles: dim(OP, tiles)?,
@@ -223,12 +223,12 @@ pub fn pieces(
 ) -> Result<(), CudaError> {
     let Block { q, to, layer, plan, partials, scratch, .. } = *block;
     let Mla { heads, .. } = *mla;
-    need(OP, "q", q, &[rows.padded, heads, QUERY], 2)?;
+    q.need(OP, "q", rows.padded, &[heads, QUERY], 2)?;
     need(OP, "scratch", &scratch.queries, &[rows.padded, heads, LATENT], 2)?;
     let rotated = q.address() + (NOPE * 2) as u64;
     let queries = [
         Query { address: scratch.queries.address(), row: heads * LATENT, head: LATENT },
-        Query { address: rotated, row: heads * QUERY, head: QUERY },
+        Query { address: rotated, row: q.stride, head: QUERY },
     ];
     let results = &scratch.results;
     decode::pieces(on, rows, mla, queries, layer, to.arena, plan, partials, results)

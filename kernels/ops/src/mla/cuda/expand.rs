@@ -9,7 +9,7 @@ pub mod later;
 mod tests;
 
 use super::super::Mla;
-use crate::cuda::{Dtype, Queue, Rows, Tensor, need, shape};
+use crate::cuda::{Dtype, Queue, Rows, Strided, Tensor, need, shape};
 use crate::flash::cuda::Segment;
 use crate::flash::cuda::prompt::{self, Cut, Keys};
 use crate::linear::cuda::{Linear, linear};
@@ -107,7 +107,7 @@ impl Scratch {
     }
 }
 
-/// `q` is `[rows, heads * 192]`, rotated; `kv` `[rows, 576]`, latents normed and keys rotated; `kv_b`
+/// Rows of `q` are `[heads * 192]`, rotated; of `kv` `[576]`, latents normed and keys rotated; `kv_b`
 /// `[heads * 256, 512]`; rows of whole prompts, those of the plan, in `out`, `[rows, heads * 128]`, are
 /// written. Segments of the plan have their first row as `table`.
 ///
@@ -118,8 +118,8 @@ pub fn attention(
     on: Queue<'_>,
     rows: Rows<'_>,
     mla: &Mla,
-    q: &DeviceSlice,
-    kv: &DeviceSlice,
+    q: Strided<'_>,
+    kv: Strided<'_>,
     kv_b: &DeviceSlice,
     plan: &prompt::Plan<'_>,
     scratch: &Scratch,
@@ -131,14 +131,14 @@ pub fn attention(
     }
     let expanded = &scratch.expanded;
     let (padded, width) = (rows.padded, heads * (nope + v));
-    need(OP, "q", q, &[padded, heads, nope + rope], 2)?;
-    need(OP, "kv", kv, &[padded, latent + rope], 2)?;
+    q.need(OP, "q", padded, &[heads, nope + rope], 2)?;
+    kv.need(OP, "kv", padded, &[latent + rope], 2)?;
     need(OP, "kv_b", kv_b, &[heads, nope + v, latent], 2)?;
     need(OP, "keys and values", expanded, &[padded, width], 2)?;
     need(OP, "out", out, &[padded, heads, v], 2)?;
     let tensor = |slice| Tensor::new(slice, Dtype::Bf16);
-    let plain = Linear::plain(tensor(kv), kv_b, tensor(expanded), latent, width);
-    linear(on, rows, &Linear { x_stride: latent + rope, ..plain })?;
+    let plain = Linear::plain(tensor(kv.slice), kv_b, tensor(expanded), latent, width);
+    linear(on, rows, &Linear { x_stride: kv.stride, ..plain })?;
     let (shared, width) = (kv, latent + rope);
     let keys = Keys::Rows { up: expanded, shared, width, rows: padded };
     let operands = prompt::Operands {

@@ -9,7 +9,7 @@
 mod tests;
 
 use super::{Mla, OP};
-use crate::cuda::{Dtype, Queue, Rows, bytes, dim, shape};
+use crate::cuda::{Dtype, Queue, Rows, Strided, bytes, dim, shape};
 use crate::flash::cuda::Query;
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters, Swizzle, TensorMap};
 
@@ -109,21 +109,21 @@ impl Heads<'_> {
 
 fn into_latent<'a>(
     mla: &Mla,
-    q: &'a DeviceSlice,
+    q: Strided<'a>,
     absorbed: &'a DeviceSlice,
     out: &'a DeviceSlice,
 ) -> Heads<'a> {
     let width = mla.nope + mla.rope;
-    let x_at = Query { address: q.address(), row: mla.heads * width, head: width };
+    let x_at = Query { address: q.address(), row: q.stride, head: width };
     let w_head = LATENT * NOPE;
-    Heads { w: absorbed, w_head, x: q, x_at, inputs: NOPE, outputs: LATENT, out }
+    Heads { w: absorbed, w_head, x: q.slice, x_at, inputs: NOPE, outputs: LATENT, out }
 }
 
 /// Parameters of [`to_latent`] as a part of another kernel, and how many blocks it takes.
 pub(super) fn part(
     rows: Rows<'_>,
     mla: &Mla,
-    q: &DeviceSlice,
+    q: Strided<'_>,
     absorbed: &DeviceSlice,
     out: &DeviceSlice,
 ) -> Result<(Params, usize), CudaError> {
@@ -134,12 +134,12 @@ pub(super) fn part(
 /// Shared memory of a block of [`part`].
 pub(super) const PART_SHARED: u32 = shared(NOPE, TO_ROWS);
 
-/// `out` `[rows, heads, 512]` of `q` `[rows, heads, 128 + rope]`; lengths are checked by the caller.
+/// `out` `[rows, heads, 512]` of rows of `q`, `[heads, 128 + rope]`; lengths are checked by the caller.
 pub(super) fn to_latent(
     on: Queue<'_>,
     rows: Rows<'_>,
     mla: &Mla,
-    q: &DeviceSlice,
+    q: Strided<'_>,
     absorbed: &DeviceSlice,
     out: &DeviceSlice,
 ) -> Result<(), CudaError> {

@@ -29,8 +29,8 @@ static_assert(kSplits * 16 == kLine, "a split has a part of every line");
 
 struct Params {
     TensorMap cache;       // the arena as lines of 64 elements, in boxes of 16 keys
-    const bf16* q;         // [rows, heads, 128 + 64]
-    const bf16* kv;        // [rows, 512 + 64]
+    const bf16* q;         // [rows, heads, 128 + 64], q_row apart
+    const bf16* kv;        // [rows, 512 + 64], kv_row apart
     const bf16* absorbed;  // [heads, 512, 128]
     const bf16* kv_b;      // [heads, 128 + 128, 512]
     bf16* out;             // [rows, heads, 128]
@@ -41,7 +41,7 @@ struct Params {
     const uint32_t* row_tables;  // index in `tables` of the first block of the row's sequence
     const uint64_t* tables;      // element offsets of blocks
     const uint32_t* count;
-    uint64_t arena_elements, layer_offset;
+    uint64_t arena_elements, layer_offset, q_row, kv_row;
     uint32_t rows, heads, stages;
     float eps, factor, scale;
     uint32_t interleaved;
@@ -345,16 +345,16 @@ __device__ void attend(const Params& p) {
 
     uint4 x[kNope / 32] = {};
     if (g < real) {
-        const bf16* from = p.q + (uint64_t(g) * p.heads + head) * (kNope + kRope) + t * 8;
+        const bf16* from = p.q + g * p.q_row + head * (kNope + kRope) + t * 8;
 #pragma unroll
         for (int c = 0; c < kNope / 32; c++) x[c] = *reinterpret_cast<const uint4*>(from + c * 32);
     }
     float2 turned = {}, key = {};
     Vec<bf16, 4> latent[4];
     if (warp < real) {
-        turned = pair.load(p.q + (uint64_t(warp) * p.heads + head) * (kNope + kRope) + kNope);
+        turned = pair.load(p.q + warp * p.q_row + head * (kNope + kRope) + kNope);
         if (owner) {
-            const bf16* from = p.kv + uint64_t(warp) * kWidth;
+            const bf16* from = p.kv + warp * p.kv_row;
 #pragma unroll
             for (int j = 0; j < 4; j++) latent[j] = *reinterpret_cast<const Vec<bf16, 4>*>(from + (lane + 32 * j) * 4);
             key = pair.load(from + kLatent);

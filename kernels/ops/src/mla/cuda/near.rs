@@ -64,6 +64,8 @@ struct Params {
     count: u64,
     arena_elements: u64,
     layer_offset: u64,
+    q_row: u64,
+    kv_row: u64,
     rows: u32,
     heads: u32,
     stages: u32,
@@ -92,8 +94,8 @@ pub fn attention(
     if !serves(mla, layer, to.arena.dtype) || rows.padded > MOST_ROWS {
         return Err(shape(OP, format!("{} rows of {mla:?} over {layer:?} at once", rows.padded)));
     }
-    need(OP, "q", q, &[rows.padded, heads, QUERY], 2)?;
-    need(OP, "kv", kv, &[rows.padded, WIDTH], 2)?;
+    q.need(OP, "q", rows.padded, &[heads, QUERY], 2)?;
+    kv.need(OP, "kv", rows.padded, &[WIDTH], 2)?;
     need(OP, "absorbed weights", weights.absorbed, &[heads, LATENT, NOPE], 2)?;
     need(OP, "kv_b", weights.kv_b, &[heads, NOPE + VALUE, LATENT], 2)?;
     need(OP, "out", out, &[rows.padded, heads, VALUE], 2)?;
@@ -119,6 +121,8 @@ pub fn attention(
         count: rows.count_address(),
         arena_elements: to.arena.len() as u64,
         layer_offset: layer.offset as u64,
+        q_row: q.stride as u64,
+        kv_row: kv.stride as u64,
         rows: dim(OP, rows.padded)?,
         heads: dim(OP, heads)?,
         stages: dim(OP, stages)?,

@@ -45,8 +45,9 @@ fn run(
     let out = device.poisoned(rows * mla.heads * mla.v * dtype.size());
     let weights = Weights { absorbed: &absorbed, kv_b: &kv_b };
     let (queue, all) = (device.queue(), Rows::exactly(rows));
+    let q = Strided::dense(&q, mla.heads * (mla.nope + mla.rope));
     let go = |core| {
-        attention(queue, all, &q, &weights, mla, cache.layer, sent.arena(), core, &scratch, &out)
+        attention(queue, all, q, &weights, mla, cache.layer, sent.arena(), core, &scratch, &out)
             .expect("a launch");
     };
     match by {

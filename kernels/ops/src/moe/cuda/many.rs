@@ -1,9 +1,9 @@
 //! Both products of experts of many tokens in one launch, with experts that every row takes beside the
 //! chosen ones.
 //!
-//! Wants bf16 and rows of `x` laid by sorted pair; [`takes`] says of which shapes, [`pays`] from how many
-//! rows on. Invariant: the sum of an output runs over whole tiles in one block, so that it does not
-//! depend on how many tokens other experts have.
+//! Wants bf16 and pairs sorted; [`takes`] says of which shapes, [`pays`] from how many rows on, [`kind`]
+//! by which kernel. Invariant: the sum of an output runs over whole tiles in one block, so that it does
+//! not depend on how many tokens other experts have.
 
 #[cfg(test)]
 mod tests;
@@ -14,24 +14,69 @@ use crate::linear::cuda::wide::LINE;
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters, Swizzle, TensorMap};
 
 const OP: &str = "experts";
-const KERNEL: &str = "experts_many";
 /// Kernels that have more shared memory than the default.
-pub(crate) const LARGE: &[&str] = &[KERNEL];
+pub(crate) const LARGE: &[&str] = &[Kind::Laid.kernel(), Kind::Gathered.kernel()];
 
-/// Warpgroups that compute, each 64 lines of weights.
-const GROUPS: usize = 3;
-/// Lines of weights of a tile.
-const LINES: usize = 64 * GROUPS;
-/// Rows of a tile, at most.
-pub(super) const ROWS: usize = 256;
-/// Rows of a box.
-const ROW_BOX: usize = 32;
-/// Bytes of a stage and what a block has beside its stages; stages that fit.
-const STAGE: usize = (LINES + ROWS) * 2 * LINE;
-const OWN: usize = 512;
-const STAGES: usize = (227 * 1024 - OWN) / STAGE;
-/// The warpgroups, and one that reads.
-const THREADS: u32 = 128 * (GROUPS as u32 + 1);
+/// A kernel with its tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// 192 lines by 256 rows, which are laid by sorted pair before.
+    Laid,
+    /// 256 lines by 200 rows, which are gathered where they lie.
+    Gathered,
+}
+
+impl Kind {
+    const fn kernel(self) -> &'static str {
+        match self {
+            Self::Laid => "experts_many",
+            Self::Gathered => "experts_gathered",
+        }
+    }
+
+    /// Rows of a tile, at most.
+    pub(super) const fn rows(self) -> usize {
+        match self {
+            Self::Laid => 256,
+            Self::Gathered => 200,
+        }
+    }
+
+    /// Lines of weights of a box.
+    const fn lines(self) -> usize {
+        match self {
+            Self::Laid => 192,
+            Self::Gathered => 128,
+        }
+    }
+
+    /// Rows of a box.
+    const fn row_box(self) -> usize {
+        match self {
+            Self::Laid => 32,
+            Self::Gathered => 16,
+        }
+    }
+
+    /// Bytes of stages, and what a block has beside them: barriers and units, where rows are gathered
+    /// a u16 for every row of a tile.
+    const fn shared(self) -> usize {
+        let rows = self.rows().next_multiple_of(self.row_box());
+        match self {
+            Self::Laid => 4 * (self.lines() + rows) * 2 * LINE + 512,
+            Self::Gathered => (5 * rows + 6 * self.lines()) * 2 * LINE + 16 * 18 + 2 * rows,
+        }
+    }
+}
+
+/// Threads of a block of either.
+const THREADS: u32 = 512;
+/// Fewest rows of a full tile.
+const LEAST_ROWS: usize = 200;
+/// Rows of a step, at most, where they are gathered: their numbers have sixteen bits.
+const MOST_GATHERED: usize = 1 << 16;
+/// Tokens of an expert, if all were equally busy, up to which gathering is faster.
+const MOST_EACH_GATHERED: usize = 128;
 /// Tokens of an expert, if all were equally busy, from which on this is faster than two launches.
 const LEAST_EACH: usize = 48;
 
@@ -71,9 +116,12 @@ struct Params {
     count: u64,
     tiles: u64,
     progress: u64,
+    x: u64,
+    row_of: u64,
+    width: u32,
     rows: u32,
     always: u32,
-    pad: [u32; 22],
+    pad: [u32; 17],
 }
 // SAFETY: mirrors the kernel's struct; lengths are checked in `results`.
 unsafe impl Parameters for Params {}
@@ -81,7 +129,8 @@ unsafe impl Parameters for Params {}
 /// Operands; lengths are checked by the caller.
 #[derive(Clone, Copy)]
 pub(super) struct Products<'a> {
-    /// `[rows, hidden]`; read where experts join.
+    pub(super) kind: Kind,
+    /// `[rows, hidden]`; read where experts join or rows are gathered.
     pub(super) x: &'a DeviceSlice,
     /// `[held, 2, intermediate, hidden]`.
     pub(super) gate_up: &'a DeviceSlice,
@@ -97,16 +146,18 @@ pub(super) struct Products<'a> {
     pub(super) totals: &'a DeviceSlice,
     /// [`progress`] bytes, zero.
     pub(super) progress: &'a DeviceSlice,
+    /// `[max_pairs]` of u32: the row of every sorted pair; read where rows are gathered.
+    pub(super) row_of: &'a DeviceSlice,
     /// `[max_pairs, intermediate]`.
     pub(super) inner: &'a DeviceSlice,
-    /// `[max_pairs, hidden]`: rows of `x` by sorted pair first, then the result.
+    /// `[max_pairs, hidden]`: the result; where rows are laid, these before.
     pub(super) y: &'a DeviceSlice,
     pub(super) joined: Option<Joined<'a>>,
 }
 
 /// Bytes of the counters of a step of `rows` rows: the units fetched, and one for every tile.
 pub(super) const fn progress(rows: usize, pairs: usize, held: usize) -> usize {
-    4 * (1 + rows.div_ceil(ROWS) + held + pairs / ROWS)
+    4 * (1 + rows.div_ceil(LEAST_ROWS) + held + pairs / LEAST_ROWS)
 }
 
 /// Whether the kernel takes experts of this width whose weights are on 16 bytes.
@@ -117,6 +168,11 @@ pub(super) const fn takes(hidden: usize, intermediate: usize) -> bool {
 /// Whether it is faster than two launches for so many tokens of an expert.
 pub(super) const fn pays(each: usize) -> bool {
     each >= LEAST_EACH
+}
+
+/// The faster kernel for steps of `rows` rows with so many tokens of an expert.
+pub(super) const fn kind(rows: usize, each: usize) -> Kind {
+    if rows <= MOST_GATHERED && each <= MOST_EACH_GATHERED { Kind::Gathered } else { Kind::Laid }
 }
 
 /// Gate and up: `[batch, 2, n, inputs]`, boxes of `lines` lines of both.
@@ -148,21 +204,28 @@ fn down_map(
     TensorMap::bf16_strided(w, dims, [1, k, 4 * k, 2 * k, 16 * k], boxes, Swizzle::Bytes128)
 }
 
-fn rows_map(x: &DeviceSlice, rows: usize, inputs: usize) -> Result<TensorMap, CudaError> {
-    let boxes = [LINE as u32, ROW_BOX as u32];
+fn rows_map(
+    x: &DeviceSlice,
+    rows: usize,
+    inputs: usize,
+    kind: Kind,
+) -> Result<TensorMap, CudaError> {
+    let boxes = [LINE as u32, kind.row_box() as u32];
     TensorMap::bf16(x, [inputs as u64, rows as u64], boxes, Swizzle::Bytes128)
 }
 
 /// Experts of one width.
 struct Experts<'a> {
+    kind: Kind,
     gate_up: &'a DeviceSlice,
     down: &'a DeviceSlice,
     batch: usize,
     hidden: usize,
     width: usize,
-    /// Of `x`, `inner` and `out`.
-    rows: usize,
     x: &'a DeviceSlice,
+    x_rows: usize,
+    /// Of `inner` and `out`.
+    rows: usize,
     inner: &'a DeviceSlice,
     out: &'a DeviceSlice,
     reused: bool,
@@ -171,13 +234,14 @@ struct Experts<'a> {
 impl Experts<'_> {
     /// Both products.
     fn products(&self) -> Result<[Product; 2], CudaError> {
-        let Self { gate_up, down, batch, hidden, width, rows, x, inner, out, reused } = *self;
+        let Self { kind, gate_up, down, batch, hidden, width, x, x_rows, rows, inner, out, reused } =
+            *self;
         let up = |lines| up_map(gate_up, batch, width, hidden, lines);
         let lines_of = |lines| down_map(down, batch, hidden, width, lines);
         let first = Product {
-            w: up(LINES)?,
+            w: up(kind.lines())?,
             w_slab: up(64)?,
-            x: rows_map(x, rows, hidden)?,
+            x: rows_map(x, x_rows, hidden, kind)?,
             out: inner.address(),
             out_stride: width as u64,
             lines: dim(OP, 2 * width)?,
@@ -187,9 +251,9 @@ impl Experts<'_> {
             pad: [0; 24],
         };
         let second = Product {
-            w: lines_of(LINES)?,
+            w: lines_of(kind.lines())?,
             w_slab: lines_of(64)?,
-            x: rows_map(inner, rows, width)?,
+            x: rows_map(inner, rows, width, kind)?,
             out: out.address(),
             out_stride: hidden as u64,
             lines: dim(OP, hidden)?,
@@ -203,29 +267,37 @@ impl Experts<'_> {
 
 /// `y = down (silu(gate x) * up x)` by sorted place, after laying, and the same of joined experts.
 pub(super) fn products(on: Queue<'_>, rows: Rows<'_>, p: &Products<'_>) -> Result<(), CudaError> {
-    let Products { held, hidden, intermediate, max_pairs, y, inner, .. } = *p;
+    let Products { kind, held, hidden, intermediate, max_pairs, y, inner, .. } = *p;
+    let (x, x_rows) = match kind {
+        Kind::Laid => (y, max_pairs),
+        Kind::Gathered => (p.x, rows.padded),
+    };
     let chosen = Experts {
+        kind,
         gate_up: p.gate_up,
         down: p.down,
         batch: held,
         hidden,
         width: intermediate,
+        x,
+        x_rows,
         rows: max_pairs,
-        x: y,
         inner,
         out: y,
-        reused: max_pairs / held.max(1) > ROWS,
+        reused: max_pairs / held.max(1) > kind.rows(),
     };
     let [up, down] = chosen.products()?;
     let [always_up, always_down] = match &p.joined {
         Some(Joined { always, inner, out }) => Experts {
+            kind,
             gate_up: always.gate_up,
             down: always.down,
             batch: 1,
             hidden,
             width: always.width,
-            rows: rows.padded,
             x: p.x,
+            x_rows: rows.padded,
+            rows: rows.padded,
             inner,
             out,
             reused: true,
@@ -239,14 +311,17 @@ pub(super) fn products(on: Queue<'_>, rows: Rows<'_>, p: &Products<'_>) -> Resul
         count: rows.count_address(),
         tiles: p.tiles.address(),
         progress: p.progress.address(),
+        x: p.x.address(),
+        row_of: p.row_of.address(),
+        width: dim(OP, hidden)?,
         rows: dim(OP, rows.padded)?,
         always: u32::from(p.joined.is_some()),
-        pad: [0; 22],
+        pad: [0; 17],
     };
     // As many as run at once; one that finds no unit ends.
     let blocks = dim(OP, on.multiprocessors())?;
-    Launch::new(on.kernel(KERNEL)?, [blocks, 1, 1], THREADS)
-        .shared((STAGES * STAGE + OWN) as u32)
+    Launch::new(on.kernel(kind.kernel())?, [blocks, 1, 1], THREADS)
+        .shared(kind.shared() as u32)
         .dependent()
         .on(on.stream, &params)
 }

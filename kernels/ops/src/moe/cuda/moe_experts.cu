@@ -3,6 +3,7 @@
 // no result depends on it, since the products treat rows alike and the sum runs by choice.
 #include "cuda/async.cuh"
 #include "linear/cuda/linear.cuh"
+#include "moe/cuda/front.cuh"
 
 struct GroupParams {
     const uint32_t* chosen;   // [rows, top_k]
@@ -18,9 +19,7 @@ struct GroupParams {
 extern "C" __global__ void __launch_bounds__(1024) group_pairs(const __grid_constant__ GroupParams p) {
     extern __shared__ uint32_t counters[];
     uint32_t* cursors = counters + p.held;
-    __shared__ uint32_t before[2][32];  // pairs and tiles of the warps in front
     const uint32_t all = real_rows(p.count, p.rows) * p.top_k;
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (uint32_t e = threadIdx.x; e < p.held; e += blockDim.x) counters[e] = 0;
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < all; i += blockDim.x) {
@@ -31,25 +30,8 @@ extern "C" __global__ void __launch_bounds__(1024) group_pairs(const __grid_cons
     // One expert per thread; there are at most 1024.
     const uint32_t mine = threadIdx.x < p.held ? counters[threadIdx.x] : 0;
     const uint32_t my_tiles = (mine + p.tile_rows - 1) / p.tile_rows;
-    uint32_t pairs = mine, tiles = my_tiles;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const uint32_t a = __shfl_up_sync(0xffffffff, pairs, step), b = __shfl_up_sync(0xffffffff, tiles, step);
-        if (lane >= step) {
-            pairs += a;
-            tiles += b;
-        }
-    }
-    if (lane == 31) {
-        before[0][warp] = pairs;
-        before[1][warp] = tiles;
-    }
-    __syncthreads();
-    uint32_t start = pairs - mine, tile = tiles - my_tiles;
-    for (uint32_t i = 0; i < warp; ++i) {
-        start += before[0][i];
-        tile += before[1][i];
-    }
+    const Front front = front_of<32>(mine, my_tiles);
+    const uint32_t start = front.pairs, tile = front.tiles;
     if (threadIdx.x < p.held) cursors[threadIdx.x] = start;
     for (uint32_t i = 0; i < my_tiles; ++i) {
         const uint32_t first = i * p.tile_rows;
@@ -153,25 +135,43 @@ template <typename T, int N> __device__ void combine_norm_row(const CombineParam
     }
 }
 
-// As `combine_norm_row`, to the bit, for rows of a vector a thread: what does not hang on places is asked
-// for first, and nothing is read back.
-template <typename T, int N> __device__ void combine_norm_short_row(const CombineParams& p, uint32_t row) {
-    using V = Vec<T, N>;
-    const uint32_t vectors = p.width / N, i = threadIdx.x;
+// As `combine_norm_row`, to the bit, for rows of a vector a thread and up to `kChoices` choices: everything
+// is asked for at once, and nothing is read back.
+__device__ __forceinline__ void combine_norm_short_row(const CombineParams& p, uint32_t row) {
+    using V = Vec<bf16, 8>;
+    const uint32_t vectors = p.width / 8, i = threadIdx.x;
     const uint64_t at = uint64_t(row) * vectors + i;
     const bool there = i < vectors;
-    V value, left, other;
-    float norm[N], squares = 0.0f;
+    V value;
+    float squares = 0.0f;
     if (there) {
-        left = static_cast<const V*>(p.residual)[at];
+        uint32_t place[kChoices];
+        float weight[kChoices];
+#pragma unroll
+        for (uint32_t j = 0; j < kChoices; ++j) {
+            const uint32_t choice = row * p.top_k + min(j, p.top_k - 1);
+            place[j] = j < p.top_k ? p.places[choice] : 0xffffffff;
+            weight[j] = p.weights[choice];
+        }
+        const V left = static_cast<const V*>(p.residual)[at];
+        V other, of_choice[kChoices];
         if (p.beside != nullptr) other = static_cast<const V*>(p.beside)[at];
 #pragma unroll
-        for (int e = 0; e < N; ++e) norm[e] = p.norm[i * N + e];
-        value = chosen_sum<T, N>(p, row, i);
+        for (uint32_t j = 0; j < kChoices; ++j) {
+            if (place[j] != 0xffffffff) of_choice[j] = static_cast<const V*>(p.y)[uint64_t(place[j]) * vectors + i];
+        }
+        float sums[8] = {};
 #pragma unroll
-        for (int e = 0; e < N; ++e) {
-            if (p.beside != nullptr) value.at[e] = narrow<T>(widen(other.at[e]) + widen(value.at[e]));
-            value.at[e] = narrow<T>(widen(left.at[e]) + widen(value.at[e]));
+        for (uint32_t j = 0; j < kChoices; ++j) {
+            if (place[j] == 0xffffffff) continue;
+#pragma unroll
+            for (int e = 0; e < 8; ++e) sums[e] += weight[j] * widen(of_choice[j].at[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            value.at[e] = narrow<bf16>(sums[e]);
+            if (p.beside != nullptr) value.at[e] = narrow<bf16>(widen(other.at[e]) + widen(value.at[e]));
+            value.at[e] = narrow<bf16>(widen(left.at[e]) + widen(value.at[e]));
             squares += widen(value.at[e]) * widen(value.at[e]);
         }
         static_cast<V*>(p.residual)[at] = value;
@@ -179,7 +179,7 @@ template <typename T, int N> __device__ void combine_norm_short_row(const Combin
     const float scale = rsqrtf(block_sum(squares) / p.width + p.eps);
     if (!there) return;
 #pragma unroll
-    for (int e = 0; e < N; ++e) value.at[e] = narrow<T>(widen(value.at[e]) * scale * norm[e]);
+    for (int e = 0; e < 8; ++e) value.at[e] = narrow<bf16>(widen(value.at[e]) * scale * p.norm[i * 8 + e]);
     static_cast<V*>(p.out)[at] = value;
 }
 
@@ -201,7 +201,6 @@ template <typename T> __device__ void combine_norm(const CombineParams& p) {
     const uint32_t row = blockIdx.x;
     if (row >= real_rows(p.count, p.rows)) return;
     if (p.width % kWide<T> == 0 && aligned16(p.y) && aligned16(p.out) && aligned16(p.beside) && aligned16(p.residual)) {
-        if (p.width <= blockDim.x * kWide<T>) return combine_norm_short_row<T, kWide<T>>(p, row);
         combine_norm_row<T, kWide<T>>(p, row);
     } else {
         combine_norm_row<T, 1>(p, row);
@@ -219,4 +218,10 @@ extern "C" __global__ void __launch_bounds__(256) combine_norm_f32(const __grid_
 }
 extern "C" __global__ void __launch_bounds__(256) combine_norm_bf16(const __grid_constant__ CombineParams p) {
     combine_norm<bf16>(p);
+}
+// Of short aligned rows, by a kernel of its own: with fewer registers more blocks read at once.
+extern "C" __global__ void __launch_bounds__(256, 4) combine_norm_short(const __grid_constant__ CombineParams p) {
+    wait_for_previous();
+    allow_next();
+    if (blockIdx.x < real_rows(p.count, p.rows)) combine_norm_short_row(p, blockIdx.x);
 }

@@ -1,5 +1,5 @@
-// Rows of x laid by sorted pair of (token, choice), so that products of experts read whole boxes, and the
-// tiles that these work on.
+// Rows of x laid by sorted pair of (token, choice), so that products of experts read whole boxes, or for
+// products that gather them the row of every sorted pair; and the tiles that these work on.
 //
 // Pairs are sorted by expert and then by number: a pair's place depends on the choices alone. They are
 // cut into chunks of whole rows. Every block sorts one chunk and lays its share of the chunk's rows; the
@@ -7,6 +7,7 @@
 // are counted before.
 #include "cuda/async.cuh"
 #include "linear/cuda/linear.cuh"
+#include "moe/cuda/front.cuh"
 
 // Pairs of a chunk and experts, at most, fit 48 KiB with the counters of all warps.
 constexpr uint32_t kSorted = 2048, kLayThreads = 512, kLayWarps = kLayThreads / 32;
@@ -19,6 +20,7 @@ struct LayParams {
     const uint32_t* count;
     uint4* out;              // [pairs, vectors]
     uint32_t* counts;        // [chunks, held]; not looked at where there is one chunk
+    uint32_t* row_of;        // sorted place to row, where rows are not laid; else null
     uint32_t* places;        // pair to sorted place; all ones where the expert lives elsewhere
     RowTile* tiles;
     uint32_t* totals;        // tiles, pairs
@@ -53,7 +55,6 @@ extern "C" __global__ void __launch_bounds__(kLayThreads) lay_pairs(const __grid
     uint32_t* const totals = counts + kLayWarps * p.held;
     uint32_t* const fronts = totals + p.held;
     __shared__ uint32_t at[kSorted];  // place of every pair
-    __shared__ uint32_t before[2][kLayWarps];
     constexpr uint32_t kRounds = kSorted / kLayThreads;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (uint32_t i = threadIdx.x; i < (kLayWarps + 2) * p.held; i += kLayThreads) counts[i] = 0;
@@ -105,25 +106,8 @@ extern "C" __global__ void __launch_bounds__(kLayThreads) lay_pairs(const __grid
         if (p.chunks > 1) total = totals[threadIdx.x], in_front = fronts[threadIdx.x];
     }
     const uint32_t my_tiles = (total + p.tile_rows - 1) / p.tile_rows;
-    uint32_t pairs = total, tiles = my_tiles;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const uint32_t a = __shfl_up_sync(0xffffffff, pairs, step), b = __shfl_up_sync(0xffffffff, tiles, step);
-        if (lane >= step) {
-            pairs += a;
-            tiles += b;
-        }
-    }
-    if (lane == 31) {
-        before[0][warp] = pairs;
-        before[1][warp] = tiles;
-    }
-    __syncthreads();
-    uint32_t start = pairs - total, tile = tiles - my_tiles;
-    for (uint32_t w = 0; w < warp; w++) {
-        start += before[0][w];
-        tile += before[1][w];
-    }
+    const Front front = front_of<kLayWarps>(total, my_tiles);
+    const uint32_t start = front.pairs, tile = front.tiles;
     if (threadIdx.x < p.held) {
 #pragma unroll
         for (uint32_t w = 0; w < kLayWarps; w++) counts[w * p.held + threadIdx.x] += start + in_front;
@@ -153,7 +137,9 @@ extern "C" __global__ void __launch_bounds__(kLayThreads) lay_pairs(const __grid
         const uint32_t place = expert[r] == kElsewhere ? kElsewhere : mine[expert[r]] + rank[r];
         at[i] = place;
         if (share == 0) p.places[row_before * p.top_k + i] = place;
+        if (p.row_of != nullptr && place != kElsewhere) p.row_of[place] = row_before + i / p.top_k;
     }
+    if (p.row_of != nullptr) return;
     __syncthreads();
     const uint4* x = p.x + uint64_t(row_before) * p.vectors;
     const uint32_t piece = 32 * p.at_once, parts = (p.vectors + piece - 1) / piece;

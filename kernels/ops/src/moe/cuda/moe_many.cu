@@ -8,44 +8,12 @@
 //
 // Roles of a block: warpgroups that compute; a warp that reads weights, one that reads rows, one that
 // fetches the next unit while this one is read.
-#include <type_traits>
-
-#include "cuda/wgmma.cuh"
-#include "linear/cuda/linear.cuh"
-#include "linear/cuda/wide.cuh"
+#include "moe/cuda/many.cuh"
 
 namespace many {
 
-using wide::TensorMap;
-
-// As wide as the driver's maps are on the host.
-struct alignas(128) Product {
-    TensorMap w;      // boxes of `kGroups` slabs of 64 lines by 64 along k
-    TensorMap w_slab; // of one slab
-    TensorMap x;      // boxes of `kRowBox` rows by 64 along k
-    bf16* out;
-    uint64_t out_stride;
-    uint32_t lines;   // of weights of an expert
-    uint32_t steps;   // of 64 along k
-    uint32_t expert;  // from one expert to the next, in the last coordinate of the maps of w
-    uint32_t reused;  // whether several tiles read the same weights
-};
-// Gate and up, down; the same of experts that all rows take.
-enum Which : uint32_t { kUp, kDown, kAlwaysUp, kAlwaysDown };
-
-struct Params {
-    Product product[4];
-    const uint32_t* totals;  // tiles
-    const uint32_t* count;   // of real rows
-    const RowTile* tiles;
-    uint32_t* progress;      // units fetched; then parts of gate and up that are there, of every tile
-    uint32_t rows;
-    uint32_t always;         // whether there are experts that all rows take
-};
-
 constexpr uint32_t kRowBox = 32, kSlabBytes = 64 * 128, kRowBoxBytes = kRowBox * 128, kSlots = 2;
 constexpr uint32_t kAhead = 8;  // steps before its end at which a unit's successor is fetched
-constexpr uint32_t kPatience = 1u << 28;
 
 // Warpgroups that compute, of a slab each; tiles of up to `kRows` rows.
 constexpr uint32_t kGroups = 3, kRows = 256, kThreads = 128 * (kGroups + 1);
@@ -134,13 +102,6 @@ __device__ __forceinline__ uint32_t parts_of(const Product& of) {
     return ((of.lines + 63) / 64 + kGroups - 1) / kGroups * kGroups;
 }
 
-struct Place {
-    uint32_t stage = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-};
-
 __device__ void fetch_units(const Params& p, const Memory& m) {
     const Tiles tiles(p);
     for (uint32_t i = 0;; i++) {
@@ -161,16 +122,8 @@ __device__ __forceinline__ Unit next_unit(const Memory& m, uint32_t i) {
     return read_unit(m.slot(slot));
 }
 
-__device__ __forceinline__ void load_five(uint32_t to, const TensorMap& map, uint32_t k, uint32_t c3, uint32_t c4, uint64_t keep, uint32_t bar) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%2, %3, %3, %4, %5}], [%6], %7;\n" ::"r"(to),
-        "l"(&map), "r"(k), "r"(0), "r"(c3), "r"(c4), "r"(bar), "l"(keep)
-        : "memory");
-}
-
 __device__ void read_weights(const Params& p, const Memory& m) {
-    Place at;
+    Place<kStages> at;
     for (uint32_t i = 0;; i++) {
         const Unit unit = next_unit(m, i);
         barrier_arrive(m.taken(i % kSlots));
@@ -202,7 +155,7 @@ __device__ void read_weights(const Params& p, const Memory& m) {
 }
 
 __device__ void read_rows(const Params& p, const Memory& m) {
-    Place at;
+    Place<kStages> at;
     for (uint32_t i = 0;; i++) {
         const Unit unit = next_unit(m, i);
         barrier_arrive(m.taken(i % kSlots));
@@ -230,38 +183,12 @@ __device__ void read_rows(const Params& p, const Memory& m) {
     }
 }
 
-// Results of 64 lines of weights, from `line` on, for `N` rows.
-template <int N> __device__ __forceinline__ void store_inner(const Product& of, uint32_t row, int rows, uint32_t line, float (&d)[N / 2]) {
-    const uint32_t warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint32_t inner = line / 2 + warp * 8;
-    const bool there = inner < of.lines / 2;
-    bf16* out = of.out + (row + g) * of.out_stride + inner + 2 * t;
-#pragma unroll
-    for (int j = 0; j < N / 8; j++) {
-        const float* v = &d[4 * j];
-        const uint32_t both = wide::transposed(pack_bf16(wide::gated(v[0], v[2]), wide::gated(v[1], v[3])));
-        if (there && int(8 * j + g) < rows) *reinterpret_cast<uint32_t*>(out + 8 * j * of.out_stride) = both;
-    }
-}
-// Of each sixteen lines 2t and 2t + 1, then 8 + 2t and 8 + 2t + 1 are next to each other in the output.
-template <int N> __device__ __forceinline__ void store_down(const Product& of, uint32_t row, int rows, uint32_t line, float (&d)[N / 2]) {
-    const uint32_t warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint32_t output = line + warp * 16;
-    const bool there = output < of.lines;
-    bf16* out = of.out + (row + g) * of.out_stride + output + 4 * t;
-#pragma unroll
-    for (int j = 0; j < N / 8; j++) {
-        const uint2 four = {wide::transposed(pack_bf16(d[4 * j], d[4 * j + 1])), wide::transposed(pack_bf16(d[4 * j + 2], d[4 * j + 3]))};
-        if (there && int(8 * j + g) < rows) *reinterpret_cast<uint2*>(out + 8 * j * of.out_stride) = four;
-    }
-}
-
 __device__ __forceinline__ void release(const Memory& m, uint32_t stage) {
     if (threadIdx.x % 32 == 0) barrier_arrive(m.empty(stage));
 }
 
 // The slab of this warpgroup, `N` rows or fewer.
-template <int N> __device__ __forceinline__ void compute(const Params& p, const Memory& m, Place& at, const Unit& unit, uint32_t group) {
+template <int N> __device__ __forceinline__ void compute(const Params& p, const Memory& m, Place<kStages>& at, const Unit& unit, uint32_t group) {
     constexpr int kParts = N > kColumns ? 2 : 1, kPart = N / kParts;
     const Product& of = p.product[unit.which];
     const uint32_t steps = of.steps;
@@ -301,7 +228,7 @@ template <int N> __device__ __forceinline__ void compute(const Params& p, const 
 
 // As many columns as the rows need.
 constexpr int next_columns(int n) { return n < 32 ? 32 : n < 128 ? n + 32 : n + 16; }
-template <int N> __device__ __forceinline__ void fit(const Params& p, const Memory& m, Place& at, const Unit& unit, uint32_t group) {
+template <int N> __device__ __forceinline__ void fit(const Params& p, const Memory& m, Place<kStages>& at, const Unit& unit, uint32_t group) {
     if constexpr (N < int(kRows)) {
         if (unit.rows > N) return fit<next_columns(N)>(p, m, at, unit, group);
     }
@@ -316,7 +243,7 @@ __device__ __forceinline__ void group_sync(uint32_t group) {
 
 __device__ __forceinline__ void compute_all(const Params& p, const Memory& m) {
     const uint32_t group = threadIdx.x / 128;
-    Place at;
+    Place<kStages> at;
     for (uint32_t i = 0;; i++) {
         const Unit unit = next_unit(m, i);
         __syncwarp();

@@ -241,6 +241,9 @@ fn the_sum_of_experts_agrees_with_f64_for_few_and_many_tokens() {
             case(700, 690, 2, 4, 272, 200),
             case(800, 800, 1, 5, 144, 104),
             case(520, 520, 1, 1, 48, 72),
+            case(128, 128, 1, 1, 64, 264),
+            case(257, 250, 1, 2, 80, 40),
+            case(33, 31, 9, 12, 2064, 16),
             Case { first: 3, held: 2, ..case(400, 397, 2, 8, 80, 328) },
         ] {
             check_experts(&device, case, dtype);

@@ -42,7 +42,58 @@ template <typename T, int N> __device__ void norm_row(const NormParams& p, uint6
     }
 }
 
-// Weights wait for nothing: they are on their way while the kernel in front ends.
+// Rows of up to `kEach` vectors to a thread, which keeps them: a row is read once. Weights wait for
+// nothing: they are read while the kernel in front ends.
+template <typename T, int kEach> __device__ __forceinline__ void norm_kept(const NormParams& p) {
+    constexpr int N = kWide<T>;
+    using V = Vec<T, N>;
+    const uint32_t vectors = p.width / N;
+    const uint64_t row = blockIdx.x;
+    Vec<float, N> weight[kEach];
+#pragma unroll
+    for (int k = 0; k < kEach; k++) {
+        const uint32_t i = threadIdx.x + k * blockDim.x;
+        if (i < vectors) weight[k] = reinterpret_cast<const Vec<float, N>*>(p.weight)[i];
+    }
+    wait_for_previous();
+    allow_next();
+    if (row >= real_rows(p.count, p.rows)) return;
+    const V* x = static_cast<const V*>(p.x) + row * vectors;
+    V* residual = p.residual == nullptr ? nullptr : static_cast<V*>(p.residual) + row * vectors;
+    V* out = static_cast<V*>(p.out) + row * vectors;
+    V value[kEach], held[kEach];
+#pragma unroll
+    for (int k = 0; k < kEach; k++) {
+        const uint32_t i = threadIdx.x + k * blockDim.x;
+        if (i >= vectors) continue;
+        value[k] = x[i];
+        if (residual != nullptr) held[k] = residual[i];
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kEach; k++) {
+        const uint32_t i = threadIdx.x + k * blockDim.x;
+        if (i >= vectors) continue;
+        if (residual != nullptr) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) value[k].at[j] = narrow<T>(widen(held[k].at[j]) + widen(value[k].at[j]));
+            residual[i] = value[k];
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) sum += widen(value[k].at[j]) * widen(value[k].at[j]);
+    }
+    const float scale = rsqrtf(block_sum(sum) / p.width + p.eps);
+#pragma unroll
+    for (int k = 0; k < kEach; k++) {
+        const uint32_t i = threadIdx.x + k * blockDim.x;
+        if (i >= vectors) continue;
+#pragma unroll
+        for (int j = 0; j < N; ++j) value[k].at[j] = narrow<T>(widen(value[k].at[j]) * scale * weight[k].at[j]);
+        out[i] = value[k];
+    }
+}
+
+// Weights of other rows, into the second-level cache.
 __device__ void fetch_weights(const float* weight, uint32_t width) {
     constexpr uint32_t kLine = 32;
     for (uint32_t i = threadIdx.x * kLine; i < width; i += blockDim.x * kLine) {
@@ -51,12 +102,17 @@ __device__ void fetch_weights(const float* weight, uint32_t width) {
 }
 
 template <typename T> __device__ void norm(const NormParams& p) {
+    const bool wide = p.width % kWide<T> == 0 && aligned16(p.x) && aligned16(p.residual) && aligned16(p.out);
+    const uint32_t each = (p.width / kWide<T> + blockDim.x - 1) / blockDim.x;
+    // A vector's weights are up to two of 16 bytes.
+    if (wide && each <= 2 && reinterpret_cast<uint64_t>(p.weight) % 32 == 0) {
+        return each == 2 ? norm_kept<T, 2>(p) : norm_kept<T, 1>(p);
+    }
     fetch_weights(p.weight, p.width);
     wait_for_previous();
     allow_next();
     const uint32_t row = blockIdx.x;
     if (row >= real_rows(p.count, p.rows)) return;
-    const bool wide = p.width % kWide<T> == 0 && aligned16(p.x) && aligned16(p.residual) && aligned16(p.out);
     if (wide) {
         norm_row<T, kWide<T>>(p, row);
     } else {
@@ -64,10 +120,10 @@ template <typename T> __device__ void norm(const NormParams& p) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) rms_norm_f32(const __grid_constant__ NormParams p) {
+extern "C" __global__ void __launch_bounds__(256, 4) rms_norm_f32(const __grid_constant__ NormParams p) {
     norm<float>(p);
 }
-extern "C" __global__ void __launch_bounds__(256) rms_norm_bf16(const __grid_constant__ NormParams p) {
+extern "C" __global__ void __launch_bounds__(256, 4) rms_norm_bf16(const __grid_constant__ NormParams p) {
     norm<bf16>(p);
 }
 

@@ -16,8 +16,17 @@ fn norm(x: &[f32], weight: &[f32]) -> Vec<f64> {
 fn rows_agree_with_f64_and_padding_is_left_alone() {
     let Some(device) = device() else { return };
     for dtype in DTYPES {
-        for (real, padded, width) in [(1, 1, 1), (3, 5, 7), (2, 2, 2048), (9, 12, 1000), (0, 4, 64)]
-        {
+        // A thread keeps one or two vectors of a row, or reads it twice.
+        for (real, padded, width) in [
+            (1, 1, 1),
+            (3, 5, 7),
+            (2, 2, 2048),
+            (9, 12, 1000),
+            (0, 4, 64),
+            (3, 4, 4096),
+            (2, 3, 5000),
+            (2, 2, 4104),
+        ] {
             let mut random = Random::new(5);
             let x = rounded(&random.vector(padded * width), dtype);
             let weight = random.vector(width);
@@ -40,7 +49,7 @@ fn rows_agree_with_f64_and_padding_is_left_alone() {
 fn the_residual_is_summed_stored_and_normed() {
     let Some(device) = device() else { return };
     for dtype in DTYPES {
-        for (rows, width) in [(1, 3), (4, 2048), (3, 515)] {
+        for (rows, width) in [(1, 3), (4, 2048), (3, 515), (5, 4096), (2, 7168)] {
             let mut random = Random::new(6);
             let delta = rounded(&random.vector(rows * width), dtype);
             let residual = rounded(&random.vector(rows * width), dtype);

@@ -11,7 +11,7 @@ struct WriteKvParams {
     const uint32_t* row_tables;  // index in `tables` of the first block of the row's sequence
     const uint64_t* tables;      // element offsets of blocks
     const uint32_t* count;
-    uint64_t arena_elements, layer_offset;
+    uint64_t arena_elements, layer_offset, stride;  // from row to row of `rows_in`
     uint32_t rows, width;
 };
 
@@ -21,7 +21,7 @@ template <typename T, int N> __device__ void write_row(const WriteKvParams& p, u
     const uint64_t block = p.tables[p.row_tables[row] + position / kBlock];
     const uint64_t at = p.layer_offset + uint64_t(position % kBlock) * p.width;
     if (block > p.arena_elements || at + p.width > p.arena_elements - block) return;
-    const V* from = reinterpret_cast<const V*>(static_cast<const T*>(p.rows_in) + uint64_t(row) * p.width);
+    const V* from = reinterpret_cast<const V*>(static_cast<const T*>(p.rows_in) + row * p.stride);
     V* to = reinterpret_cast<V*>(static_cast<T*>(p.arena) + block + at);
     for (uint32_t i = threadIdx.x; i < p.width / N; i += blockDim.x) to[i] = from[i];
 }
@@ -30,7 +30,7 @@ template <typename T> __device__ void write_kv(const WriteKvParams& p) {
     const uint32_t row = blockIdx.x;
     if (row >= real_rows(p.count, p.rows)) return;
     const uint64_t block = p.tables[p.row_tables[row] + p.positions[row] / kBlock];
-    const bool wide = p.width % kWide<T> == 0 && p.layer_offset % kWide<T> == 0 && block % kWide<T> == 0 &&
+    const bool wide = p.width % kWide<T> == 0 && p.stride % kWide<T> == 0 && p.layer_offset % kWide<T> == 0 && block % kWide<T> == 0 &&
                       aligned16(p.rows_in) && aligned16(p.arena);
     if (wide) {
         write_row<T, kWide<T>>(p, row);

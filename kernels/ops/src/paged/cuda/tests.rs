@@ -1,8 +1,8 @@
 //! What goes into the cache lies where the processor's op puts it.
 
 use super::*;
-use crate::cuda::Dtype;
 use crate::cuda::testing::{DTYPES, device, rounded};
+use crate::cuda::{Dtype, Strided};
 use crate::paged::{self, BLOCK, KvMut};
 use crate::testing::Random;
 
@@ -45,9 +45,19 @@ fn rows_go_where_the_table_says_and_nowhere_else() {
                 tables: &tables_sent,
             };
             let rows = Rows { padded: 6, count: Some(&count) };
-            let x_sent = device.send_as(&x, dtype);
-            write_kv(device.queue(), rows, &x_sent, layer, &to).expect("a launch");
-            assert_eq!(device.fetch_as(&arena, dtype), expected, "{dtype:?} {layer:?}");
+            // Rows as they are, and as a part of wider ones.
+            for stride in [width, width + 8, width + 3] {
+                let mut wide = vec![f32::NAN; 6 * stride];
+                for (wide, x) in wide.chunks_exact_mut(stride).zip(x.chunks_exact(width)) {
+                    wide[..width].copy_from_slice(x);
+                }
+                device.stream.fill(&arena, 0).expect("a fill");
+                let x = device.send_as(&wide[..5 * stride + width], dtype);
+                let x = Strided { slice: &x, stride };
+                write_kv(device.queue(), rows, x, layer, &to).expect("a launch");
+                let got = device.fetch_as(&arena, dtype);
+                assert_eq!(got, expected, "{dtype:?} {layer:?}, {stride} apart");
+            }
         }
     }
 }
@@ -66,7 +76,8 @@ fn an_entry_outside_of_the_arena_is_passed_over() {
             tables: &tables,
         };
         let layer = KvLayer { offset: 1, row: 1 };
-        write_kv(device.queue(), Rows::exactly(1), &rows_in, layer, &to).expect("a launch");
+        let rows_in = Strided::dense(&rows_in, 1);
+        write_kv(device.queue(), Rows::exactly(1), rows_in, layer, &to).expect("a launch");
     }
     assert!(device.fetch(&arena, 0.0).iter().all(|x| *x == 0.0));
 }

@@ -30,8 +30,9 @@ template <typename T> __device__ void rope(const RopeParams& p) {
         T* at = x + uint64_t(head) * p.stride;
         const uint32_t a = p.interleaved ? 2 * i : i, b = p.interleaved ? 2 * i + 1 : i + pairs;
         const float u = widen(at[a]), v = widen(at[b]);
-        at[a] = narrow<T>(u * turn[i] - v * turn[pairs + i]);
-        at[b] = narrow<T>(v * turn[i] + u * turn[pairs + i]);
+        const float2 by = turned(u, v, turn[i], turn[pairs + i]);
+        at[a] = narrow<T>(by.x);
+        at[b] = narrow<T>(by.y);
     }
 }
 

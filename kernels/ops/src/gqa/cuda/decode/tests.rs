@@ -70,7 +70,8 @@ fn run(device: &Device, cache: &Cache, q: &[f32], gqa: &Gqa, blocks: usize) -> V
     let mut results = [0, 1].map(|_| {
         let out = device.poisoned(q.bytes());
         let core = grouped::Core::Pieces(&plan, &cutting.partials);
-        grouped::attention(device.queue(), rows, &q, gqa, cache.layer, sent.arena(), core, &out)
+        let q = Strided::dense(&q, gqa.heads * gqa.head_dim);
+        grouped::attention(device.queue(), rows, q, gqa, cache.layer, sent.arena(), core, &out)
             .expect("a launch");
         device.fetch_as(&out, BF16)
     });
@@ -166,7 +167,19 @@ fn step(
     q[real * heads * head_dim..].fill(f32::NAN);
     kv[real * row..].fill(f32::NAN);
     let weights = [numbers(head_dim), numbers(head_dim)].map(|weight| device.send(&weight));
-    let [q, kv] = [q, kv].map(|x| device.send_as(&x, BF16));
+    // Fused, both are parts of the same rows.
+    let (width, wide) = (heads * head_dim, heads * head_dim + row);
+    let both: Vec<f32> = q
+        .chunks_exact(width)
+        .zip(kv.chunks_exact(row))
+        .flat_map(|(q, kv)| [q, kv].concat())
+        .collect();
+    let [q, kv, both] = [q, kv, both].map(|x| device.send_as(&x, BF16));
+    let second = both.slice(width * 2..both.bytes());
+    let [of_q, of_kv] = match as_one {
+        true => [&both, &second].map(|slice| Strided { slice, stride: wide }),
+        false => [Strided::dense(&q, width), Strided::dense(&kv, row)],
+    };
     let inv_freq: Vec<f32> = (0..head_dim / 2).map(|i| 0.7_f32.powi(i as i32)).collect();
     let inv_freq = device.send(&inv_freq);
     let mut positions: Vec<u32> = cache.segments.iter().map(|s| s.context - 1).collect();
@@ -181,8 +194,8 @@ fn step(
     let (plan, partials) = (cutting.plan(sent.tables()), &cutting.partials);
     let norms = weights.each_ref().map(|weight| HeadNorm { weight, eps: 1e-6 });
     let of = Projected {
-        q: &q,
-        kv: &kv,
+        q: of_q,
+        kv: of_kv,
         norms: normed.then_some(norms),
         rope: Rope { inv_freq: &inv_freq, factor: 1.1, pairing: Pairing::Halves },
         to: Destination {
@@ -204,8 +217,8 @@ fn step(
             }
             rope(on, rows, x, &of_x, of.to.positions, &of.rope).expect("a launch");
         }
-        write_kv(on, rows, &kv, of.layer, &of.to).expect("a launch");
-        attention(on, rows, &q, gqa, of.layer, sent.arena(), &plan, partials, &out)
+        write_kv(on, rows, of_kv, of.layer, &of.to).expect("a launch");
+        attention(on, rows, of_q, gqa, of.layer, sent.arena(), &plan, partials, &out)
             .expect("a launch");
     }
     let mut got = [&out, sent.arena().slice].map(|x| device.fetch_as(x, BF16));

@@ -1,9 +1,9 @@
 //! The three kernels against the ops one by one, which have references of their own.
 
 use super::*;
-use crate::cuda::Tensor;
 use crate::cuda::testing::paged::{Cache, Sent};
 use crate::cuda::testing::{Device, assert_near, device, rounded};
+use crate::cuda::{Strided, Tensor};
 use crate::flash::cuda::cut;
 use crate::mla::cuda::{Core, absorb_weights, absorbed_len, near};
 use crate::norm::cuda::head_norm;
@@ -82,7 +82,18 @@ impl Decodes {
         let heads = mla.heads;
         let (real, padded) = (cache.rows(), cache.rows() + self.padding);
         let sent = cache.send(device, heads, 16);
-        let [q, kv, kv_b] = [&self.q, &self.kv, &self.kv_b].map(|x| device.send_as(x, BF16));
+        // But for the ops, both are parts of the same rows.
+        let (width, both) = (heads * QUERY, heads * QUERY + WIDTH);
+        let pairs = self.q.chunks_exact(width).zip(self.kv.chunks_exact(WIDTH));
+        let rows_of_both: Vec<f32> = pairs.flat_map(|(q, kv)| [q, kv].concat()).collect();
+        let [q, kv, rows_of_both, kv_b] =
+            [&self.q, &self.kv, &rows_of_both, &self.kv_b].map(|x| device.send_as(x, BF16));
+        let second = rows_of_both.slice(width * 2..rows_of_both.bytes());
+        let apart = matches!(by, By::Ops);
+        let [of_q, of_kv] = match apart {
+            true => [Strided::dense(&q, width), Strided::dense(&kv, WIDTH)],
+            false => [&rows_of_both, &second].map(|slice| Strided { slice, stride: both }),
+        };
         let norm = device.send(&self.norm);
         let absorbed = device.poisoned(absorbed_len(mla) * 2);
         let on = device.queue();
@@ -108,8 +119,8 @@ impl Decodes {
             tables: sent.tables(),
         };
         let block = Block {
-            q: &q,
-            kv: &kv,
+            q: of_q,
+            kv: of_kv,
             norm: &norm,
             eps: 1e-6,
             rope: Rope { inv_freq: &inv_freq, factor: 1.1, pairing: self.pairing },
@@ -127,7 +138,10 @@ impl Decodes {
             By::Ops => one_by_one(on, rows, mla, &block),
         };
         launched.expect("launches");
-        let mut got = [&out, &q, sent.arena().slice].map(|x| device.fetch_as(x, BF16));
+        let mut got = [&out, of_q.slice, sent.arena().slice].map(|x| device.fetch_as(x, BF16));
+        if !apart {
+            got[1] = got[1].chunks_exact(both).flat_map(|row| row[..width].to_vec()).collect();
+        }
         // What padding holds is nothing to look at.
         got[0].truncate(real * heads * VALUE);
         got[1].truncate(real * heads * QUERY);
@@ -184,7 +198,7 @@ fn one_by_one(
 ) -> Result<(), CudaError> {
     let Block { q, kv, to, layer, plan, partials, scratch, out, .. } = *block;
     let [of_q, latent, key] = heads(mla);
-    let [q_tensor, kv_tensor] = [q, kv].map(|x| Tensor::new(x, BF16));
+    let [q_tensor, kv_tensor] = [q, kv].map(|x| Tensor::new(x.slice, BF16));
     rope(on, rows, q_tensor, &of_q, to.positions, &block.rope)?;
     head_norm(on, rows, kv_tensor, &latent, block.norm, block.eps)?;
     rope(on, rows, kv_tensor, &key, to.positions, &block.rope)?;

@@ -9,7 +9,7 @@
 mod tests;
 
 use super::{OP, Room, Scratch, cut, serves};
-use crate::cuda::{Dtype, Queue, Rows, Tensor, dim, need, shape};
+use crate::cuda::{Dtype, Queue, Rows, Strided, Tensor, dim, need, shape};
 use crate::flash::cuda::prompt::{self, Keys};
 use crate::flash::cuda::{Segment, Tile};
 use crate::linear::cuda::{Linear, linear};
@@ -159,7 +159,7 @@ pub fn attention(
     on: Queue<'_>,
     rows: usize,
     mla: &Mla,
-    q: &DeviceSlice,
+    q: Strided<'_>,
     kv_b: &DeviceSlice,
     (layer, arena): (KvLayer, Tensor<'_>),
     later: &Later<'_>,
@@ -175,7 +175,7 @@ pub fn attention(
     if !serves(mla, arena.dtype) || layer.row != row || fit == 0 {
         return Err(shape(OP, format!("{mla:?} over {layer:?} for {tokens} tokens")));
     }
-    need(OP, "q", q, &[rows, heads, nope + rope], 2)?;
+    q.need(OP, "q", rows, &[heads, nope + rope], 2)?;
     need(OP, "kv_b", kv_b, &[heads, up, latent], 2)?;
     need(OP, "latents", &scratch.latents, &[later.pass.tokens, row], 2)?;
     need(OP, "out", out, &[rows, heads, v], 2)?;
@@ -193,13 +193,15 @@ pub fn attention(
     let grid = [dim(OP, longest.div_ceil(BLOCK))?, dim(OP, segments.len())?, 1];
     Launch::new(on.kernel(GATHER)?, grid, THREADS).dependent().on(on.stream, &params)?;
     let (latents, tensor) = (&scratch.latents, |slice| Tensor::new(slice, Dtype::Bf16));
+    let shared = Strided::dense(latents, row);
     for first in (0..heads).step_by(fit) {
         let here = fit.min(heads - first);
         let weights = kv_b.slice(first * up * latent * 2..(first + here) * up * latent * 2);
         let plain =
             Linear::plain(tensor(latents), &weights, tensor(&scratch.expanded), latent, here * up);
         linear(on, Rows::exactly(tokens), &Linear { x_stride: row, ..plain })?;
-        let keys = Keys::Rows { up: &scratch.expanded, shared: latents, width: row, rows: tokens };
+        let keys = Keys::Rows { up: &scratch.expanded, shared, width: row, rows: tokens };
+        let of_heads = q.slice.slice(first * (nope + rope) * 2..q.slice.bytes());
         let operands = prompt::Operands {
             rows,
             heads,
@@ -207,7 +209,7 @@ pub fn attention(
             group: 1,
             qk: nope + rope,
             scale,
-            q: &q.slice(first * (nope + rope) * 2..rows * heads * (nope + rope) * 2),
+            q: Strided { slice: &of_heads, ..q },
             keys,
             out: &out.slice(first * v * 2..rows * heads * v * 2),
         };

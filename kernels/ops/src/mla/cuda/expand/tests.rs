@@ -51,7 +51,13 @@ impl Case {
         let flat = self.segments.iter().flat_map(|s| [s.start, s.len, s.context, s.start]);
         let segments = device.send(&flat.collect::<Vec<u32>>());
         let send = |values: &[f32]| device.send_as(values, Dtype::Bf16);
-        let (q, kv, kv_b) = (send(&self.q), send(&self.kv), send(&self.kv_b));
+        // Both are parts of the same rows.
+        let (width, both) = (mla.heads * 192, mla.heads * 192 + 576);
+        let pairs = self.q.chunks_exact(width).zip(self.kv.chunks_exact(576));
+        let rows_of_both: Vec<f32> = pairs.flat_map(|(q, kv)| [q, kv].concat()).collect();
+        let (first, kv_b) = (send(&rows_of_both), send(&self.kv_b));
+        let second = first.slice(width * 2..first.bytes());
+        let [q, kv] = [&first, &second].map(|slice| Strided { slice, stride: both });
         let room = Room { latents: 1, expanded: *rows };
         let memory = DeviceMemory::allocate(&device.context, "a test", Scratch::bytes(mla, room));
         let memory = memory.expect("memory");
@@ -61,7 +67,7 @@ impl Case {
         let plan = prompt::Plan { segments, tiles, tile_count: &count, max_tiles };
         let out = device.poisoned(rows * mla.heads * 128 * 2);
         let (on, all) = (device.queue(), Rows::exactly(*rows));
-        attention(on, all, mla, &q, &kv, &kv_b, &plan, &scratch, &out).expect("a launch");
+        attention(on, all, mla, q, kv, &kv_b, &plan, &scratch, &out).expect("a launch");
         device.fetch_as(&out, Dtype::Bf16)
     }
 

@@ -52,7 +52,15 @@ fn check(device: &Device, heads: usize, padded: usize, real: usize) {
     };
 
     let out = device.poisoned(padded * heads * LATENT * 2);
-    to_latent(device.queue(), rows, &mla, &send(&q), &send(&absorbed), &out).expect("a launch");
+    // Queries lie in wider rows.
+    let (width, stride) = (heads * head, heads * head + 72);
+    let mut wide = vec![f32::NAN; padded * stride];
+    for (wide, q) in wide.chunks_exact_mut(stride).zip(q.chunks_exact(width)) {
+        wide[..width].copy_from_slice(q);
+    }
+    let sent = send(&wide);
+    let x = Strided { slice: &sent, stride };
+    to_latent(device.queue(), rows, &mla, x, &send(&absorbed), &out).expect("a launch");
     let w = (&absorbed[..], |h: usize| h * LATENT * NOPE);
     stored(&out, LATENT, &expected((&q, heads * head, head), w, (real, heads), (NOPE, LATENT)));
 

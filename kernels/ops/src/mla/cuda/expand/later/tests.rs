@@ -41,7 +41,14 @@ impl Case {
         device.stream.fill(&memory, 0xFF).expect("a fill");
         let scratch = Scratch::take(&mut Arena::new(memory), mla, room).expect("an arena");
         let send = |values: &[f32]| device.send_as(values, Dtype::Bf16);
-        let (q, kv_b) = (send(&self.q), send(&self.kv_b));
+        // Queries lie in wider rows.
+        let (width, stride) = (mla.heads * 192, mla.heads * 192 + 72);
+        let mut wide = vec![f32::NAN; rows * stride];
+        for (wide, q) in wide.chunks_exact_mut(stride).zip(self.q.chunks_exact(width)) {
+            wide[..width].copy_from_slice(q);
+        }
+        let (wide, kv_b) = (send(&wide), send(&self.kv_b));
+        let q = Strided { slice: &wide, stride };
         let out = device.poisoned(rows * mla.heads * 128 * 2);
         for pass in &passes.passes {
             let segments = device.send(&passes.segments[pass.segments.clone()]);
@@ -53,7 +60,7 @@ impl Case {
             let later = Later { pass, plan, firsts: &firsts, tables: sent.tables() };
             let of = (cache.layer, sent.arena());
             let on = device.queue();
-            attention(on, rows, mla, &q, &kv_b, of, &later, &scratch, &out).expect("a launch");
+            attention(on, rows, mla, q, &kv_b, of, &later, &scratch, &out).expect("a launch");
         }
         (device.fetch_as(&out, Dtype::Bf16), passes.passes.len())
     }
