@@ -15,6 +15,7 @@ use ops::flash::cuda::prompt::{self, Cut};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
 use ops::gqa::cuda::{decode as grouped, prepare};
 use ops::linear::cuda::{Linear, Then, Variant, linear, linear_as, streams};
+use ops::mla::cuda::block::Keys;
 use ops::mla::cuda::expand::later::{self, Later, Passes};
 use ops::mla::cuda::{Core, decode, expand};
 use ops::moe::cuda::stream::Always;
@@ -298,12 +299,12 @@ impl Step<'_> {
         let Block { shape, layer, spec, .. } = block;
         let expanded = self.sizes.prompts[*spec] == Prompts::Expanded;
         let scratch = self.scratch.expanded.as_ref().filter(|_| expanded);
-        let (Some(scratch), Some((last, before))) = (scratch, apart.split_last()) else {
+        let (Some(scratch), Some(last)) = (scratch, apart.last()) else {
             return apart.iter().try_for_each(|launch| self.run(launch));
         };
-        before.iter().try_for_each(|launch| self.run(launch))?;
         let [from_q, from_kv, out] = [block.q, block.kv, block.out].map(|place| self.at(place));
         let (q, kv) = (rows_of(block.q, &from_q), rows_of(block.kv, &from_kv));
+        mla::cuda::block::keys(self.on, self.rows, shape, &self.keys(block, q, kv))?;
         let kv_b = &block.weights.kv_b;
         if self.absorbed != Absorbed::Nothing {
             // This may write rows between those that it computes, so prompts come after.
@@ -326,6 +327,20 @@ impl Step<'_> {
         Ok(())
     }
 
+    /// What becomes of queries and keys in front of latent attention.
+    fn keys<'a>(&'a self, block: &'a Block, q: Strided<'a>, kv: Strided<'a>) -> Keys<'a> {
+        let Rotation { inv_freq, factor, pairing } = &self.rotations[block.rotation];
+        Keys {
+            q,
+            kv,
+            norm: &block.norm,
+            eps: block.eps,
+            rope: rope::cuda::Rope { inv_freq, factor: *factor, pairing: *pairing },
+            to: self.destination(block.layer),
+            layer: block.layer.kv,
+        }
+    }
+
     /// Latent attention of decoding rows, with what surrounds it.
     fn block(
         &self,
@@ -333,17 +348,18 @@ impl Step<'_> {
         plan: &decode::Plan<'_>,
         partials: &decode::Partials,
     ) -> Result<(), CudaError> {
-        let Rotation { inv_freq, factor, pairing } = &self.rotations[block.rotation];
         let Latent { absorbed, kv_b } = &block.weights;
         let [q, kv] = [block.q, block.kv].map(|place| self.at(place));
+        let (q, kv) = (rows_of(block.q, &q), rows_of(block.kv, &kv));
+        let Keys { norm, eps, rope, to, layer, .. } = self.keys(block, q, kv);
         let operands = mla::cuda::block::Block {
-            q: rows_of(block.q, &q),
-            kv: rows_of(block.kv, &kv),
-            norm: &block.norm,
-            eps: block.eps,
-            rope: rope::cuda::Rope { inv_freq, factor: *factor, pairing: *pairing },
-            to: self.destination(block.layer),
-            layer: block.layer.kv,
+            q,
+            kv,
+            norm,
+            eps,
+            rope,
+            to,
+            layer,
             weights: mla::cuda::Weights { absorbed, kv_b },
             plan,
             partials,

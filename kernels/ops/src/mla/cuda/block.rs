@@ -2,6 +2,8 @@
 //! in three kernels: rotation, norm, cache and queries into latent space; pieces of keys; the merge of
 //! their results and values out of latent space.
 //!
+//! Rows of prompts have the first kernel too, without queries into latent space.
+//!
 //! It serves bf16 heads of DeepSeek's widths (128 + 64, values of 128, a latent of 512), any number of
 //! them; others are launched op by op, few rows of short contexts in one launch by `near`. Each starts reading its weights before the one in front
 //! has ended. Invariant: what is stored has the roundings of the ops one by one.
@@ -85,6 +87,32 @@ pub struct Block<'a> {
     pub out: &'a DeviceSlice,
 }
 
+/// What becomes of rows' queries and keys in front of attention, whoever computes that.
+#[derive(Clone, Copy, Debug)]
+pub struct Keys<'a> {
+    /// Rows of `[heads * 192]`, as projected; their rotated parts are rotated in place.
+    pub q: Strided<'a>,
+    /// Rows of `[576]`, as projected.
+    pub kv: Strided<'a>,
+    /// f32 `[512]`: of the latent's norm.
+    pub norm: &'a DeviceSlice,
+    /// Of the norm.
+    pub eps: f32,
+    /// Of queries and key.
+    pub rope: Rope<'a>,
+    /// Where the rows' keys go.
+    pub to: Destination<'a>,
+    /// Where the layer lies in a block.
+    pub layer: KvLayer,
+}
+
+impl<'a> Block<'a> {
+    const fn keys(&self) -> Keys<'a> {
+        let Self { q, kv, norm, eps, rope, to, layer, .. } = *self;
+        Keys { q, kv, norm, eps, rope, to, layer }
+    }
+}
+
 /// Enqueues it.
 ///
 /// # Errors
@@ -116,6 +144,7 @@ struct PrepareParams {
     absorbed: u64,
     kv_b: u64,
     latents: u64,
+    kept: u64,
     norm: u64,
     inv_freq: u64,
     arena: u64,
@@ -147,38 +176,26 @@ struct PrepareManyParams {
 // SAFETY: mirrors the kernel's struct; lengths are checked in `prepare`.
 unsafe impl Parameters for PrepareManyParams {}
 
-/// The first kernel: rotates, norms, writes the rows' keys, takes queries to latent space.
-///
-/// # Errors
-/// As [`attention`].
-pub fn prepare(
-    on: Queue<'_>,
-    rows: Rows<'_>,
-    mla: &Mla,
-    block: &Block<'_>,
-) -> Result<(), CudaError> {
-    let Block { q, kv, norm, eps, rope, to, layer, weights, scratch, .. } = *block;
+/// Of rows that nothing else is asked of.
+fn params(rows: Rows<'_>, mla: &Mla, keys: &Keys<'_>) -> Result<PrepareParams, CudaError> {
+    let Keys { q, kv, norm, eps, rope, to, layer } = *keys;
     let Mla { heads, .. } = *mla;
     if !serves(mla, layer, to.arena.dtype) {
         return Err(shape(OP, format!("{mla:?} over {layer:?} as a block")));
     }
     q.need(OP, "q", rows.padded, &[heads, QUERY], 2)?;
     kv.need(OP, "kv", rows.padded, &[WIDTH], 2)?;
-    need(OP, "absorbed weights", weights.absorbed, &[heads, LATENT, NOPE], 2)?;
-    need(OP, "kv_b", weights.kv_b, &[heads, NOPE + VALUE, LATENT], 2)?;
-    need(OP, "scratch", &scratch.queries, &[rows.padded, heads, LATENT], 2)?;
     need(OP, "norm", norm, &[LATENT], 4)?;
     need(OP, "inv_freq", rope.inv_freq, &[ROPE / 2], 4)?;
     need(OP, "positions", to.positions, &[rows.padded], 4)?;
     need(OP, "row_tables", to.row_tables, &[rows.padded], 4)?;
-    let of_tile = heads * PREPARE_PARTS;
-    let tiles = tiles(rows.padded, of_tile, PREPARE_WAVES * on.multiprocessors());
-    let params = PrepareParams {
+    Ok(PrepareParams {
         q: q.address(),
         kv: kv.address(),
-        absorbed: weights.absorbed.address(),
-        kv_b: weights.kv_b.address(),
-        latents: scratch.queries.address(),
+        absorbed: 0,
+        kv_b: 0,
+        latents: 0,
+        kept: 0,
         norm: norm.address(),
         inv_freq: rope.inv_freq.address(),
         arena: to.arena.address(),
@@ -192,10 +209,47 @@ pub fn prepare(
         kv_row: kv.stride as u64,
         rows: dim(OP, rows.padded)?,
         heads: dim(OP, heads)?,
-        tiles: dim(OP, tiles)?,
+        tiles: 0,
         eps,
         factor: rope.factor,
         interleaved: u32::from(rope.pairing == Pairing::Interleaved),
+    })
+}
+
+/// Rotates, norms and writes keys of rows whose attention is launched apart: what the cache gets is in
+/// `kv` too afterwards.
+///
+/// # Errors
+/// As [`attention`].
+pub fn keys(on: Queue<'_>, rows: Rows<'_>, mla: &Mla, keys: &Keys<'_>) -> Result<(), CudaError> {
+    let params = PrepareParams { kept: keys.kv.address(), ..params(rows, mla, keys)? };
+    let grid = [params.rows, 1, 1];
+    Launch::new(on.kernel(PREPARE)?, grid, PREPARE_THREADS).dependent().on(on.stream, &params)
+}
+
+/// The first kernel: rotates, norms, writes the rows' keys, takes queries to latent space.
+///
+/// # Errors
+/// As [`attention`].
+pub fn prepare(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    mla: &Mla,
+    block: &Block<'_>,
+) -> Result<(), CudaError> {
+    let Block { q, weights, scratch, .. } = *block;
+    let Mla { heads, .. } = *mla;
+    need(OP, "absorbed weights", weights.absorbed, &[heads, LATENT, NOPE], 2)?;
+    need(OP, "kv_b", weights.kv_b, &[heads, NOPE + VALUE, LATENT], 2)?;
+    need(OP, "scratch", &scratch.queries, &[rows.padded, heads, LATENT], 2)?;
+    let of_tile = heads * PREPARE_PARTS;
+    let tiles = tiles(rows.padded, of_tile, PREPARE_WAVES * on.multiprocessors());
+    let params = PrepareParams {
+        absorbed: weights.absorbed.address(),
+        kv_b: weights.kv_b.address(),
+        latents: scratch.queries.address(),
+        tiles: dim(OP, tiles)?,
+        ..params(rows, mla, &block.keys())?
     };
     if rows.padded > by_heads::MANY_ROWS {
         let (product, items) = by_heads::part(rows, mla, q, weights.absorbed, &scratch.queries)?;

@@ -21,6 +21,7 @@ struct PrepareParams {
     const bf16* absorbed;  // [heads, 512, 128]
     const bf16* kv_b;      // [heads, 128 + 128, 512]
     bf16* latents;         // [rows, heads, 512]
+    bf16* kept;            // as kv, and may be that: what the cache gets; or none
     const float* norm;     // [512]
     const float* inv_freq;
     bf16* arena;
@@ -38,7 +39,8 @@ constexpr int kPrepareThreads = 128;
 constexpr int kParts = 8;  // blocks of a head
 constexpr int kPartOutputs = kLatent / kParts;
 
-// One row: its latent and its rotated key into the cache, the rotation of its queries.
+// One row: its latent and its rotated key into the cache, the rotation of its queries. What a thread keeps
+// lies where it alone has read.
 __device__ void prepare_row(const PrepareParams& p, uint32_t row) {
     constexpr int kAtOnce = 4, kStep = kPrepareThreads / kPairs;
     const int thread = threadIdx.x;
@@ -78,12 +80,17 @@ __device__ void prepare_row(const PrepareParams& p, uint32_t row) {
         sum += x[i] * x[i];
     }
     const float scale = rsqrtf(block_sum(sum) / kLatent + p.eps);
-    if (!inside) return;
-    bf16* to = p.arena + block + at;
     const float by[4] = {weight.x, weight.y, weight.z, weight.w};
     Vec<bf16, 4> normed;
 #pragma unroll
     for (int i = 0; i < 4; i++) normed.at[i] = narrow<bf16>(x[i] * scale * by[i]);
+    if (p.kept != nullptr) {
+        bf16* kept = p.kept + row * p.kv_row;
+        *reinterpret_cast<Vec<bf16, 4>*>(kept + thread * 4) = normed;
+        if (thread < kPairs) pair.store(kept + kLatent, key, turn);
+    }
+    if (!inside) return;
+    bf16* to = p.arena + block + at;
     *reinterpret_cast<Vec<bf16, 4>*>(to + thread * 4) = normed;
     if (thread < kPairs) pair.store(to + kLatent, key, turn);
 }

@@ -27,6 +27,8 @@ pub(in crate::mla::cuda) enum By {
     Ops,
     /// The three kernels.
     Block,
+    /// Keys and queries in one, attention as one by one.
+    Keys,
     /// One kernel.
     Near,
 }
@@ -135,9 +137,23 @@ impl Decodes {
         let launched = match by {
             By::Block => attention(on, rows, mla, &block),
             By::Near => near::attention(on, rows, mla, &block),
+            By::Keys => {
+                keys(on, rows, mla, &block.keys()).and_then(|()| absorbed_of(on, rows, mla, &block))
+            }
             By::Ops => one_by_one(on, rows, mla, &block),
         };
         launched.expect("launches");
+        if by == By::Keys {
+            // What the cache got is in the rows too.
+            let [rows, arena] =
+                [&rows_of_both, sent.arena().slice].map(|x| device.fetch_as(x, BF16));
+            let mut kept = rows.chunks_exact(both).map(|row| &row[width..]);
+            for (of, row) in cache.segments.iter().zip(kept.by_ref()) {
+                let at = cache.at(of.table as usize, of.context as usize - 1);
+                assert_eq!(row, &arena[at..][..WIDTH], "of {of:?}");
+            }
+            assert!(kept.flatten().all(|x| x.is_nan()), "padding is left alone");
+        }
         let mut got = [&out, of_q.slice, sent.arena().slice].map(|x| device.fetch_as(x, BF16));
         if !apart {
             got[1] = got[1].chunks_exact(both).flat_map(|row| row[..width].to_vec()).collect();
@@ -196,13 +212,24 @@ fn one_by_one(
     mla: &Mla,
     block: &Block<'_>,
 ) -> Result<(), CudaError> {
-    let Block { q, kv, to, layer, plan, partials, scratch, out, .. } = *block;
+    let Block { q, kv, to, layer, .. } = *block;
     let [of_q, latent, key] = heads(mla);
     let [q_tensor, kv_tensor] = [q, kv].map(|x| Tensor::new(x.slice, BF16));
     rope(on, rows, q_tensor, &of_q, to.positions, &block.rope)?;
     head_norm(on, rows, kv_tensor, &latent, block.norm, block.eps)?;
     rope(on, rows, kv_tensor, &key, to.positions, &block.rope)?;
     write_kv(on, rows, kv, layer, &to)?;
+    absorbed_of(on, rows, mla, block)
+}
+
+/// Attention of rows whose keys are written.
+fn absorbed_of(
+    on: Queue<'_>,
+    rows: Rows<'_>,
+    mla: &Mla,
+    block: &Block<'_>,
+) -> Result<(), CudaError> {
+    let Block { q, to, layer, plan, partials, scratch, out, .. } = *block;
     let core = Core::Pieces(plan, partials);
     let weights = &block.weights;
     super::super::attention(on, rows, q, weights, mla, layer, to.arena, core, scratch, out)
@@ -224,10 +251,17 @@ fn check(device: &Device, decodes: &Decodes, blocks: usize) {
     assert_near(&format!("{what}: cache"), &fused[2], &wide(&expected[2]), 8e-3);
     assert!(expected[0].iter().all(|x| x.is_finite()), "{what}: results");
     assert_near(&format!("{what}: results"), &fused[0], &wide(&expected[0]), 1.6e-2);
+    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    let apart = decodes.run(device, By::Keys, blocks);
+    assert_near(&format!("{what}: results apart"), &apart[0], &wide(&expected[0]), 1.6e-2);
+    assert_eq!(
+        apart[1..].iter().map(|x| bits(x)).collect::<Vec<_>>(),
+        fused[1..].iter().map(|x| bits(x)).collect::<Vec<_>>(),
+        "{what}"
+    );
     // The order of sums is given.
     let again = decodes.run(device, By::Block, blocks);
     for (once, again) in fused.iter().zip(&again) {
-        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(once), bits(again), "{what}");
     }
 }
