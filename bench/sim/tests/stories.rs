@@ -83,6 +83,22 @@ fn a_prompt_that_nearly_fits_waits_for_the_step_that_takes_it_whole() {
 }
 
 #[test]
+fn nobody_is_late_for_a_step_behind_a_long_one() {
+    let config = Config { prefix_caching: false, max_step_tokens: Tokens(1024), ..limits() };
+    let mut replica = Replica::new(Config { max_chunk: Tokens(1024), ..config }, &[full(0)], 256);
+    replica.submit(request(1, 4000, 1));
+    replica.plan();
+    let ahead = |replica: &Replica| replica.reports.iter().map(|r| r.ahead).max();
+    assert_eq!(ahead(&replica), Some(1), "one runs, one waits for it");
+    replica.submit(request(2, 100, 20));
+    replica.drive(|_, _| {});
+    assert_eq!((end(&replica, 1), end(&replica, 2)), (FinishReason::Length, FinishReason::Length));
+    assert_eq!(ahead(&replica), Some(2), "short steps run as far ahead as they may");
+    let long = replica.reports.iter().filter(|r| r.prefill_tokens.0 >= 512);
+    assert!(long.map(|r| r.ahead).all(|ahead| ahead <= 1));
+}
+
+#[test]
 fn the_queue_is_bounded_by_requests_and_by_tokens() {
     let config = Config { queue_requests: 2, queue_tokens: 100, ..limits() };
     let mut replica = Replica::new(config, &[full(0)], 64);

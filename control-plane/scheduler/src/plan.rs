@@ -15,6 +15,9 @@ use crate::slab::Key;
 use ids::{Blocks, Timestamp, Tokens};
 use step::{DecodeDelta, PrefillRun, Section, StepPlan};
 
+/// Prompt tokens from which on a step takes far longer than planning the next one.
+const LONG: u32 = 512;
+
 /// A prompt chunk that the step will run.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Chunk {
@@ -46,7 +49,15 @@ impl Draft {
 
 impl Scheduler {
     pub(crate) fn plan(&mut self, life: &mut Life, now: Timestamp) -> Option<Planned> {
-        let ahead = if life.frugal { 0 } else { self.config.depth };
+        let ahead = match life.frugal {
+            true => 0,
+            // Behind a long step there is time to plan when the one in front of it has ended, and whoever
+            // comes until then is not late for it.
+            false if life.flights.iter().skip(1).any(|flight| flight.load.prefill >= LONG) => {
+                self.config.depth.min(1)
+            }
+            false => self.config.depth,
+        };
         if life.condemned || count(life.flights.len()) > ahead {
             return None;
         }
