@@ -13,14 +13,18 @@ const CHAINED_ROWS: [usize; 4] = [1, 2, 4, 8];
 
 /// Name, inputs, outputs, type of results, rows.
 type Shape = (&'static str, usize, usize, Dtype, &'static [usize]);
-const SHAPES: [Shape; 9] = [
-    ("v2_lite_q", 2048, 3072, Dtype::Bf16, &[1, 16, 64, 256, 2048]),
+const SHAPES: [Shape; 12] = [
+    // Of an engine's product of queries with latents, or keys and values, and its parts.
+    ("v2_lite_q_kv", 2048, 3648, Dtype::Bf16, &[1, 16, 64, 256, 2048, 8192]),
+    ("v2_lite_q", 2048, 3072, Dtype::Bf16, &[1, 16, 64, 256, 2048, 8192]),
+    ("v2_lite_kv", 2048, 576, Dtype::Bf16, &[64, 256, 2048, 8192]),
+    ("qwen3_8b_o", 4096, 4096, Dtype::Bf16, &[16, 64, 256, 2048, 8192]),
+    ("qwen3_8b_kv", 4096, 2048, Dtype::Bf16, &[64, 256, 2048, 8192]),
     ("v2_lite_o", 2048, 2048, Dtype::Bf16, &[1, 16, 64, 256, 2048]),
     ("v2_lite_shared_up", 2048, 5632, Dtype::Bf16, &[16, 64, 256, 2048]),
     ("v2_lite_router", 2048, 64, Dtype::F32, &[1, 16, 64, 256, 2048]),
     ("v2_lite_head", 2048, 102_400, Dtype::F32, &[1, 16, 64, 256]),
-    ("qwen3_8b_qkv", 4096, 6144, Dtype::Bf16, &[1, 16, 64, 256, 2048]),
-    ("qwen3_8b_o", 4096, 4096, Dtype::Bf16, &[16, 64, 256, 2048]),
+    ("qwen3_8b_qkv", 4096, 6144, Dtype::Bf16, &[1, 16, 64, 256, 2048, 8192]),
     ("qwen3_8b_gate_up", 4096, 24_576, Dtype::Bf16, &[1, 16, 64, 256, 2048]),
     ("qwen3_8b_down", 12_288, 4096, Dtype::Bf16, &[1, 16, 64, 256, 2048]),
 ];
