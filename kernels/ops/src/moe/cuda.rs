@@ -3,9 +3,9 @@
 //!
 //! The experts of a layer lie side by side: `gate_up` is `[held, 2 * intermediate, hidden]` (gate, then
 //! up), `down` is `[held, hidden, intermediate]`. Five launches: sort, two products, the activation
-//! between them, the sum. Where operands are aligned, the activation is in the first product: rows are
-//! laid by expert before (`wide`), or for many tokens gathered where they lie, both products being one
-//! launch (`many`). A token's result does not depend on the others.
+//! between them, the sum. Where operands are aligned, rows are laid by expert before, the activation is
+//! in the first product (`wide`), and for many tokens both products are one launch (`many`). A token's
+//! result does not depend on the others.
 
 mod lay;
 pub(crate) mod many;
@@ -19,7 +19,7 @@ use crate::act;
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use crate::linear::cuda::{self as linear, Grouped, Variant};
 use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters};
-use lay::{Lay, To};
+use lay::Lay;
 pub use many::Joined;
 
 /// Experts of a token, at most: each in a lane of a warp.
@@ -402,10 +402,9 @@ pub fn results(
     let aligned = is_aligned(dtype, [hidden, intermediate], addresses);
     let variant = select(aligned, rows.padded, top_k, held);
     let in_one = aligned && in_one(rows.padded, top_k, held, hidden, intermediate);
-    let kind = many::kind(rows.padded, pairs.div_ceil(held.max(1)));
     let wide = aligned && rows.padded > FEW_ROWS && held > 0 && lay::takes(held, top_k);
     let tile_rows = match (in_one, wide) {
-        (true, _) => kind.rows(),
+        (true, _) => many::ROWS,
         (false, true) => wide::ROWS,
         (false, false) => variant.tile_rows(),
     };
@@ -438,7 +437,7 @@ pub fn results(
     };
     let laid = Lay {
         x,
-        to: To::Laid(&scratch.y),
+        to: &scratch.y,
         counts: &scratch.pairs,
         progress: None,
         hidden,
@@ -449,17 +448,8 @@ pub fn results(
         let progress = many::progress(rows.padded, pairs, held);
         need(OP, "progress", &scratch.progress, &[progress], 1)?;
         let progress = scratch.progress.slice(0..progress);
-        let numbers = &scratch.pairs;
-        let laid = match kind {
-            many::Kind::Laid => laid,
-            // Nothing is between both products but `inner`.
-            many::Kind::Gathered => {
-                Lay { to: To::Numbers(numbers), counts: &scratch.gate_up, ..laid }
-            }
-        };
         lay::lay(on, &Lay { progress: Some(&progress), ..laid })?;
         let products = many::Products {
-            kind,
             x,
             gate_up: gate_up.slice,
             down: weights.down,
@@ -470,7 +460,6 @@ pub fn results(
             tiles: &scratch.tiles,
             totals: &scratch.totals,
             progress: &progress,
-            row_of: numbers,
             inner: &scratch.inner,
             y: &scratch.y,
             joined,

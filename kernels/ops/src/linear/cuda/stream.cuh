@@ -29,6 +29,7 @@ struct Ring {
     uint32_t stages, pitch, stage_bytes;
     uint32_t step;     // columns of a stage
     uint32_t x_pitch;  // bytes from token to token where tokens stay
+    uint32_t left;     // stages that are still to be asked for when the next kernel may begin; 0: it may at once
 };
 
 // Rows of weights that are multiplied by the same tokens. In pairs, odd rows lie `up` elements after the
@@ -95,14 +96,19 @@ template <class Job> struct Sender {
     }
 };
 
-// By the warps that send. Weights wait for nothing but room.
+// By the warps that send. Weights wait for nothing but room. The next kernel begins as soon as one thread
+// of every block lets it: where it fits beside this one it fills a ring of its own then, which is best done
+// while the last weights here are on their way: earlier they compete with those, later nothing is read.
 template <class Job> __device__ void send(Job& job, Shared& s, const Ring& ring, uint32_t ring_at) {
-    allow_next();
+    if (ring.left == 0) allow_next();
     if (threadIdx.x % 32 != 0) return;
     Sender<Job> to{job, s, ring, ring_at, threadIdx.x / 32 - kWarps, {}};
     if constexpr (!Job::kStaged) {
+        const uint32_t all = job.tiles() * ((job.columns() + ring.step - 1) / ring.step);
+        const uint32_t last = all > ring.left ? all - ring.left : 1;
         Sender<Job>::walk(job, ring, [&](const Rows& rows, uint32_t column, uint32_t columns) {
             to.weights(rows, column, columns);
+            if (ring.left > 0 && to.sent == last && to.sender == 0) allow_next();
             return true;
         });
     } else {
@@ -174,7 +180,7 @@ template <class Job> __device__ void run(Job& job, Shared& s, const Ring& ring, 
         return;
     }
     job.begin();
-    allow_next();
+    if (ring.left == 0) allow_next();
     wait_for_previous();
     if constexpr (!Job::kStaged) {
         const uint32_t bar = shared_address(&s.x_ready), bytes = job.columns() * 2;

@@ -1,8 +1,9 @@
 //! Products of up to eight rows, whose time is the reading of weights: rows of them go through a ring in
 //! shared memory, asked for by warps that do nothing else. A product may norm its rows first.
 //!
-//! Small products leave half of a multiprocessor's memory to the kernel that follows, which fills its
-//! ring meanwhile. A launch begins before the one in front has ended, and reads weights before waiting
+//! Products leave half of a multiprocessor's memory to the kernel that follows, which fills its ring
+//! meanwhile, where half is enough for them: small ones at once, larger ones when they have asked for nearly
+//! all of their weights. A launch begins before the one in front has ended, and reads weights before waiting
 //! for it: no kernel right in front may write those. Invariant: rings fit what kernels assume in
 //! `stream.cuh`.
 
@@ -25,15 +26,26 @@ const SHARED: usize = 4608;
 /// Shared memory of a block that has a multiprocessor to itself, and of one that does not.
 pub(crate) const WHOLE: usize = 226 * 1024;
 const HALF: usize = 113 * 1024;
-/// Bytes of weights up to which a product leaves half of it.
+/// Bytes of weights up to which a product leaves half of it at once, and late: beyond, longer copies gain
+/// more than the border costs.
 const SMALL: usize = 24 << 20;
+const MIDDLE: usize = 64 << 20;
 /// Stages, and columns of one, at most.
 pub(crate) const MOST_STAGES: usize = 16;
 pub(crate) const MOST_COLUMNS: usize = 2048;
 /// Fewest stages with which reading goes on while one is multiplied.
 pub(crate) const LEAST_STAGES: usize = 2;
+/// Columns of a stage, at most, and fewest stages, of a product that leaves half of the memory late, of rows
+/// that are not longer: parts of long ones are read slowly. Stages that it has not asked for then.
+const LATE_COLUMNS: usize = 1024;
+const LATE_STAGES: usize = 4;
+const LATE_LONGEST: usize = 8192;
+const LATE_LEFT: u32 = 5;
 /// Bytes of rows of tokens beyond which they come with every stage.
 const MOST_STAYING: usize = 130_000;
+/// Columns that a warp takes at once, and those that all of them take.
+const UNIT: usize = 32;
+const ROUND: usize = 8 * UNIT;
 /// Rows of weights of a stage.
 pub(crate) const TILE: usize = 8;
 
@@ -46,6 +58,27 @@ struct Ring {
     stage_bytes: u32,
     step: u32,
     x_pitch: u32,
+    left: u32,
+}
+
+/// When a product leaves half of the memory to another block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Half {
+    AtOnce,
+    Late,
+    Never,
+}
+
+impl Half {
+    const fn of(weights: usize) -> Self {
+        if weights <= SMALL {
+            Self::AtOnce
+        } else if weights <= MIDDLE {
+            Self::Late
+        } else {
+            Self::Never
+        }
+    }
 }
 
 /// What lies in shared memory beside the stages of a ring.
@@ -56,7 +89,7 @@ struct Beside {
     /// Elements of a token, where tokens stay; they come with every stage otherwise.
     staying: Option<usize>,
     /// Whether another block may have the other half.
-    half: bool,
+    half: Half,
 }
 
 /// The least number of bytes, an odd multiple of 64, that holds so many.
@@ -67,16 +100,38 @@ pub(crate) const fn odd(bytes: usize) -> usize {
 impl Ring {
     /// For `tokens` rows and weights of up to `columns` columns; the ring, and bytes of shared memory.
     fn fit(columns: usize, tokens: usize, beside: Beside) -> Option<(Self, u32)> {
-        let parts = columns.div_ceil(MOST_COLUMNS).max(1);
-        let step = columns.div_ceil(parts).next_multiple_of(32);
+        let within =
+            |memory, most, least| Self::within(memory, most, least, columns, tokens, beside);
+        let half = match beside.half {
+            Half::AtOnce => within(HALF, MOST_COLUMNS, LEAST_STAGES + 1),
+            // Rows of tokens that come with every stage are waited for in front of all of it.
+            Half::Late if beside.staying.is_some() && columns <= LATE_LONGEST => {
+                let ring = within(HALF, LATE_COLUMNS, LATE_STAGES);
+                ring.map(|(ring, shared)| (Self { left: LATE_LEFT, ..ring }, shared))
+            }
+            Half::Late | Half::Never => None,
+        };
+        half.or_else(|| within(WHOLE, MOST_COLUMNS, LEAST_STAGES))
+    }
+
+    /// In so much memory, with stages of at most so many columns, if there are `least` at least.
+    fn within(
+        memory: usize,
+        most: usize,
+        least: usize,
+        columns: usize,
+        tokens: usize,
+        beside: Beside,
+    ) -> Option<(Self, u32)> {
+        let parts = columns.div_ceil(most).max(1);
+        // However a row is cut, a warp has the same columns of it, and sums have the same bits.
+        let step = columns.div_ceil(parts).next_multiple_of(if parts > 1 { ROUND } else { UNIT });
         let pitch = odd(2 * step);
         let x_pitch = beside.staying.map_or(0, |elements| odd(2 * elements));
         let coming = if beside.staying.is_some() { 0 } else { tokens };
         let stage_bytes = (pitch * (TILE + coming)).next_multiple_of(128);
         let fixed = beside.own + (tokens * x_pitch).next_multiple_of(128);
-        let within = |memory: usize| (memory.saturating_sub(fixed) / stage_bytes).min(MOST_STAGES);
-        let half = if beside.half { within(HALF) } else { 0 };
-        let stages = if half > LEAST_STAGES { half } else { within(WHOLE) };
+        let stages = (memory.saturating_sub(fixed) / stage_bytes).min(MOST_STAGES);
         let narrow = |n: usize| u32::try_from(n).ok();
         let ring = Self {
             stages: narrow(stages)?,
@@ -84,8 +139,9 @@ impl Ring {
             stage_bytes: narrow(stage_bytes)?,
             step: narrow(step)?,
             x_pitch: narrow(x_pitch)?,
+            left: 0,
         };
-        (stages >= LEAST_STAGES).then_some((ring, narrow(fixed + stages * stage_bytes)?))
+        (stages >= least).then_some((ring, narrow(fixed + stages * stage_bytes)?))
     }
 }
 
@@ -112,7 +168,6 @@ struct Params {
     out_f32: u32,
     ring: Ring,
     eps: f32,
-    pad: u32,
     norm: u64,
     normed: u64,
 }
@@ -187,7 +242,7 @@ pub(super) fn launch(
     let all = outputs.checked_add(more).ok_or_else(refused)?;
     let weights = bytes(OP, &[all, inputs, if pairs { 4 } else { 2 }])?;
     let beside =
-        Beside { own: SHARED, staying: (!staged).then_some(inputs), half: weights <= SMALL };
+        Beside { own: SHARED, staying: (!staged).then_some(inputs), half: Half::of(weights) };
     let (ring, shared) = Ring::fit(inputs, rows.padded, beside).ok_or_else(refused)?;
     let params = Params {
         x: x.address(),
@@ -209,7 +264,6 @@ pub(super) fn launch(
         out_f32: u32::from(out.dtype == Dtype::F32),
         ring,
         eps: operands.norm.map_or(0.0, |norm| norm.eps),
-        pad: 0,
         norm: operands.norm.map_or(0, |norm| norm.weight.address()),
         normed: operands.norm.map_or(0, |norm| norm.out.address()),
     };

@@ -1,5 +1,4 @@
-//! Rows of `x` laid by sorted pair of (token, choice), or their numbers alone, and the tiles that products
-//! of experts work on.
+//! Rows of `x` laid by sorted pair of (token, choice), and the tiles that products of experts work on.
 //!
 //! Wants bf16 and widths in multiples of 8. It says nothing about how tiles are computed. Invariant: a
 //! pair's place depends on the choices alone, and no tile is empty.
@@ -31,7 +30,6 @@ struct Params {
     count: u64,
     out: u64,
     counts: u64,
-    row_of: u64,
     places: u64,
     tiles: u64,
     totals: u64,
@@ -50,22 +48,13 @@ struct Params {
 // SAFETY: mirrors the kernel's struct; lengths are checked in `experts` and `lay`.
 unsafe impl Parameters for Params {}
 
-/// Where rows go.
-#[derive(Clone, Copy)]
-pub(super) enum To<'a> {
-    /// `[pairs, hidden]`: laid by sorted pair.
-    Laid(&'a DeviceSlice),
-    /// `[pairs]` of u32: their numbers alone.
-    Numbers(&'a DeviceSlice),
-}
-
 /// Operands; lengths are checked by the caller.
 #[derive(Clone, Copy)]
 pub(super) struct Lay<'a> {
     /// `[rows, hidden]`.
     pub(super) x: &'a DeviceSlice,
-    /// Where rows go.
-    pub(super) to: To<'a>,
+    /// `[pairs, hidden]`.
+    pub(super) to: &'a DeviceSlice,
     /// `[pairs]` of u32: counts of chunks.
     pub(super) counts: &'a DeviceSlice,
     /// u32 that are zero afterwards.
@@ -82,7 +71,7 @@ pub(super) const fn takes(held: usize, top_k: usize) -> bool {
     held <= MOST_EXPERTS && top_k <= CHUNK
 }
 
-/// Sorts the pairs by expert, and lays the rows of `x` or their numbers so.
+/// Sorts the pairs by expert, and lays the rows of `x` so.
 pub(super) fn lay(on: Queue<'_>, p: &Lay<'_>) -> Result<(), CudaError> {
     let GroupParams { chosen, count, places, tiles, totals, .. } = p.group;
     let GroupParams { rows, top_k, first, held, tile_rows, .. } = p.group;
@@ -93,18 +82,13 @@ pub(super) fn lay(on: Queue<'_>, p: &Lay<'_>) -> Result<(), CudaError> {
         need(OP, "counts of chunks", p.counts, &[chunks, held as usize], 4)?;
     }
     let at_once = if chunks > 1 { AT_ONCE } else { 1 };
-    let (out, row_of) = match p.to {
-        To::Laid(rows) => (rows.address(), 0),
-        To::Numbers(numbers) => (0, numbers.address()),
-    };
     let progresses = p.progress.map_or(0, DeviceSlice::bytes) / 4;
     let params = Params {
         x: p.x.address(),
         chosen,
         count,
-        out,
+        out: p.to.address(),
         counts: p.counts.address(),
-        row_of,
         places,
         tiles,
         totals,
@@ -129,8 +113,7 @@ pub(super) fn lay(on: Queue<'_>, p: &Lay<'_>) -> Result<(), CudaError> {
     let work =
         bytes(OP, &[p.max_rows, (p.hidden / 8).div_ceil(32 * at_once)])?.div_ceil(THREADS / 32);
     let most = on.multiprocessors() * if chunks > 1 { BLOCKS } else { 1 };
-    let shares = if row_of == 0 { (work.min(most) / chunks).max(1) } else { 1 };
-    let blocks = dim(OP, shares * chunks)?;
+    let blocks = dim(OP, (work.min(most) / chunks).max(1) * chunks)?;
     Launch::new(on.kernel("lay_pairs")?, [blocks, 1, 1], THREADS as u32)
         .shared((THREADS as u32 / 32 + 2) * 4 * held)
         .dependent()

@@ -1,9 +1,9 @@
 //! Both products of experts of many tokens in one launch, with experts that every row takes beside the
 //! chosen ones.
 //!
-//! Wants bf16 and pairs sorted; [`takes`] says of which shapes, [`pays`] from how many rows on, [`kind`]
-//! by which kernel. Invariant: the sum of an output runs over whole tiles in one block, so that it does
-//! not depend on how many tokens other experts have.
+//! Wants bf16 and rows of `x` laid by sorted pair; [`takes`] says of which shapes, [`pays`] from how many
+//! rows on. Invariant: the sum of an output runs over whole tiles in one block, so that it does not
+//! depend on how many tokens other experts have.
 
 #[cfg(test)]
 mod tests;
@@ -14,69 +14,26 @@ use crate::linear::cuda::wide::LINE;
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters, Swizzle, TensorMap};
 
 const OP: &str = "experts";
+const KERNEL: &str = "experts_many";
 /// Kernels that have more shared memory than the default.
-pub(crate) const LARGE: &[&str] = &[Kind::Laid.kernel(), Kind::Gathered.kernel()];
+pub(crate) const LARGE: &[&str] = &[KERNEL];
 
-/// A kernel with its tiles.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// 192 lines by 256 rows, which are laid by sorted pair before.
-    Laid,
-    /// 256 lines by 200 rows, which are gathered where they lie.
-    Gathered,
-}
-
-impl Kind {
-    const fn kernel(self) -> &'static str {
-        match self {
-            Self::Laid => "experts_many",
-            Self::Gathered => "experts_gathered",
-        }
-    }
-
-    /// Rows of a tile, at most.
-    pub(super) const fn rows(self) -> usize {
-        match self {
-            Self::Laid => 256,
-            Self::Gathered => 200,
-        }
-    }
-
-    /// Lines of weights of a box.
-    const fn lines(self) -> usize {
-        match self {
-            Self::Laid => 192,
-            Self::Gathered => 128,
-        }
-    }
-
-    /// Rows of a box.
-    const fn row_box(self) -> usize {
-        match self {
-            Self::Laid => 32,
-            Self::Gathered => 16,
-        }
-    }
-
-    /// Bytes of stages, and what a block has beside them: barriers and units, where rows are gathered
-    /// a u16 for every row of a tile.
-    const fn shared(self) -> usize {
-        let rows = self.rows().next_multiple_of(self.row_box());
-        match self {
-            Self::Laid => 4 * (self.lines() + rows) * 2 * LINE + 512,
-            Self::Gathered => (5 * rows + 6 * self.lines()) * 2 * LINE + 16 * 18 + 2 * rows,
-        }
-    }
-}
-
-/// Threads of a block of either.
-const THREADS: u32 = 512;
-/// Fewest rows of a full tile.
-const LEAST_ROWS: usize = 200;
-/// Rows of a step, at most, where they are gathered: their numbers have sixteen bits.
-const MOST_GATHERED: usize = 1 << 16;
-/// Tokens of an expert, if all were equally busy, up to which gathering is faster.
-const MOST_EACH_GATHERED: usize = 128;
+/// Warpgroups that compute.
+const GROUPS: usize = 2;
+/// Lines of weights of one.
+const LINES: usize = 128;
+/// Rows of a tile, at most.
+pub(super) const ROWS: usize = 200;
+/// Rows of a box.
+const ROW_BOX: usize = 16;
+/// Stages of rows, and of weights of a warpgroup.
+const STAGES: [usize; 2] = [5, 3];
+/// Bytes of the stages of a block, and of its barriers and units.
+const RINGS: usize =
+    (ROWS.next_multiple_of(ROW_BOX) * STAGES[0] + LINES * STAGES[1] * GROUPS) * 2 * LINE;
+const OWN: usize = 16 * (STAGES[0] + GROUPS * STAGES[1] + 8);
+/// The warpgroups, and two that read.
+const THREADS: u32 = 128 * (GROUPS as u32 + 2);
 /// Tokens of an expert, if all were equally busy, from which on this is faster than two launches.
 const LEAST_EACH: usize = 48;
 
@@ -96,7 +53,6 @@ pub struct Joined<'a> {
 #[derive(Clone, Copy)]
 struct Product {
     w: TensorMap,
-    w_slab: TensorMap,
     x: TensorMap,
     out: u64,
     out_stride: u64,
@@ -116,12 +72,9 @@ struct Params {
     count: u64,
     tiles: u64,
     progress: u64,
-    x: u64,
-    row_of: u64,
-    width: u32,
     rows: u32,
     always: u32,
-    pad: [u32; 17],
+    pad: [u32; 22],
 }
 // SAFETY: mirrors the kernel's struct; lengths are checked in `results`.
 unsafe impl Parameters for Params {}
@@ -129,8 +82,7 @@ unsafe impl Parameters for Params {}
 /// Operands; lengths are checked by the caller.
 #[derive(Clone, Copy)]
 pub(super) struct Products<'a> {
-    pub(super) kind: Kind,
-    /// `[rows, hidden]`; read where experts join or rows are gathered.
+    /// `[rows, hidden]`; read where experts join.
     pub(super) x: &'a DeviceSlice,
     /// `[held, 2, intermediate, hidden]`.
     pub(super) gate_up: &'a DeviceSlice,
@@ -146,18 +98,16 @@ pub(super) struct Products<'a> {
     pub(super) totals: &'a DeviceSlice,
     /// [`progress`] bytes, zero.
     pub(super) progress: &'a DeviceSlice,
-    /// `[max_pairs]` of u32: the row of every sorted pair; read where rows are gathered.
-    pub(super) row_of: &'a DeviceSlice,
     /// `[max_pairs, intermediate]`.
     pub(super) inner: &'a DeviceSlice,
-    /// `[max_pairs, hidden]`: the result; where rows are laid, these before.
+    /// `[max_pairs, hidden]`: rows of `x` by sorted pair first, then the result.
     pub(super) y: &'a DeviceSlice,
     pub(super) joined: Option<Joined<'a>>,
 }
 
 /// Bytes of the counters of a step of `rows` rows: the units fetched, and one for every tile.
 pub(super) const fn progress(rows: usize, pairs: usize, held: usize) -> usize {
-    4 * (1 + rows.div_ceil(LEAST_ROWS) + held + pairs / LEAST_ROWS)
+    4 * (1 + rows.div_ceil(ROWS) + held + pairs / ROWS)
 }
 
 /// Whether the kernel takes experts of this width whose weights are on 16 bytes.
@@ -170,20 +120,9 @@ pub(super) const fn pays(each: usize) -> bool {
     each >= LEAST_EACH
 }
 
-/// The faster kernel for steps of `rows` rows with so many tokens of an expert.
-pub(super) const fn kind(rows: usize, each: usize) -> Kind {
-    if rows <= MOST_GATHERED && each <= MOST_EACH_GATHERED { Kind::Gathered } else { Kind::Laid }
-}
-
-/// Gate and up: `[batch, 2, n, inputs]`, boxes of `lines` lines of both.
-fn up_map(
-    w: &DeviceSlice,
-    batch: usize,
-    n: usize,
-    inputs: usize,
-    lines: usize,
-) -> Result<TensorMap, CudaError> {
-    let boxes = [LINE as u32, 8, 2, (lines / 16) as u32, 1];
+/// Gate and up: `[batch, 2, n, inputs]`, boxes of [`LINES`] lines of both.
+fn up_map(w: &DeviceSlice, batch: usize, n: usize, inputs: usize) -> Result<TensorMap, CudaError> {
+    let boxes = [LINE as u32, 8, 2, (LINES / 16) as u32, 1];
     let [n, k] = [n as u64, inputs as u64];
     let dims = [k, 8, 2, n / 8, batch as u64];
     TensorMap::bf16_strided(w, dims, [1, k, n * k, 8 * k, 2 * n * k], boxes, Swizzle::Bytes128)
@@ -196,36 +135,28 @@ fn down_map(
     batch: usize,
     n: usize,
     inputs: usize,
-    lines: usize,
 ) -> Result<TensorMap, CudaError> {
-    let boxes = [LINE as u32, 2, 4, 2, (lines / 16) as u32];
+    let boxes = [LINE as u32, 2, 4, 2, (LINES / 16) as u32];
     let k = inputs as u64;
     let dims = [k, 2, 4, 2, (batch * n / 16) as u64];
     TensorMap::bf16_strided(w, dims, [1, k, 4 * k, 2 * k, 16 * k], boxes, Swizzle::Bytes128)
 }
 
-fn rows_map(
-    x: &DeviceSlice,
-    rows: usize,
-    inputs: usize,
-    kind: Kind,
-) -> Result<TensorMap, CudaError> {
-    let boxes = [LINE as u32, kind.row_box() as u32];
+fn rows_map(x: &DeviceSlice, rows: usize, inputs: usize) -> Result<TensorMap, CudaError> {
+    let boxes = [LINE as u32, ROW_BOX as u32];
     TensorMap::bf16(x, [inputs as u64, rows as u64], boxes, Swizzle::Bytes128)
 }
 
 /// Experts of one width.
 struct Experts<'a> {
-    kind: Kind,
     gate_up: &'a DeviceSlice,
     down: &'a DeviceSlice,
     batch: usize,
     hidden: usize,
     width: usize,
-    x: &'a DeviceSlice,
-    x_rows: usize,
-    /// Of `inner` and `out`.
+    /// Of `x`, `inner` and `out`.
     rows: usize,
+    x: &'a DeviceSlice,
     inner: &'a DeviceSlice,
     out: &'a DeviceSlice,
     reused: bool,
@@ -234,14 +165,10 @@ struct Experts<'a> {
 impl Experts<'_> {
     /// Both products.
     fn products(&self) -> Result<[Product; 2], CudaError> {
-        let Self { kind, gate_up, down, batch, hidden, width, x, x_rows, rows, inner, out, reused } =
-            *self;
-        let up = |lines| up_map(gate_up, batch, width, hidden, lines);
-        let lines_of = |lines| down_map(down, batch, hidden, width, lines);
+        let Self { gate_up, down, batch, hidden, width, rows, x, inner, out, reused } = *self;
         let first = Product {
-            w: up(kind.lines())?,
-            w_slab: up(64)?,
-            x: rows_map(x, x_rows, hidden, kind)?,
+            w: up_map(gate_up, batch, width, hidden)?,
+            x: rows_map(x, rows, hidden)?,
             out: inner.address(),
             out_stride: width as u64,
             lines: dim(OP, 2 * width)?,
@@ -251,9 +178,8 @@ impl Experts<'_> {
             pad: [0; 24],
         };
         let second = Product {
-            w: lines_of(kind.lines())?,
-            w_slab: lines_of(64)?,
-            x: rows_map(inner, rows, width, kind)?,
+            w: down_map(down, batch, hidden, width)?,
+            x: rows_map(inner, rows, width)?,
             out: out.address(),
             out_stride: hidden as u64,
             lines: dim(OP, hidden)?,
@@ -267,37 +193,29 @@ impl Experts<'_> {
 
 /// `y = down (silu(gate x) * up x)` by sorted place, after laying, and the same of joined experts.
 pub(super) fn products(on: Queue<'_>, rows: Rows<'_>, p: &Products<'_>) -> Result<(), CudaError> {
-    let Products { kind, held, hidden, intermediate, max_pairs, y, inner, .. } = *p;
-    let (x, x_rows) = match kind {
-        Kind::Laid => (y, max_pairs),
-        Kind::Gathered => (p.x, rows.padded),
-    };
+    let Products { held, hidden, intermediate, max_pairs, y, inner, .. } = *p;
     let chosen = Experts {
-        kind,
         gate_up: p.gate_up,
         down: p.down,
         batch: held,
         hidden,
         width: intermediate,
-        x,
-        x_rows,
         rows: max_pairs,
+        x: y,
         inner,
         out: y,
-        reused: max_pairs / held.max(1) > kind.rows(),
+        reused: max_pairs / held.max(1) > ROWS,
     };
     let [up, down] = chosen.products()?;
     let [always_up, always_down] = match &p.joined {
         Some(Joined { always, inner, out }) => Experts {
-            kind,
             gate_up: always.gate_up,
             down: always.down,
             batch: 1,
             hidden,
             width: always.width,
-            x: p.x,
-            x_rows: rows.padded,
             rows: rows.padded,
+            x: p.x,
             inner,
             out,
             reused: true,
@@ -311,17 +229,14 @@ pub(super) fn products(on: Queue<'_>, rows: Rows<'_>, p: &Products<'_>) -> Resul
         count: rows.count_address(),
         tiles: p.tiles.address(),
         progress: p.progress.address(),
-        x: p.x.address(),
-        row_of: p.row_of.address(),
-        width: dim(OP, hidden)?,
         rows: dim(OP, rows.padded)?,
         always: u32::from(p.joined.is_some()),
-        pad: [0; 17],
+        pad: [0; 22],
     };
     // As many as run at once; one that finds no unit ends.
     let blocks = dim(OP, on.multiprocessors())?;
-    Launch::new(on.kernel(kind.kernel())?, [blocks, 1, 1], THREADS)
-        .shared(kind.shared() as u32)
+    Launch::new(on.kernel(KERNEL)?, [blocks, 1, 1], THREADS)
+        .shared((RINGS + OWN) as u32)
         .dependent()
         .on(on.stream, &params)
 }

@@ -1,5 +1,5 @@
-// Rows of x laid by sorted pair of (token, choice), so that products of experts read whole boxes, or for
-// products that gather them the row of every sorted pair; and the tiles that these work on.
+// Rows of x laid by sorted pair of (token, choice), so that products of experts read whole boxes, and the
+// tiles that these work on.
 //
 // Pairs are sorted by expert and then by number: a pair's place depends on the choices alone. They are
 // cut into chunks of whole rows. Every block sorts one chunk and lays its share of the chunk's rows; the
@@ -20,7 +20,6 @@ struct LayParams {
     const uint32_t* count;
     uint4* out;              // [pairs, vectors]
     uint32_t* counts;        // [chunks, held]; not looked at where there is one chunk
-    uint32_t* row_of;        // sorted place to row, where rows are not laid; else null
     uint32_t* places;        // pair to sorted place; all ones where the expert lives elsewhere
     RowTile* tiles;
     uint32_t* totals;        // tiles, pairs
@@ -137,9 +136,7 @@ extern "C" __global__ void __launch_bounds__(kLayThreads) lay_pairs(const __grid
         const uint32_t place = expert[r] == kElsewhere ? kElsewhere : mine[expert[r]] + rank[r];
         at[i] = place;
         if (share == 0) p.places[row_before * p.top_k + i] = place;
-        if (p.row_of != nullptr && place != kElsewhere) p.row_of[place] = row_before + i / p.top_k;
     }
-    if (p.row_of != nullptr) return;
     __syncthreads();
     const uint4* x = p.x + uint64_t(row_before) * p.vectors;
     const uint32_t piece = 32 * p.at_once, parts = (p.vectors + piece - 1) / piece;

@@ -9,7 +9,7 @@ use crate::testing::Random;
 use crate::{Matrix, WeightSlice};
 
 /// Inputs, outputs, rows, real rows.
-const SHAPES: [(usize, usize, usize, usize); 9] = [
+const SHAPES: [(usize, usize, usize, usize); 10] = [
     (8, 1, 1, 1),
     (8, 5, 2, 2),
     (40, 3, 4, 2),
@@ -19,6 +19,8 @@ const SHAPES: [(usize, usize, usize, usize); 9] = [
     (4104, 260, 8, 8),
     (10_944, 33, 7, 5),
     (12_288, 140, 8, 8),
+    // So many weights that half of the memory is left late.
+    (3848, 3400, 3, 2),
 ];
 
 struct Case {
@@ -209,11 +211,11 @@ fn rows_are_normed_where_nothing_is_written() {
 #[test]
 fn a_streamed_row_has_the_same_bits_in_every_batch() {
     let Some(device) = device() else { return };
-    for (inputs, outputs) in [(1000, 300), (12_288, 140)] {
+    for (inputs, outputs) in [(1000, 300), (12_288, 140), (3848, 3400)] {
         let all = Case::new((inputs, outputs, 8, 8), 1);
         let whole = all.run(&device, Then::Store, Dtype::F32, false);
         for rows in [1, 3, 7] {
-            // Where tokens stay in shared memory and where they come with stages.
+            // Where tokens stay in shared memory, where they come with stages, and with stages of two sizes.
             let mut x = all.x[..rows * inputs].to_vec();
             if rows == 3 {
                 x[2 * inputs..].fill(f32::NAN);
@@ -240,10 +242,11 @@ fn rings_fit_shared_memory() {
     for columns in [8, 1408, 2048, 2816, 12_288, 18_432] {
         for tokens in 1..=MOST_ROWS {
             for staying in [None, Some(columns).filter(|c| tokens * odd(2 * c) <= MOST_STAYING)] {
-                for half in [false, true] {
+                for half in [Half::AtOnce, Half::Late, Half::Never] {
                     let beside = Beside { own: SHARED, staying, half };
                     let (ring, shared) = Ring::fit(columns, tokens, beside).expect("a ring");
                     assert!(shared as usize <= WHOLE && ring.stages >= 2, "{ring:?}");
+                    assert!(ring.left == 0 || half == Half::Late && shared as usize <= HALF);
                     assert!(
                         ring.pitch as usize >= 2 * ring.step as usize && ring.pitch % 128 == 64
                     );
