@@ -86,7 +86,9 @@ impl Library {
     }
 }
 
-/// The library while it is being opened: it is large, and weights can be loaded meanwhile.
+/// The library while it is being opened: it is large, and weights can be loaded meanwhile. Invariant:
+/// whoever drops it waits for the thread, since a process that ends while a library is still being loaded
+/// crashes in what both take down.
 #[derive(Debug)]
 pub(crate) struct Opening {
     thread: Mutex<Option<JoinHandle<Result<Library, CudaError>>>>,
@@ -97,10 +99,13 @@ impl Opening {
     /// Begins.
     pub(crate) fn begin(context: &Context) -> Self {
         let context = context.clone();
-        let open = move || {
+        Self::by(move || {
             context.enter()?;
             Library::open(&context)
-        };
+        })
+    }
+
+    fn by(open: impl FnOnce() -> Result<Library, CudaError> + Send + 'static) -> Self {
         Self { thread: Mutex::new(Some(std::thread::spawn(open))), opened: OnceLock::new() }
     }
 
@@ -121,6 +126,12 @@ impl Opening {
             outcome.unwrap_or(Err(lost))
         };
         self.opened.get_or_init(join).as_ref()
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        let _ = self.end();
     }
 }
 
@@ -190,4 +201,24 @@ pub(super) fn launch(
     let plan = plan.ok_or_else(|| shape("linear", format!("{operands:?} by the library")))?;
     let Linear { x, w, out, .. } = *operands;
     library.blas.run(&plan, on.stream, [w, x.slice, out.slice, library.workspace(on)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+
+    #[test]
+    fn a_library_nobody_asked_for_is_waited_for_before_its_opener_goes() {
+        let ended = Arc::new(AtomicBool::new(false));
+        let says = Arc::clone(&ended);
+        let opening = Opening::by(move || {
+            std::thread::sleep(Duration::from_millis(50));
+            says.store(true, Ordering::SeqCst);
+            Err(CudaError::NoLibrary { library: "libcublasLt", reason: "is a test".to_owned() })
+        });
+        drop(opening);
+        assert!(ended.load(Ordering::SeqCst));
+    }
 }
