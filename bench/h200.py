@@ -74,7 +74,7 @@ def main(lines, record, version, peer_file):
         name, command, line = text.rstrip("\n").split("\t")
         for figure in figures(name, json.loads(line), peers):
             # Of a measurement that was repeated the last counts.
-            found[figure[0]] = figure + (f"bench/h200.sh: tokenmill {command}",)
+            found[figure[0]] = figure + (f"bench/h200.sh: tokenmill {command.split(' --record ')[0]}",)
     with open(record, "a") as out:
         for name, value, unit, peer, floor, more, command in found.values():
             told = {"name": name, "value": round(value, 3), "unit": unit, "floor": floor, "peer": peer,

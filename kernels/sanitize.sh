@@ -32,7 +32,8 @@ while getopts j:s:t:x:o:c:h option; do
     x) skip=$OPTARG ;;
     o) folder=$OPTARG ;;
     c) cubins=$OPTARG ;;
-    *) usage && exit $((option == h ? 0 : 2)) ;;
+    h) usage && exit 0 ;;
+    *) usage >&2 && exit 2 ;;
     esac
 done
 shift $((OPTIND - 1))

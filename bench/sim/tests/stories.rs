@@ -83,6 +83,35 @@ fn a_prompt_that_nearly_fits_waits_for_the_step_that_takes_it_whole() {
 }
 
 #[test]
+fn nobody_waits_twice_for_a_step_of_its_own() {
+    let config = Config { prefix_caching: false, max_step_tokens: Tokens(400), ..limits() };
+    // Every step of a long prompt leaves a quarter of the room.
+    let mut replica =
+        Replica::new(Config { max_chunk: Tokens(300), ..config.clone() }, &[full(0)], 256);
+    replica.submit(request(1, 3000, 1));
+    replica.submit(request(2, 150, 1));
+    replica.drive(|_, _| {});
+    let steps = replica.reports.iter().map(|report| (report.chunks, report.prefill_tokens.0));
+    assert_eq!(steps.take(4).collect::<Vec<_>>(), [(1, 300), (2, 400), (2, 350), (1, 300)]);
+
+    // So does every step of more urgent ones, of which there is always another.
+    let mut replica = Replica::new(Config { max_chunk: Tokens(400), ..config }, &[full(0)], 256);
+    let urgent = |id| Submit { priority: -1, ..request(id, 320, 1) };
+    replica.submit(request(1, 150, 1));
+    replica.submit(urgent(2));
+    let mut seated = None;
+    replica.drive(|replica, step| {
+        if step < 40 {
+            replica.submit(urgent(3 + step));
+        }
+        if seated.is_none() && replica.seated().contains(&RequestId(1)) {
+            seated = Some(step);
+        }
+    });
+    assert!(seated.is_some_and(|step| step < 5), "{seated:?}");
+}
+
+#[test]
 fn nobody_is_late_for_a_step_behind_a_long_one() {
     let config = Config { prefix_caching: false, max_step_tokens: Tokens(1024), ..limits() };
     let mut replica = Replica::new(Config { max_chunk: Tokens(1024), ..config }, &[full(0)], 256);

@@ -68,7 +68,7 @@ impl Scheduler {
         }
         let (hashes, hit) = self.find_prefix(life, key);
         let known = self.requests.get(key).map_or(Tokens::ZERO, |live| live.job().known());
-        if self.waits_whole(draft, known.saturating_sub(hit.boundary.tokens())) {
+        if self.waits_whole(draft, key, known.saturating_sub(hit.boundary.tokens())) {
             return Err(self.no_room(draft));
         }
         self.secure_blocks(life, draft, rank, key, &hashes, hit)?;

@@ -40,6 +40,8 @@ pub struct Job {
     pub(crate) deadline: Option<Timestamp>,
     /// Prompt tokens found in the cache at first admission.
     pub(crate) cached: Option<Tokens>,
+    /// Whether it waited once for a step that takes its prompt whole.
+    pub(crate) gave_way: bool,
     /// The upload that must have left before admission.
     pub(crate) upload: Ticket,
     /// Deaths of a worker that was running this request, since it last got further.
@@ -73,6 +75,7 @@ impl Job {
             logprobs_from: Tokens(1),
             deadline: submit.deadline,
             cached: None,
+            gave_way: false,
             upload: Ticket::default(),
             deaths: 0,
             danger: Tokens::ZERO,

@@ -35,12 +35,14 @@ impl Scheduler {
 
     /// Whether a prompt of which `left` tokens are to be computed waits for the next step, which takes it
     /// whole, rather than be cut here: a cut costs the rest of it another reading of what is in front.
-    /// It waits only behind other prompts, so the next step begins with it, and only where little of this
-    /// step stays empty.
-    pub(crate) fn waits_whole(&self, draft: &Draft, left: Tokens) -> bool {
+    /// It waits only behind other prompts and where little of this step stays empty, and only once: what is
+    /// in front may leave no more room in the steps that follow.
+    pub(crate) fn waits_whole(&mut self, draft: &Draft, key: Key, left: Tokens) -> bool {
         let fits = left <= draft.whole_room.min(self.config.max_chunk);
         let little = draft.room.0 <= draft.whole_room.0 / SPARE;
-        !draft.chunks.is_empty() && left > draft.room && fits && little
+        let waits = !draft.chunks.is_empty() && left > draft.room && fits && little;
+        let job = self.requests.get_mut(key).map(Live::job_mut);
+        waits && job.is_some_and(|job| !core::mem::replace(&mut job.gave_way, true))
     }
 
     /// Continues requests whose prompts are under way.

@@ -105,8 +105,12 @@ fn a_model_whose_worker_dies_twice_goes_on_with_the_same_tokens() {
             let worker = server.worker_pid().expect("a worker");
             signal("KILL", worker);
             deaths += 1.0;
-            // Nobody can finish the request now, so it was under way when the worker died.
-            assert_eq!(server.metric("tokenmill_requests_running"), Some(1.0), "in mid-stream");
+            // Nobody can finish the request now, so it was under way when the worker died. It waits for
+            // the next one as soon as the scheduler knows.
+            let counts = ["tokenmill_requests_running", "tokenmill_requests_waiting"];
+            wait_until("in mid-stream", Duration::from_secs(1), || {
+                counts.iter().any(|count| server.metric(count) == Some(1.0))
+            });
             if let Some((at, before)) = killed.replace((Instant::now(), worker)) {
                 assert!(at.elapsed() < Duration::from_secs(5), "resumed after {:?}", at.elapsed());
                 assert_ne!(worker, before, "another process took over");

@@ -99,5 +99,5 @@ fn prepared(rig: &mut Rig, rows: usize) -> Result<Ready, Failure> {
         }
         Ok(())
     });
-    Ok(Ready { work: Work::copied(rows * ALL * 2), sets: 1, launch, check })
+    Ok(Ready { work: Work::copied(2 * rows * ALL * 2), sets: 1, launch, check })
 }
