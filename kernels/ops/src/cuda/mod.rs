@@ -203,7 +203,7 @@ impl Gpu {
     ///
     /// # Errors
     /// When it is not there; the error says what was looked for.
-    pub fn library(&self) -> Result<&linear::cuda::Library, &CudaError> {
+    pub fn cublaslt(&self) -> Result<&linear::cuda::Library, &CudaError> {
         self.library.end()
     }
 

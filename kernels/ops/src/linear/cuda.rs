@@ -276,7 +276,7 @@ pub fn linear(on: Queue<'_>, rows: Rows<'_>, operands: &Linear<'_>) -> Result<()
 #[must_use]
 pub fn statement(gpu: &Gpu) -> String {
     let few = stream::MOST_ROWS;
-    match gpu.library() {
+    match gpu.cublaslt() {
         Ok(library) => {
             let ((major, minor), rows) = (library.version(), library::ROWS);
             let planned = library.planned();
@@ -301,7 +301,7 @@ pub fn takes_both(on: Queue<'_>, rows: usize, first: &Linear<'_>, second: &Linea
     }
     // More are the library's, where it is there: it is faster even for one after the other.
     first.norm.is_none()
-        && (rows <= library::PAIR_ROWS || on.gpu.library().is_err())
+        && (rows <= library::PAIR_ROWS || on.gpu.cublaslt().is_err())
         && wide::takes_both(first, second)
 }
 

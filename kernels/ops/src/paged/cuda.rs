@@ -43,6 +43,14 @@ pub struct Destination<'a> {
     pub tables: &'a DeviceSlice,
 }
 
+impl Destination<'_> {
+    /// Refused where it does not say of `rows` rows where they go; blocks are checked by kernels.
+    pub(crate) fn need(&self, op: &'static str, rows: usize) -> Result<(), CudaError> {
+        need(op, "positions", self.positions, &[rows], 4)?;
+        need(op, "row_tables", self.row_tables, &[rows], 4)
+    }
+}
+
 /// Writes one row per token: those of `rows_in` have `layer.row` elements of the arena's type.
 ///
 /// # Errors
@@ -56,8 +64,7 @@ pub fn write_kv(
 ) -> Result<(), CudaError> {
     const OP: &str = "write_kv";
     rows_in.need(OP, "rows", rows.padded, &[layer.row], to.arena.dtype.size())?;
-    need(OP, "positions", to.positions, &[rows.padded], 4)?;
-    need(OP, "row_tables", to.row_tables, &[rows.padded], 4)?;
+    to.need(OP, rows.padded)?;
     let params = WriteParams {
         rows_in: rows_in.address(),
         arena: to.arena.address(),

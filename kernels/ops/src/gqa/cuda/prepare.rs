@@ -76,8 +76,7 @@ pub fn prepare(
     q.need(OP, "q", rows.padded, &[heads, head_dim], 2)?;
     kv.need(OP, "kv", rows.padded, &[layer.row], 2)?;
     need(OP, "inv_freq", rope.inv_freq, &[head_dim / 2], 4)?;
-    need(OP, "positions", to.positions, &[rows.padded], 4)?;
-    need(OP, "row_tables", to.row_tables, &[rows.padded], 4)?;
+    to.need(OP, rows.padded)?;
     for weight in weights.iter().flatten() {
         need(OP, "norm", weight, &[head_dim], 4)?;
     }

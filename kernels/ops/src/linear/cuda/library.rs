@@ -1,7 +1,7 @@
 //! Products by cuBLASLt, for so many rows that arithmetic bounds them.
 //!
 //! The library is opened when the program comes to the device. Where it is not found the kernels here
-//! compute everything, and [`Gpu::library`](crate::cuda::Gpu::library) says so. Products with a bias,
+//! compute everything, and [`Gpu::cublaslt`](crate::cuda::Gpu::cublaslt) says so. Products with a bias,
 //! several side by side, and those of rows of which only some are real (the library computes all) stay
 //! with the kernels here. A shape is planned when it is first asked for, which is when graphs are
 //! captured; large ones by timing what the library proposes, so that the order of sums, and with it last
@@ -178,7 +178,7 @@ pub(super) fn plan(
     operands: &Linear<'_>,
 ) -> Result<Option<Arc<BlasPlan>>, CudaError> {
     let Linear { inputs, outputs, .. } = *operands;
-    match on.gpu.library() {
+    match on.gpu.cublaslt() {
         Ok(library) if faster(rows.padded, outputs, inputs) && takes(operands) => {
             library.plan(on, rows, operands)
         }
@@ -193,7 +193,7 @@ pub(super) fn launch(
     rows: Rows<'_>,
     operands: &Linear<'_>,
 ) -> Result<(), CudaError> {
-    let library = on.gpu.library().map_err(Clone::clone)?;
+    let library = on.gpu.cublaslt().map_err(Clone::clone)?;
     let plan = match plan {
         None if takes(operands) => library.plan(on, rows, operands)?,
         plan => plan,

@@ -185,7 +185,7 @@ fn selection_follows_rows_and_alignment() {
 
 /// By the library, or a loud skip where it is absent.
 fn with_library(device: &Device) -> bool {
-    let found = device.gpu.library();
+    let found = device.gpu.cublaslt();
     if let Err(error) = found {
         crate::cuda::testing::skip(&error.to_string());
     }
@@ -247,7 +247,7 @@ fn a_product_by_the_library_is_captured_when_it_is_first_asked_for() {
     if !with_library(&device) {
         return;
     }
-    let planned = || device.gpu.library().expect("it is there").planned();
+    let planned = || device.gpu.cublaslt().expect("it is there").planned();
     for (rows, inputs, outputs) in [(192, 1024, 768), (384, 2056, 520), (1024, 512, 2048)] {
         let case =
             Case { bias: vec![0.0; outputs], ..Case::new(rows, inputs, outputs, Dtype::Bf16) };
@@ -273,7 +273,7 @@ fn a_product_by_the_library_is_captured_when_it_is_first_asked_for() {
 fn without_the_library_the_kernels_here_compute_the_same_products() {
     let Some(device) = device() else { return };
     let gpu = crate::cuda::Gpu::without_library(&device.context).expect("kernels");
-    assert!(matches!(gpu.library(), Err(CudaError::NoLibrary { .. })));
+    assert!(matches!(gpu.cublaslt(), Err(CudaError::NoLibrary { .. })));
     let alone = Queue { gpu: &gpu, stream: &device.stream };
     for (rows, inputs, outputs) in [(96, 512, 264), (256, 2048, 576), (768, 256, 1024)] {
         let case =

@@ -187,8 +187,7 @@ fn params(rows: Rows<'_>, mla: &Mla, keys: &Keys<'_>) -> Result<PrepareParams, C
     kv.need(OP, "kv", rows.padded, &[WIDTH], 2)?;
     need(OP, "norm", norm, &[LATENT], 4)?;
     need(OP, "inv_freq", rope.inv_freq, &[ROPE / 2], 4)?;
-    need(OP, "positions", to.positions, &[rows.padded], 4)?;
-    need(OP, "row_tables", to.row_tables, &[rows.padded], 4)?;
+    to.need(OP, rows.padded)?;
     Ok(PrepareParams {
         q: q.address(),
         kv: kv.address(),

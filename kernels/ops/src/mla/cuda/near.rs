@@ -101,8 +101,7 @@ pub fn attention(
     need(OP, "out", out, &[rows.padded, heads, VALUE], 2)?;
     need(OP, "norm", norm, &[LATENT], 4)?;
     need(OP, "inv_freq", rope.inv_freq, &[ROPE / 2], 4)?;
-    need(OP, "positions", to.positions, &[rows.padded], 4)?;
-    need(OP, "row_tables", to.row_tables, &[rows.padded], 4)?;
+    to.need(OP, rows.padded)?;
     // With one, two blocks and one of the product in front share a multiprocessor.
     let stages = rows.padded;
     let params = Params {
