@@ -159,13 +159,13 @@ impl Gpu {
         // Attributes are set once, so that launches only launch.
         use crate::flash::cuda::prompt;
         use crate::mla::cuda::{decode, near};
-        let pieces = [decode::DECODE];
-        let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
+        let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL);
         let large = large
             .chain(crate::moe::cuda::wide::LARGE)
             .chain(crate::moe::cuda::many::LARGE)
             .chain(crate::mla::cuda::heads::LARGE)
             .chain(crate::gqa::cuda::decode::ALL)
+            .chain(&decode::LARGE)
             .chain(linear::cuda::stream::LARGE)
             .chain(near::LARGE)
             .copied()
