@@ -153,9 +153,7 @@ impl Gpu {
         let facts = context.facts().clone();
         check(&facts)?;
         let kernels = Kernels::load(context, built::CUBINS, built::MISSING)?;
-        for name in crate::sample::cuda::HOLDING {
-            kernels.allow_shared(name, facts.shared_bytes)?;
-        }
+        kernels.allow_shared(crate::sample::cuda::HOLDING, facts.shared_bytes)?;
         // Attributes are set once, so that launches only launch.
         use crate::flash::cuda::prompt;
         use crate::mla::cuda::{decode, near};
