@@ -36,7 +36,7 @@ pub(super) struct Scratch {
     /// Keys and values of prompts.
     pub(super) expanded: Option<expand::Scratch>,
     /// The cache for the copy engine, and partial results of latent attention's pieces.
-    pub(super) latent: Option<(TensorMap, decode::Partials)>,
+    pub(super) latent: Option<(decode::CacheMap, decode::Partials)>,
     /// The same of grouped-query attention: the cache as each attention reads it.
     pub(super) grouped: Option<(Vec<Option<TensorMap>>, grouped::Partials)>,
     pub(super) moe: Option<moe::cuda::Scratch>,
