@@ -14,7 +14,7 @@ use ops::cuda::{Queue, Rows, Strided, Tensor};
 use ops::flash::cuda::prompt::{self, Cut};
 use ops::flash::cuda::{Partials, Plan, max_tiles};
 use ops::gqa::cuda::{decode as grouped, prepare};
-use ops::linear::cuda::{Linear, Then, Variant, linear, linear_as, streams};
+use ops::linear::cuda::{Linear, Then, gates, linear, linear_as};
 use ops::mla::cuda::block::Keys;
 use ops::mla::cuda::expand::later::{self, Later};
 use ops::mla::cuda::{Core, decode, expand};
@@ -36,7 +36,7 @@ pub(super) struct Scratch {
     /// Keys and values of prompts.
     pub(super) expanded: Option<expand::Scratch>,
     /// The cache for the copy engine, and partial results of latent attention's pieces.
-    pub(super) latent: Option<(TensorMap, decode::Partials)>,
+    pub(super) latent: Option<(decode::CacheMap, decode::Partials)>,
     /// The same of grouped-query attention: the cache as each attention reads it.
     pub(super) grouped: Option<(Vec<Option<TensorMap>>, grouped::Partials)>,
     pub(super) moe: Option<moe::cuda::Scratch>,
@@ -417,7 +417,7 @@ impl Step<'_> {
         Linear { bias, x_stride: x.row, out_stride: out.row, ..plain }
     }
 
-    /// A product and its activation, in one launch where rows are few.
+    /// A product and its activation, in one launch where that is faster.
     fn gated(&self, product: &Launch, act: &Launch) -> Result<(), CudaError> {
         if let (Launch::Linear { x, w, bias: None, .. }, Launch::SiluMul { out, .. }) =
             (product, act)
@@ -425,8 +425,8 @@ impl Step<'_> {
             let (from, to) = (self.at(*x), self.at(*out));
             let plain = self.product((*x, &from), w, None, (*out, &to));
             let gated = Linear { then: Then::Gate, ..plain };
-            if streams(self.rows.padded, &gated) {
-                return linear_as(Variant::Stream, self.on, self.rows, &gated);
+            if let Some(variant) = gates(self.rows.padded, &gated) {
+                return linear_as(variant, self.on, self.rows, &gated);
             }
         }
         self.run(product)?;

@@ -67,18 +67,6 @@ __device__ __forceinline__ void load_queries(uint32_t to, const TensorMap& map, 
         "l"(&map), "r"(0), "r"(head), "r"(row), "r"(line), "r"(bar)
         : "memory");
 }
-template <int kRegisters> __device__ __forceinline__ void fewer_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
-}
-template <int kRegisters> __device__ __forceinline__ void more_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
-}
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // What computing warps know of a tile.
 struct Work {
     Segment segment;
