@@ -15,6 +15,9 @@ FILTER   only tests whose names contain one of these, such as mla:: ; all where 
   -s SECONDS  that a test may take (300)
   -t SECONDS  for all tests of a tool; those that get no time are counted as failed (no limit)
   -x WORDS    not tests whose names contain one of these, separated by commas
+  -k WORDS    look only at kernels whose names contain one of these, separated by commas; others run at full
+              speed, and what they wrote is unknown to initcheck
+  -n LAUNCHES look only at so many launches of each test, the first ones
   -o FOLDER   keep what the tests printed in FOLDER, a file TOOL/TEST each
   -c FOLDER   cubins of the build (target/*/build/ops-*/out), to name the instruction at each place
 
@@ -23,13 +26,15 @@ Prints what failed, and for each tool how many tests ran, how many reports there
 there is a report that sanitize.known, beside this file, gives no reason for.
 END
 }
-jobs=8 seconds=300 total=1000000 skip= folder= cubins=
-while getopts j:s:t:x:o:c:h option; do
+jobs=8 seconds=300 total=1000000 skip= folder= cubins= only=
+while getopts j:s:t:x:k:n:o:c:h option; do
     case $option in
     j) jobs=$OPTARG ;;
     s) seconds=$OPTARG ;;
     t) total=$OPTARG ;;
     x) skip=$OPTARG ;;
+    k) only+=" --kernel-name kns=${OPTARG//,/ --kernel-name kns=}" ;;
+    n) only+=" --launch-count $OPTARG" ;;
     o) folder=$OPTARG ;;
     c) cubins=$OPTARG ;;
     h) usage && exit 0 ;;
@@ -53,6 +58,8 @@ one() { # TOOL TEST: its output goes to a file, its status behind it
     local log=$folder/$1/${2//::/.}
     # The program looks at the result of every call itself, and provokes errors in tests of that.
     local flags=(--tool "$1" --print-limit 50 --report-api-errors no --error-exitcode 86)
+    # shellcheck disable=SC2206 # words, none with a space in it
+    flags+=($only)
     local left=$((deadline - $(date +%s)))
     left=$((left < seconds ? left : seconds))
     [ "$left" -gt 0 ] || { echo "status 124" >"$log" && return; }
@@ -103,7 +110,7 @@ told() { # TOOL: of places, each with the reason where there is one; fails where
 }
 
 export -f one
-export program folder seconds deadline
+export program folder seconds deadline only
 failed=0
 for tool in ${tools//,/ }; do
     mkdir -p "$folder/$tool"

@@ -4,11 +4,14 @@
 //! order, the second-level cache flushed, median of 20.
 
 /// Case and microseconds.
-const FLASH_MLA: [(&str, f64); 4] = [
+const FLASH_MLA: [(&str, f64); 7] = [
     ("mla_decode.h16.bs1.ctx8192", 36.0),
     ("mla_decode.h16.bs16.ctx8192", 78.6),
     ("mla_decode.h16.bs64.ctx8192", 180.4),
     ("mla_decode.h16.bs128.ctx8192", 320.0),
+    ("mla_decode.h128.bs1.ctx8192", 43.0),
+    ("mla_decode.h128.bs16.ctx8192", 86.0),
+    ("mla_decode.h128.bs64.ctx8192", 248.0),
 ];
 
 pub(crate) fn micros(case: &str) -> Option<f64> {

@@ -5,10 +5,10 @@
 //! answer leaves the conversation as it was.
 
 use crate::cli::ChatArgs;
+use crate::out::{Closed, say, say_part};
 use anyhow::{Context, Result};
 use load::Client;
 use serde_json::{Value, json};
-use std::io::Write;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -23,7 +23,6 @@ pub(crate) fn run(args: ChatArgs) -> Result<()> {
     tokio::runtime::Runtime::new().context("start the runtime")?.block_on(talk(args))
 }
 
-#[expect(clippy::print_stdout, reason = "the conversation is the command's output")]
 async fn talk(args: ChatArgs) -> Result<()> {
     // One listener for the whole conversation: one made anew would miss what came before it.
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for Ctrl-C")?;
@@ -34,29 +33,28 @@ async fn talk(args: ChatArgs) -> Result<()> {
     };
     let client = connected
         .with_context(|| format!("reach {}; start a server with `tokenmill serve`", args.url))?;
-    println!(
+    say!(
         "{} at {}. Ctrl-C stops an answer, Ctrl-D leaves, /help lists commands.",
         client.model(),
         args.url
-    );
+    )?;
     let opening: Vec<Value> =
         args.system.iter().map(|text| json!({"role": "system", "content": text})).collect();
     let mut messages = opening.clone();
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     loop {
-        print!("> ");
-        std::io::stdout().flush()?;
+        say_part!("> ")?;
         let line = tokio::select! {
             line = lines.next_line() => line.context("read standard input")?,
             // At the prompt there is no answer to stop.
-            _ = interrupt.recv() => { println!(); continue }
+            _ = interrupt.recv() => { say!("")?; continue }
         };
         let Some(line) = line else { break };
         match line.trim() {
             "" => continue,
             "/exit" => break,
             "/help" => {
-                println!("{HELP}");
+                say!("{HELP}")?;
                 continue;
             }
             "/clear" => {
@@ -72,18 +70,18 @@ async fn talk(args: ChatArgs) -> Result<()> {
             Ok(_) => {
                 messages.pop();
             }
+            Err(error) if error.is::<Closed>() => return Err(error),
             Err(error) => {
                 messages.pop();
                 eprintln!("{error:#}");
             }
         }
     }
-    println!();
+    say!("")?;
     Ok(())
 }
 
 /// Streams one answer; what arrived before Ctrl-C is the answer.
-#[expect(clippy::print_stdout, reason = "the conversation is the command's output")]
 async fn answer(
     client: &Client,
     args: &ChatArgs,
@@ -101,24 +99,23 @@ async fn answer(
     // Dropping the request or its stream closes the connection, which aborts the generation.
     let mut events = tokio::select! {
         events = client.post("/v1/chat/completions", &body) => events?,
-        _ = interrupt.recv() => { println!("[stopped]"); return Ok(text) }
+        _ = interrupt.recv() => { say!("[stopped]")?; return Ok(text) }
     };
     loop {
         let event = tokio::select! {
             event = events.next(client) => event?,
-            _ = interrupt.recv() => { print!(" [stopped]"); break }
+            _ = interrupt.recv() => { say_part!(" [stopped]")?; break }
         };
         let Some(event) = event else { break };
         let choice = &event["choices"][0];
         if let Some(piece) = choice["delta"]["content"].as_str() {
             text.push_str(piece);
-            print!("{piece}");
-            std::io::stdout().flush()?;
+            say_part!("{piece}")?;
         }
         if choice["finish_reason"] == "length" {
-            print!(" [cut at --max-tokens or the context's end]");
+            say_part!(" [cut at --max-tokens or the context's end]")?;
         }
     }
-    println!();
+    say!("")?;
     Ok(text)
 }

@@ -2,6 +2,7 @@
 //!
 //! It changes nothing and contacts no host. Invariant: a line that is not ok says what to do.
 
+use crate::out::say;
 use crate::serve::device::is_absent;
 use anyhow::{Result, bail};
 use engine::{GpuFigures, Nvml, Throttle};
@@ -17,7 +18,6 @@ enum Finding {
 }
 
 /// Prints every check; fails when one is bad.
-#[expect(clippy::print_stdout, reason = "the report is the command's output")]
 pub(crate) fn run() -> Result<()> {
     let (gpu, state) = gpu();
     let checks = [
@@ -39,7 +39,7 @@ pub(crate) fn run() -> Result<()> {
                 ("BAD ", text)
             }
         };
-        println!("{mark}  {name:<18}{text}");
+        say!("{mark}  {name:<18}{text}")?;
     }
     if bad > 0 {
         bail!("{bad} of the checks failed");

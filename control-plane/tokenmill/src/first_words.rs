@@ -1,9 +1,9 @@
 //! The first completion of a fresh server, printed as it streams.
 
+use crate::out::{say, say_part};
 use anyhow::{Context, Result};
 use load::Client;
 use serde_json::{Value, json};
-use std::io::Write;
 use std::time::{Duration, Instant};
 
 /// How long a server may take until it is ready.
@@ -32,16 +32,14 @@ pub(crate) fn body(model: &str) -> Value {
 }
 
 /// Prints the text as it comes.
-#[expect(clippy::print_stdout, reason = "what the command tells whoever started it")]
 pub(crate) async fn stream(client: &Client) -> Result<()> {
     let mut events = client.post("/v1/completions", &body(client.model())).await?;
-    print!("A server is a program that");
+    say_part!("A server is a program that")?;
     while let Some(event) = events.next(client).await? {
         if let Some(text) = event["choices"][0]["text"].as_str() {
-            print!("{text}");
-            std::io::stdout().flush()?;
+            say_part!("{text}")?;
         }
     }
-    println!();
+    say!("")?;
     Ok(())
 }

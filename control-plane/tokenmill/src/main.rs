@@ -8,6 +8,7 @@ mod first_words;
 mod log;
 mod model_cmd;
 mod model_dir;
+mod out;
 mod recipe_cmd;
 mod serve;
 mod terminal;
@@ -15,16 +16,18 @@ mod worker_process;
 
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Command};
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Instant;
 
 fn main() -> ExitCode {
     let began = Instant::now();
     let cli = Cli::parse();
-    match log::install().and_then(|()| run(cli, began)) {
+    match out::unless_closed(log::install().and_then(|()| run(cli, began))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // Nor is a closed standard error worth a panic.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
             // As when arguments make no sense: nothing was tried.
             if error.is::<bench::Unavailable>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
@@ -45,13 +48,9 @@ fn run(cli: Cli, began: Instant) -> anyhow::Result<()> {
         Command::Recipe(command) => recipe_cmd::run(command),
         Command::Doctor => doctor::run(),
         Command::Completions { shell } => {
-            clap_complete::generate(
-                shell,
-                &mut Cli::command(),
-                "tokenmill",
-                &mut std::io::stdout(),
-            );
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "tokenmill", &mut script);
+            out::say_part!("{}", String::from_utf8_lossy(&script))
         }
         Command::Worker(args) => worker_process::run(args),
     }

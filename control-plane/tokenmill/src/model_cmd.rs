@@ -2,6 +2,7 @@
 
 use crate::cli::{Dtype, ModelCommand, RandomProfile};
 use crate::model_dir::ModelDir;
+use crate::out::{say, say_part};
 use anyhow::{Context, Result};
 use model::explain::{Storage, explain};
 use model::lower::lower;
@@ -12,7 +13,6 @@ use weights::random::{Profile, RandomModel};
 use weights::{WriteOptions, write_random};
 
 /// Runs one of the commands.
-#[expect(clippy::print_stdout, reason = "the command's output")]
 pub(crate) fn run(command: ModelCommand) -> Result<()> {
     match command {
         ModelCommand::Explain { model, tp, dp, ep, bucket } => {
@@ -22,19 +22,16 @@ pub(crate) fn run(command: ModelCommand) -> Result<()> {
             let lowered = lower(&program, mesh, Rank(0), bucket as usize)?;
             let element = if dir.matrix_dtype(None) == weights::Dtype::F32 { 4 } else { 2 };
             let storage = Storage { weight: element, cache: element };
-            print!("{}", explain(&lowered, storage, |op| engine::kernel(op, lowered.bucket)));
+            say_part!("{}", explain(&lowered, storage, |op| engine::kernel(op, lowered.bucket)))?;
         }
         ModelCommand::Random { config, out, seed, dtype, profile } => {
             random(&config, &out, seed, dtype, profile)?;
         }
-        ModelCommand::Fetch { repo, revision } => {
-            println!("{}", fetch(&repo, &revision)?.display())
-        }
+        ModelCommand::Fetch { repo, revision } => say!("{}", fetch(&repo, &revision)?.display())?,
     }
     Ok(())
 }
 
-#[expect(clippy::print_stdout, reason = "the command's output")]
 fn random(
     config: &Path,
     out: &Path,
@@ -60,7 +57,7 @@ fn random(
     let specs = dir.random_specs(dir.matrix_dtype(asked));
     let progress = weights::progress::on_stderr();
     let written = write_random(out, &file, &model, specs, &WriteOptions::default(), &*progress)?;
-    println!("{} bytes in {} files in {}", written.data_bytes, written.files.len(), out.display());
+    say!("{} bytes in {} files in {}", written.data_bytes, written.files.len(), out.display())?;
     Ok(())
 }
 

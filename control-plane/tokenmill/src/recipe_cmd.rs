@@ -2,26 +2,26 @@
 
 use crate::cli::RecipeCommand;
 use crate::model_dir::ModelDir;
+use crate::out::say;
 use crate::serve::memory_plan::{Machine, MemoryPlan, Wanted, plan};
 use anyhow::{Context, Result, bail};
 use recipe::{CacheDtype, Recipe};
 use std::path::Path;
 
 /// Runs one of the commands.
-#[expect(clippy::print_stdout, reason = "the command's output")]
 pub(crate) fn run(command: RecipeCommand) -> Result<()> {
     match command {
         RecipeCommand::List => {
             for built_in in recipe::builtins() {
                 let recipe = load(built_in.name)?;
-                println!("{:<24} {}", built_in.name, recipe.summary);
+                say!("{:<24} {}", built_in.name, recipe.summary)?;
             }
         }
         RecipeCommand::Check { recipes } => check(&recipes)?,
         RecipeCommand::Plan { recipe } => {
             let loaded = load(&recipe)?;
             let plan = memory_plan(&loaded)?;
-            println!("{recipe}: 1 process ({} rank on cpu)\n{plan}", loaded.mesh.tp);
+            say!("{recipe}: 1 process ({} rank on cpu)\n{plan}", loaded.mesh.tp)?;
         }
         RecipeCommand::Explain { recipe } => {
             load(&recipe)?;
@@ -30,7 +30,7 @@ pub(crate) fn run(command: RecipeCommand) -> Result<()> {
             for field in recipe::FIELDS {
                 let shown =
                     lookup(&given, field.name).map_or("(default)".into(), |v| v.to_string());
-                println!("{:<32} {shown:<40} {}", field.name, field.about);
+                say!("{:<32} {shown:<40} {}", field.name, field.about)?;
             }
         }
     }
@@ -59,7 +59,6 @@ fn lookup<'a>(table: &'a toml::Table, name: &str) -> Option<&'a toml::Value> {
     }
 }
 
-#[expect(clippy::print_stdout, reason = "the command's output")]
 fn check(names: &[String]) -> Result<()> {
     let all: Vec<String> = match names {
         [] => recipe::builtins().iter().map(|r| r.name.to_owned()).collect(),
@@ -68,10 +67,10 @@ fn check(names: &[String]) -> Result<()> {
     let mut bad = 0;
     for name in all {
         match load(&name).and_then(|recipe| memory_plan(&recipe)) {
-            Ok(plan) => println!("ok   {name}: {} KV tokens", plan.kv_tokens),
+            Ok(plan) => say!("ok   {name}: {} KV tokens", plan.kv_tokens)?,
             Err(error) => {
                 bad += 1;
-                println!("BAD  {name}: {error:#}");
+                say!("BAD  {name}: {error:#}")?;
             }
         }
     }

@@ -9,7 +9,7 @@ mod common;
 use common::{Server, program};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 /// Every command with flags that scripts and documents rely on. Written out, so that a renamed flag fails.
 const COMMANDS: [(&[&str], &[&str]); 17] = [
@@ -366,4 +366,64 @@ fn measurements_of_a_server_print_one_object() {
     // Nothing listens on port 1: the address has to be in the message.
     let said = refused(&["bench", "latency", "--url", "http://127.0.0.1:1"]);
     assert!(said.contains("127.0.0.1:1"), "{said}");
+}
+
+/// As `tokenmill ... | head` does, but for certain: whoever reads is gone before the command begins.
+#[test]
+fn a_reader_that_leaves_is_no_failure() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let config = case("llama/native_tied").join("config.json");
+    let config = config.to_str().expect("UTF-8");
+    let out = folder.path().join("checkpoint");
+    let commands: [&[&str]; 14] = [
+        &["--help"],
+        &["--version"],
+        &["serve", "--help"],
+        &["bench", "kernels", "--list"],
+        &["bench", "planner", "--steps", "2"],
+        &["bench", "planner", "--steps", "2", "--json"],
+        &["model", "explain", config],
+        &["model", "random", config, "--out", out.to_str().expect("UTF-8")],
+        &["recipe", "list"],
+        &["recipe", "check"],
+        &["recipe", "plan", "qwen3-8b-cpu"],
+        &["recipe", "explain", "qwen3-8b-cpu"],
+        &["doctor"],
+        &["completions", "bash"],
+    ];
+    for args in commands {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = Command::new(program());
+        let output = command.args(args).stdin(Stdio::null()).stdout(writer).output();
+        let output = output.expect("the binary starts");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && !said.contains("error"), "{args:?}: {said}");
+    }
+}
+
+#[test]
+fn a_server_goes_on_where_nobody_reads_what_it_tells() {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    // Whoever takes a free port and leaves it may lose it to another; then the next one is tried.
+    let served = (0..5).any(|_| {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = free.local_addr().expect("an address").port().to_string();
+        drop(free);
+        let mut command = Command::new(program());
+        command.args(["serve", "--fake-engine", "0,0,0", "--max-model-len", "64", "--port", &port]);
+        let stdout = writer.try_clone().expect("a writer");
+        let mut server = command.stdin(Stdio::null()).stdout(stdout).spawn().expect("it starts");
+        let url = format!("http://127.0.0.1:{port}/readyz");
+        let ready = || reqwest::blocking::get(&url).is_ok_and(|answer| answer.status() == 200);
+        while !ready() && server.try_wait().expect("a status").is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let lives = server.try_wait().expect("a status").is_none();
+        let _ = server.kill();
+        server.wait().expect("waited for");
+        lives
+    });
+    assert!(served);
 }

@@ -90,7 +90,7 @@ impl Layers {
             inv_freq: rig.f32s(&inv_freq)?,
             positions: rig.u32s(&step.positions())?,
             row_tables: rig.u32s(&step.row_tables())?,
-            pieces: Pieces::new(rig, &step, sets)?,
+            pieces: Pieces::new(rig, &step, MLA.heads, sets)?,
             scratch: mla::Scratch::take(rig.arena(), &MLA, Dtype::Bf16, rows)?,
             hidden: rig.normal(rows * HIDDEN, 1.0)?,
             residual: rig.normal(rows * HIDDEN, RESIDUAL)?,

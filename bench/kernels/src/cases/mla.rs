@@ -1,11 +1,11 @@
-//! Latent attention of 16 heads: decoding rows in pieces, and one prompt in the expanded form, whole or
-//! behind a context.
+//! Latent attention: decoding rows of 16 and of 128 heads in pieces, and one prompt of 16 heads in the
+//! expanded form, whole or behind a context.
 
 use super::step::{Step, attend};
 use crate::case::{Case, Check, Launch, Ready, Work};
 use crate::near::{Failure, near, some};
 use crate::rig::{Rig, cold_sets};
-use device::cuda::{CudaError, DeviceSlice, TensorMap};
+use device::cuda::{CudaError, DeviceSlice};
 use ops::cuda::{Dtype, Rows, Strided, Tensor};
 use ops::flash::cuda::cut::{Cut, Piece};
 use ops::flash::cuda::{Query, prompt as kernel};
@@ -23,17 +23,26 @@ pub(super) const WIDTH: usize = MLA.latent + MLA.rope;
 pub(super) const QUERY: usize = MLA.nope + MLA.rope;
 pub(super) const LAYER: KvLayer = KvLayer { offset: 0, row: WIDTH };
 
-/// Batch and context.
-const DECODES: [(usize, usize); 6] =
-    [(1, 1024), (1, 8192), (4, 8192), (16, 8192), (64, 8192), (128, 8192)];
+/// Heads, batch and context.
+const DECODES: [(usize, usize, usize); 9] = [
+    (16, 1, 1024),
+    (16, 1, 8192),
+    (16, 4, 8192),
+    (16, 16, 8192),
+    (16, 64, 8192),
+    (16, 128, 8192),
+    (128, 1, 8192),
+    (128, 16, 8192),
+    (128, 64, 8192),
+];
 const PROMPTS: [usize; 2] = [4096, 16_384];
 /// Rows and context.
 const BEHIND: [(usize, usize); 3] = [(2048, 4096), (2048, 10_240), (2048, 32_768)];
 
 pub(super) fn cases() -> Vec<Case> {
-    let decodes = DECODES.into_iter().map(|(rows, context)| {
-        Case::new(format!("mla_decode.h16.bs{rows}.ctx{context}"), move |rig| {
-            decoding(rig, rows, context)
+    let decodes = DECODES.into_iter().map(|(heads, rows, context)| {
+        Case::new(format!("mla_decode.h{heads}.bs{rows}.ctx{context}"), move |rig| {
+            decoding(rig, heads, rows, context)
         })
     });
     let prompts = PROMPTS
@@ -54,17 +63,22 @@ pub(super) struct Pieces {
     pub(super) tables: DeviceSlice,
     blocks: usize,
     rows: usize,
-    maps: Vec<TensorMap>,
+    maps: Vec<decode::CacheMap>,
     pub(super) caches: Vec<DeviceSlice>,
     pub(super) partials: decode::Partials,
 }
 
 impl Pieces {
-    pub(super) fn new(rig: &mut Rig, step: &Step, sets: usize) -> Result<Self, Failure> {
+    pub(super) fn new(
+        rig: &mut Rig,
+        step: &Step,
+        heads: usize,
+        sets: usize,
+    ) -> Result<Self, Failure> {
         let (rows, blocks) = (step.rows(), rig.multiprocessors());
         let mut cut = Cut::default();
         let at = |entry: usize| step.tables.get(entry).copied();
-        let lines = decode::lines(MLA.heads);
+        let lines = decode::lines(heads);
         cut.make(&step.segments, at, rows, lines, blocks);
         let (most, slots) = Cut::most(rows, lines, blocks);
         let mut words: Vec<u32> = cut.pieces.iter().flat_map(Piece::words).collect();
@@ -90,32 +104,33 @@ impl Pieces {
     }
 }
 
-fn decoding(rig: &mut Rig, rows: usize, context: usize) -> Result<Ready, Failure> {
+fn decoding(rig: &mut Rig, heads: usize, rows: usize, context: usize) -> Result<Ready, Failure> {
+    let mla = Mla { heads, ..MLA };
     let step = Step::new(rows, 1, context, WIDTH);
     let bytes = rows * context * WIDTH * 2;
     let sets = cold_sets(bytes);
-    let pieces = Pieces::new(rig, &step, sets)?;
-    let queries = rig.normal(rows * MLA.heads * WIDTH, 1.0)?;
-    let out = rig.space(rows * MLA.heads * MLA.latent * 2)?;
+    let pieces = Pieces::new(rig, &step, heads, sets)?;
+    let queries = rig.normal(rows * heads * WIDTH, 1.0)?;
+    let out = rig.space(rows * heads * MLA.latent * 2)?;
     let (cache, q, sums) = (pieces.caches[0].clone(), queries.clone(), out.clone());
     let launch: Launch = Box::new(move |on, i| {
         let query = |from: usize| Query {
             address: queries.address() + 2 * from as u64,
-            row: MLA.heads * WIDTH,
+            row: heads * WIDTH,
             head: WIDTH,
         };
         let (queries, all) = ([query(0), query(MLA.latent)], Rows::exactly(rows));
         let kv = Tensor::new(&pieces.caches[i], Dtype::Bf16);
         let (plan, partials) = (pieces.plan(i), &pieces.partials);
-        decode::attention(on, all, &MLA, queries, LAYER, kv, &plan, partials, &out)
+        decode::attention(on, all, &mla, queries, LAYER, kv, &plan, partials, &out)
     });
     let check: Check = Box::new(move |rig, launch| {
         rig.poison(&sums)?;
         rig.run(launch, 0)?;
         for row in some(rows, 2) {
             let keys = step.contents(rig, &cache, row)?;
-            for head in some(MLA.heads, 2) {
-                let at = row * MLA.heads + head;
+            for head in some(heads, 2) {
+                let at = row * heads + head;
                 let q = rig.bf16s(&q, at * WIDTH..(at + 1) * WIDTH)?;
                 let q: Vec<f64> = q.into_iter().map(f64::from).collect();
                 let tokens = || keys.chunks_exact(WIDTH).take(context);
@@ -127,8 +142,11 @@ fn decoding(rig: &mut Rig, rows: usize, context: usize) -> Result<Ready, Failure
         }
         Ok(())
     });
-    // What the tensor cores have to do is far from what they can.
-    Ok(Ready { work: Work::bytes(bytes), sets, launch, check })
+    let work = Work::bytes(bytes);
+    // What the tensor cores have to do is far from what they can where heads are few.
+    let flops = 2.0 * (rows * heads * context * (WIDTH + MLA.latent)) as f64;
+    let work = if heads > 16 { work.and_flops(flops) } else { work };
+    Ok(Ready { work, sets, launch, check })
 }
 
 /// A prompt that lies in the step as a whole: keys and values projected up, then attention. Operations
@@ -151,7 +169,7 @@ fn prompt(rig: &mut Rig, len: usize) -> Result<Ready, Failure> {
     let of = [&q, &kv_b, &out, &kv].map(DeviceSlice::clone);
     let launch: Launch = Box::new(move |on, _| -> Result<(), CudaError> {
         let (segments, tiles, tile_count) = (&segments, &tiles, &count);
-        let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
+        let plan = kernel::Plan { segments, tiles, tile_count, first_tile: None, max_tiles };
         let all = Rows::exactly(len);
         let (q, kv) = (Strided::dense(&q, heads * QUERY), Strided::dense(&kv, WIDTH));
         expand::attention(on, all, &MLA, q, kv, &kv_b, &plan, &scratch, &out)
@@ -178,8 +196,8 @@ fn behind(rig: &mut Rig, len: usize, context: usize) -> Result<Ready, Failure> {
     let mut passes = Passes::default();
     passes.make(&step.segments, room);
     let words: Vec<u32> = passes.tiles.iter().flat_map(|t| [t.segment, t.line]).collect();
-    let (tiles, count) = (rig.u32s(&words)?, rig.u32s(&[passes.tiles.len() as u32])?);
-    let segment = passes.segments[0];
+    let (tiles, parts) = (rig.u32s(&words)?, rig.u32s(&passes.passes[0].words())?);
+    let (tokens, segment) = (passes.passes[0].padded, passes.segments[0]);
     let segments = rig.u32s(&[segment.start, segment.len, segment.context, segment.table])?;
     let (firsts, tables) = (rig.u32s(&passes.firsts)?, rig.u64s(&step.tables)?);
     let q = rig.normal(len * heads * QUERY, 1.0)?;
@@ -189,11 +207,9 @@ fn behind(rig: &mut Rig, len: usize, context: usize) -> Result<Ready, Failure> {
     let out = rig.space(len * heads * v * 2)?;
     let of = [&q, &kv_b, &out, &cache].map(DeviceSlice::clone);
     let launch: Launch = Box::new(move |on, _| -> Result<(), CudaError> {
-        let pass = &passes.passes[0];
-        let (segments, tiles, tile_count) = (&segments, &tiles, &count);
-        let max_tiles = passes.tiles.len();
-        let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
-        let later = Later { pass, plan, firsts: &firsts, tables: &tables };
+        let (parts, segments, firsts, tiles, tables) =
+            (&parts, &segments, &firsts, &tiles, &tables);
+        let later = Later { tokens, parts, segments, firsts, tiles, tables };
         let from = (LAYER, Tensor::new(&cache, Dtype::Bf16));
         let q = Strided::dense(&q, heads * QUERY);
         later::attention(on, len, &MLA, q, &kv_b, from, &later, &scratch, &out)

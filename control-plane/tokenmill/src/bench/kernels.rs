@@ -4,6 +4,7 @@
 
 use super::Unavailable;
 use crate::cli::{KernelsArgs, VERSION};
+use crate::out::say;
 use anyhow::{Context, Result, bail};
 use kernel_bench::{Bench, Case, Failure, Figure, Profile, Rate, cases};
 use serde_json::{Value, json};
@@ -11,7 +12,6 @@ use std::fs::File;
 use std::io::Write;
 
 /// Lists, or checks and measures.
-#[expect(clippy::print_stdout, reason = "the figures are the command's output")]
 pub(crate) fn run(args: &KernelsArgs) -> Result<()> {
     let wanted = |case: &Case| {
         args.filter.is_empty() || args.filter.iter().any(|part| case.name().contains(part))
@@ -21,8 +21,7 @@ pub(crate) fn run(args: &KernelsArgs) -> Result<()> {
         bail!("no kernel's name contains {}; --list shows all", args.filter.join(" or "));
     }
     if args.list {
-        cases.iter().for_each(|case| println!("{}", case.name()));
-        return Ok(());
+        return cases.iter().try_for_each(|case| say!("{}", case.name()));
     }
     if args.profile {
         return profile(&cases);
@@ -37,13 +36,13 @@ pub(crate) fn run(args: &KernelsArgs) -> Result<()> {
     let mut bench = Bench::open().map_err(unopened)?;
     let told = Told::new(&bench, args);
     if !args.json {
-        println!("{}", bench.products());
+        say!("{}", bench.products())?;
     }
     for (name, value, unit) in told.ceilings(&bench) {
         if args.json {
-            println!("{}", told.line(&name, value, unit));
+            say!("{}", told.line(&name, value, unit))?;
         } else {
-            println!("{name:<46}{value:>10.2} {unit}");
+            say!("{name:<46}{value:>10.2} {unit}")?;
         }
     }
     let mut wrong = 0;
@@ -58,9 +57,9 @@ pub(crate) fn run(args: &KernelsArgs) -> Result<()> {
         };
         let line = told.figure(&figure);
         if args.json {
-            println!("{line}");
+            say!("{line}")?;
         } else {
-            println!("{}", row(&figure));
+            say!("{}", row(&figure))?;
         }
         if let Some(file) = &mut record {
             writeln!(file, "{line}").context("append to the record")?;
@@ -81,12 +80,11 @@ fn unopened(failure: Failure) -> anyhow::Error {
 }
 
 /// Launches cases for a profiler, in their order.
-#[expect(clippy::print_stdout, reason = "what is launched is the command's output")]
 fn profile(cases: &[Case]) -> Result<()> {
     let mut profile = Profile::open().map_err(unopened)?;
     for case in cases {
         let launches = profile.launch(case).with_context(|| case.name().to_owned())?;
-        println!("{} {launches}", case.name());
+        say!("{} {launches}", case.name())?;
     }
     Ok(())
 }

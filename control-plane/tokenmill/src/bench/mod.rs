@@ -11,6 +11,7 @@ mod server;
 mod sweep;
 
 use crate::cli::{BenchCommand, LatencyArgs, Target, ThroughputArgs};
+use crate::out::{say, say_part};
 use crate::terminal::bar;
 use anyhow::{Context, Result, ensure};
 use load::{Client, Load, Prompts, Report};
@@ -94,13 +95,12 @@ async fn measure(client: &Client, load: Load) -> Measured {
     Measured { report, server }
 }
 
-#[expect(clippy::print_stdout, reason = "the report is the command's output")]
 fn finish(kind: &str, client: &Client, target: &Target, measured: Measured) -> Result<()> {
     if target.json {
-        println!("{}", line(kind, client, target, &measured));
+        say!("{}", line(kind, client, target, &measured))?;
     } else {
-        println!("model         {}", client.model());
-        print!("{measured}");
+        say!("model         {}", client.model())?;
+        say_part!("{measured}")?;
     }
     let report = measured.report;
     ensure!(report.failed == 0, "{} of the requests failed", report.failed);

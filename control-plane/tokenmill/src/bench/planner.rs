@@ -4,6 +4,7 @@
 //! plan encoded as it travels to a worker.
 
 use crate::cli::PlannerArgs;
+use crate::out::say;
 use anyhow::{Context, Result};
 use ids::Tokens;
 use serde_json::json;
@@ -22,13 +23,18 @@ const CASES: [(u32, u32, Kind); 6] = [
 ];
 
 /// Measures every case.
-#[expect(clippy::print_stdout, reason = "the figures are the command's output")]
 pub(crate) fn run(args: &PlannerArgs) -> Result<()> {
     if !args.json {
-        println!(
+        say!(
             "{:>9}{:>10}{:>9}{:>11}{:>11}{:>11}{:>8}",
-            "requests", "context", "kind", "mean us", "p50 us", "p99 us", "seals"
-        );
+            "requests",
+            "context",
+            "kind",
+            "mean us",
+            "p50 us",
+            "p99 us",
+            "seals"
+        )?;
     }
     for (requests, context, kind) in CASES {
         let case = Case { requests, context: Tokens(context), kind, steps: args.steps };
@@ -50,12 +56,15 @@ pub(crate) fn run(args: &PlannerArgs) -> Result<()> {
                 "mean_us": t.mean_us, "p50_us": t.p50_us, "p99_us": t.p99_us,
                 "seals_per_step": t.seals, "steps": args.steps, "version": crate::cli::VERSION,
             });
-            println!("{line}");
+            say!("{line}")?;
         } else {
-            println!(
+            say!(
                 "{requests:>9}{context:>10}{kind:>9}{:>11.2}{:>11.2}{:>11.2}{:>8.2}",
-                t.mean_us, t.p50_us, t.p99_us, t.seals
-            );
+                t.mean_us,
+                t.p50_us,
+                t.p99_us,
+                t.seals
+            )?;
         }
     }
     Ok(())

@@ -3,6 +3,7 @@
 //! It measures nothing. Invariant: lines of another kind are refused, with file and line.
 
 use crate::cli::PlotArgs;
+use crate::out::say;
 use anyhow::{Context, Result};
 use load::{Curve, Point, draw};
 use serde::Deserialize;
@@ -49,7 +50,6 @@ fn curves(lines: &[Line]) -> Vec<Curve> {
 }
 
 /// Reads, draws, writes.
-#[expect(clippy::print_stdout, reason = "where the plot went is the command's output")]
 pub(super) fn run(args: &PlotArgs) -> Result<()> {
     let mut lines = Vec::new();
     for path in &args.files {
@@ -69,6 +69,6 @@ pub(super) fn run(args: &PlotArgs) -> Result<()> {
     let svg = draw(&title.unwrap_or_default(), &curves(&lines))?;
     let out = args.out.display();
     fs::write(&args.out, svg).with_context(|| format!("write {out}"))?;
-    println!("{} loads drawn to {out}", lines.len());
+    say!("{} loads drawn to {out}", lines.len())?;
     Ok(())
 }

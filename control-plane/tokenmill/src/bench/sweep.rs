@@ -4,6 +4,7 @@
 
 use super::{connect, line, load_of, measure};
 use crate::cli::ServeBenchArgs;
+use crate::out::{say, say_part};
 use anyhow::{Context, Result, ensure};
 use load::Load;
 use serde_json::{Value, json};
@@ -23,7 +24,6 @@ fn requests(args: &ServeBenchArgs, concurrency: u32) -> u32 {
 }
 
 /// Measures every load.
-#[expect(clippy::print_stdout, reason = "the report is the command's output")]
 pub(super) async fn run(args: ServeBenchArgs) -> Result<()> {
     let named = !args.max_concurrency.is_empty() && !args.max_concurrency.contains(&0);
     ensure!(named, "--max-concurrency takes numbers from 1, separated by commas");
@@ -61,13 +61,13 @@ pub(super) async fn run(args: ServeBenchArgs) -> Result<()> {
             );
         }
         if args.target.json {
-            println!("{told}");
+            say!("{told}")?;
         } else {
             if number == 0 {
-                println!("model         {}", client.model());
+                say!("model         {}", client.model())?;
             }
-            println!("concurrency   {concurrency}");
-            print!("{measured}");
+            say!("concurrency   {concurrency}")?;
+            say_part!("{measured}")?;
         }
         ensure!(report.failed == 0, "{} of the requests failed", report.failed);
         if let Some(file) = &mut record {
@@ -82,13 +82,13 @@ pub(super) async fn run(args: ServeBenchArgs) -> Result<()> {
                 "ttft_p99_ms": first, "steady_ttft_p99_ms": steady, "ratio": first / steady,
                 "version": crate::cli::VERSION,
             });
-            println!("{line}");
+            say!("{line}")?;
         } else {
-            println!(
+            say!(
                 "first token   p99 of the first {requests} requests {first:.2} ms, after them \
                  {steady:.2} ms: {:.2} times",
                 first / steady
-            );
+            )?;
         }
     }
     Ok(())

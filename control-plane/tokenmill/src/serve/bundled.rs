@@ -1,9 +1,12 @@
 //! The demo model inside the binary, put into a folder so that workers can map it.
 //!
 //! The folder is in the user's cache and named by the content, so a second start finds it and a new
-//! version gets another. Invariant: a folder under its final name is complete.
+//! version gets another. Weights are packed in the repository and in the binary, by a fifth. Invariant: a
+//! folder under its final name is complete.
 
 use anyhow::{Context, Result, ensure};
+use flate2::read::GzDecoder;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Name under which it is served.
@@ -15,14 +18,15 @@ macro_rules! bundled {
     };
 }
 
-/// The files.
+/// The files; what ends in [`PACKED`] is written without it, unpacked.
 const FILES: [(&str, &[u8]); 5] = bundled![
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "model.safetensors"
+    "model.safetensors.gz"
 ];
+const PACKED: &str = ".gz";
 
 /// The folder with the model's files, written now if it is not there yet.
 ///
@@ -44,7 +48,7 @@ pub(crate) fn folder() -> Result<PathBuf> {
     })?;
     let draft = tempfile::Builder::new().prefix("bundled-").tempdir_in(&cache)?;
     for (file, bytes) in FILES {
-        std::fs::write(draft.path().join(file), bytes)
+        unpack(file, bytes, draft.path())
             .with_context(|| format!("write {file} into {}", draft.path().display()))?;
     }
     // Another start may have won the race with the same content.
@@ -61,9 +65,30 @@ pub(crate) fn folder() -> Result<PathBuf> {
 }
 
 fn complete(folder: &Path) -> bool {
-    FILES.iter().all(|(name, bytes)| {
-        std::fs::metadata(folder.join(name)).is_ok_and(|file| file.len() == bytes.len() as u64)
+    FILES.iter().all(|&(file, bytes)| {
+        let (name, length) = written_as(file, bytes);
+        std::fs::metadata(folder.join(name)).is_ok_and(|file| file.len() == length)
     })
+}
+
+/// Name and length of a file once it is written.
+fn written_as<'a>(file: &'a str, bytes: &[u8]) -> (&'a str, u64) {
+    match (file.strip_suffix(PACKED), bytes.last_chunk()) {
+        // The format ends with the length of what was packed.
+        (Some(name), Some(length)) => (name, u32::from_le_bytes(*length).into()),
+        _ => (file, bytes.len() as u64),
+    }
+}
+
+fn unpack(file: &str, mut bytes: &[u8], into: &Path) -> std::io::Result<()> {
+    let (name, _) = written_as(file, bytes);
+    let mut written = File::create(into.join(name))?;
+    if name == file {
+        std::io::copy(&mut bytes, &mut written)?;
+    } else {
+        std::io::copy(&mut GzDecoder::new(bytes), &mut written)?;
+    }
+    Ok(())
 }
 
 fn cache_folder() -> PathBuf {
@@ -72,4 +97,23 @@ fn cache_folder() -> PathBuf {
         .or_else(|| Some(set("HOME")?.join(".cache")))
         .unwrap_or_else(std::env::temp_dir)
         .join("tokenmill")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_packed_is_written_whole_under_its_own_name() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        for (file, bytes) in FILES {
+            assert!(!complete(folder.path()), "without {file}");
+            unpack(file, bytes, folder.path()).expect("written");
+        }
+        assert!(complete(folder.path()));
+        let weights = std::fs::read(folder.path().join("model.safetensors")).expect("weights");
+        let tensors = safetensors::SafeTensors::deserialize(&weights).expect("a whole file");
+        assert_eq!(tensors.len(), 120);
+        assert!(weights.len() > FILES[4].1.len());
+    }
 }

@@ -20,7 +20,9 @@ mod supervise;
 pub(crate) mod worker_config;
 
 use crate::cli::ServeArgs;
+use crate::first_words;
 use crate::model_dir::ModelDir;
+use crate::out::{say, unless_closed};
 use anyhow::{Context, Result};
 use driver::{Driver, Message};
 use gateway::engine::Limits;
@@ -31,7 +33,6 @@ use life::{Life, Progress, WorkerLimits};
 use scheduler::Scheduler;
 use settings::Settings;
 use startup::Startup;
-use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -233,29 +234,25 @@ fn text_folder(settings: &Settings) -> Result<TextFolder> {
     Ok(text)
 }
 
-#[expect(clippy::print_stdout, reason = "what the command tells whoever started it")]
 fn announce_plan(settings: &Settings) -> Result<()> {
-    if let Some(plan) = &settings.plan {
-        println!("{plan}");
-    }
-    std::io::stdout().flush().context("write to standard output")
+    settings.plan.as_ref().map_or(Ok(()), |plan| unless_closed(say!("{plan}")))
 }
 
-#[expect(clippy::print_stdout, reason = "what the command tells whoever started it")]
 fn announce(settings: &Settings, address: SocketAddr) -> Result<()> {
-    println!("{} on http://{address}", settings.names[0]);
-    std::io::stdout().flush().context("write to standard output")
+    unless_closed(say!("{} on http://{address}", settings.names[0]))
 }
 
 /// Streams one completion from the running server: proof that the whole path works.
-#[expect(clippy::print_stdout, reason = "what the command tells whoever started it")]
 async fn prove(url: String) {
-    let Ok(client) = crate::first_words::ready(&url).await else { return };
-    println!("\n$ curl {url}/v1/completions -d '{}'", crate::first_words::body(client.model()));
-    if let Err(error) = crate::first_words::stream(&client).await {
+    let Ok(client) = first_words::ready(&url).await else { return };
+    let first = async {
+        say!("\n$ curl {url}/v1/completions -d '{}'", first_words::body(client.model()))?;
+        first_words::stream(&client).await
+    };
+    if let Err(error) = unless_closed(first.await) {
         tracing::error!("the first completion failed: {error:#}");
     }
-    println!("\nTalk to it with `tokenmill chat`; Ctrl-C ends the server.");
+    let _ = say!("\nTalk to it with `tokenmill chat`; Ctrl-C ends the server.");
 }
 
 /// Returns at the first SIGINT or SIGTERM; a second one ends the process at once.

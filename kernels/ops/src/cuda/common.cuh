@@ -39,6 +39,13 @@ __device__ __forceinline__ float2 turned(float u, float v, float cosine, float s
     return {__fmaf_rn(u, cosine, -__fmul_rn(v, sine)), __fmaf_rn(v, cosine, __fmul_rn(u, sine))};
 }
 
+// The power of two, within 2^-22 of it.
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);

@@ -153,19 +153,17 @@ impl Gpu {
         let facts = context.facts().clone();
         check(&facts)?;
         let kernels = Kernels::load(context, built::CUBINS, built::MISSING)?;
-        for name in crate::sample::cuda::HOLDING {
-            kernels.allow_shared(name, facts.shared_bytes)?;
-        }
+        kernels.allow_shared(crate::sample::cuda::HOLDING, facts.shared_bytes)?;
         // Attributes are set once, so that launches only launch.
         use crate::flash::cuda::prompt;
         use crate::mla::cuda::{decode, near};
-        let pieces = [decode::DECODE];
-        let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL).chain(&pieces);
+        let large = crate::linear::cuda::MANY.iter().chain(crate::flash::cuda::ALL);
         let large = large
             .chain(crate::moe::cuda::wide::LARGE)
             .chain(crate::moe::cuda::many::LARGE)
             .chain(crate::mla::cuda::heads::LARGE)
             .chain(crate::gqa::cuda::decode::ALL)
+            .chain(&decode::LARGE)
             .chain(linear::cuda::stream::LARGE)
             .chain(near::LARGE)
             .copied()

@@ -31,6 +31,8 @@ pub(crate) fn device() -> Option<MutexGuard<'static, Device>> {
     let open = || {
         let context = Context::open(0)?;
         let (gpu, stream) = (Gpu::new(&context)?, Stream::new(&context)?);
+        // Nobody drops the device of tests, so nobody else waits for the library before the process ends.
+        let _ = gpu.cublaslt();
         Ok::<_, CudaError>(Mutex::new(Device { gpu, stream, context }))
     };
     // What is absent is skipped; what is there and fails is a failure.

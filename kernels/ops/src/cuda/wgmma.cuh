@@ -22,6 +22,14 @@ template <int kLeft> __device__ __forceinline__ void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kLeft) : "memory");
 }
 
+// Registers of the threads of a warpgroup from here on; what some give up others may take.
+template <int kRegisters> __device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters> __device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
 // d += a b for a 64 x 16 and b 16 x N. With g = lane / 4, t = lane % 4, d[4j..] holds, in the 16 rows
 // of the warp, (g, 8j + 2t), (g, 8j + 2t + 1), (g + 8, 8j + 2t), (g + 8, 8j + 2t + 1).
 template <int N> __device__ __forceinline__ void product(float (&d)[N / 2], uint64_t a, uint64_t b);

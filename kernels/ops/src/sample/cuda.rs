@@ -1,6 +1,7 @@
 //! Launches of the sampler and of log-probabilities, one cluster of blocks per row, all on the device.
 //!
-//! A row lies in the shared memory of its cluster, so it is read once, and stays as it is.
+//! A row that is drawn lies in the shared memory of its cluster; greedy draws and log-probabilities take it
+//! through registers. So it is read once, and stays as it is.
 //! The order of steps is the contract's, and exponentials have the processor's bits; masses are exact
 //! integers instead of floating sums, so a draw differs from the processor's only where the random
 //! number lies within rounding of a border. Penalties read dense counts, `[slots, vocab]`, that the
@@ -182,7 +183,7 @@ pub fn sample(on: Queue<'_>, rows: Rows<'_>, operands: &Sample<'_>) -> Result<()
         rows: dim(OP, rows.padded)?,
         vocab: dim(OP, vocab)?,
     };
-    launch(on, "sample", params.rows, vocab, true)?.on(on.stream, &params)
+    launch(on, HOLDING, params.rows, vocab)?.on(on.stream, &params)
 }
 
 /// Mirrors `GreedyParams`.
@@ -224,11 +225,11 @@ pub fn greedy(
         rows: dim(OP, rows.padded)?,
         vocab: dim(OP, vocab)?,
     };
-    launch(on, OP, params.rows, vocab, false)?.on(on.stream, &params)
+    launch(on, OP, params.rows, vocab)?.on(on.stream, &params)
 }
 
-/// Kernels that hold a row in shared memory.
-pub(crate) const HOLDING: [&str; 2] = ["sample", "logprobs"];
+/// The kernel that holds a row in shared memory.
+pub(crate) const HOLDING: &str = "sample";
 /// Threads of a block.
 const THREADS: u32 = 512;
 /// Blocks of a cluster, at most.
@@ -256,19 +257,18 @@ const fn cluster(vocab: usize) -> (usize, usize) {
     (blocks, vocab.div_ceil(blocks).next_multiple_of(4))
 }
 
-/// A cluster per row; `holds` where it keeps the row in shared memory.
+/// A cluster per row.
 fn launch<'a>(
     on: Queue<'a>,
     kernel: &'static str,
     rows: u32,
     vocab: usize,
-    holds: bool,
 ) -> Result<Launch<'a>, CudaError> {
     let (blocks, logits) = cluster(vocab);
     let blocks = dim(kernel, blocks)?;
-    let shared = if holds { dim(kernel, logits * size_of::<f32>())? } else { 0 };
+    let held = if kernel == HOLDING { logits * size_of::<f32>() } else { 0 };
     let launch = Launch::new(on.kernel(kernel)?, [blocks, rows, 1], THREADS);
-    Ok(launch.cluster(blocks).shared(shared))
+    Ok(launch.cluster(blocks).shared(dim(kernel, held)?))
 }
 
 /// Mirrors `CountParams`.
@@ -393,5 +393,5 @@ pub fn logprobs(on: Queue<'_>, rows: Rows<'_>, operands: &Logprobs<'_>) -> Resul
         vocab: dim(OP, vocab)?,
         most: dim(OP, most)?,
     };
-    launch(on, OP, params.rows, vocab, true)?.on(on.stream, &params)
+    launch(on, OP, params.rows, vocab)?.on(on.stream, &params)
 }

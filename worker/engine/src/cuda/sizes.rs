@@ -434,7 +434,7 @@ pub fn cuda_attention(lowered: &Lowered, kv_dtype: crate::KvDtype) -> Vec<&'stat
                 };
                 grouped::name(&shape, (0..at).any(|from| ends(&from)))
             }
-            Attention::Mla(_) if cut => latent::DECODE,
+            Attention::Mla(shape) if cut => latent::name(shape.heads),
             _ => "tiles",
         })
     };

@@ -52,6 +52,8 @@ template <typename T> __device__ void attention_any(const AttentionParams& p) {
             const float factor = expf(old - shift);
             weights[warp][lane] = wa;
             weights[warp][lane + 32] = wb;
+            // All lanes have read the old maximum.
+            __syncwarp();
             if (lane == 0) {
                 factors[warp] = factor;
                 masses[warp] = masses[warp] * factor + mass;

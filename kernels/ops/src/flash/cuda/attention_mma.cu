@@ -131,6 +131,8 @@ template <int M, int Warps, int N> __device__ void attention_mma(const Attention
             const float w0 = exp2f((x[0] - shift) * kLog2e), w1 = exp2f((x[1] - shift) * kLog2e);
             const float mass = warp_sum(w0 + w1), factor = exp2f((old - shift) * kLog2e);
             *reinterpret_cast<uint32_t*>(weights + i * kWeightRow + lane * 2) = pack_bf16(w0, w1);
+            // All lanes have read the old maximum.
+            __syncwarp();
             if (lane == 0) {
                 factors[i] = factor;
                 masses[i] = masses[i] * factor + mass;

@@ -21,6 +21,10 @@ pub struct Lines {
     pub group: usize,
     /// Those of a line, at most.
     pub most: usize,
+    /// Those of a partial result's slot: as many as of a line, or a part of them that divides it.
+    pub slot: usize,
+    /// Whether pieces begin on blocks of the cache.
+    pub whole: bool,
     /// What pieces of them cost.
     pub costs: Costs,
 }
@@ -42,6 +46,18 @@ impl Lines {
     pub const fn of_row(&self) -> usize {
         let kv_heads = self.heads / if self.group == 0 { 1 } else { self.group };
         kv_heads * self.group.div_ceil(self.most)
+    }
+
+    /// Slots of a row, of one piece of each line.
+    #[must_use]
+    pub const fn slots_of_row(&self) -> usize {
+        let kv_heads = self.heads / if self.group == 0 { 1 } else { self.group };
+        kv_heads * self.group.div_ceil(self.slot)
+    }
+
+    /// Slots of a line.
+    const fn slots(&self) -> usize {
+        self.most / self.slot
     }
 
     /// Each line's first head, its heads, and the KV head.
@@ -97,8 +113,8 @@ impl Piece {
 pub struct Cut {
     /// The first of every block, then the others.
     pub pieces: Vec<Piece>,
-    /// Of every row of the step and line of it: its first slot, and how many; 0 where it has one
-    /// piece, or none.
+    /// Of every row of the step and heads of it that a slot has: its first slot, and how many; 0 where it
+    /// has one piece, or none.
     pub slots: Vec<[u32; 2]>,
     /// The last piece of every block.
     last: Vec<u32>,
@@ -113,8 +129,6 @@ type Part = (u32, u32, u32);
 #[derive(Clone, Copy)]
 struct Line {
     row: u32,
-    /// Among those of its row.
-    index: u32,
     head: u32,
     lines: u32,
     kv_head: u32,
@@ -127,6 +141,12 @@ impl Line {
     const fn units(&self) -> u32 {
         self.context.div_ceil(UNIT)
     }
+
+    /// Among those of its row.
+    const fn first_slot(&self, of: Lines) -> usize {
+        let (head, kv_head) = (self.head as usize, self.kv_head as usize);
+        kv_head * of.group.div_ceil(of.slot) + (head - kv_head * of.group) / of.slot
+    }
 }
 
 fn lines(segments: &[Segment], of: Lines) -> impl Iterator<Item = Line> {
@@ -134,9 +154,8 @@ fn lines(segments: &[Segment], of: Lines) -> impl Iterator<Item = Line> {
         let Segment { start, len, context, table } = *segment;
         let settled = context - len;
         (0..len).flat_map(move |i| {
-            (0..).zip(of.each()).map(move |(index, (head, lines, kv_head))| Line {
+            of.each().map(move |(head, lines, kv_head)| Line {
                 row: start + i,
-                index,
                 head,
                 lines,
                 kv_head,
@@ -165,13 +184,13 @@ impl Cut {
     #[must_use]
     pub const fn most(rows: usize, of: Lines, blocks: usize) -> (usize, usize) {
         let lines = rows * of.of_row();
-        (2 * blocks + lines, blocks + lines)
+        (2 * blocks + lines, (blocks + lines) * of.slots())
     }
 
     /// Entries of `slots` for steps of `rows` rows.
     #[must_use]
     pub const fn slot_entries(rows: usize, of: Lines) -> usize {
-        rows * of.of_row()
+        rows * of.slots_of_row()
     }
 
     /// Cuts the rows of `segments` (decodes: few rows each) of a step of `rows` rows for `blocks`
@@ -223,8 +242,13 @@ impl Cut {
                 self.push(block, piece);
             }
             if partial {
-                let entry = line.row as usize * of.of_row() + line.index as usize;
-                self.slots[entry] = [first, slots - first];
+                // Those of the same heads follow each other.
+                let (count, each) = (slots - first, of.slots());
+                let entry = line.row as usize * of.slots_of_row() + line.first_slot(of);
+                let heads = (line.lines as usize).div_ceil(of.slot);
+                for (slot, entry) in (0..).zip(&mut self.slots[entry..entry + heads]) {
+                    *entry = [first * each as u32 + slot * count, count];
+                }
             }
         });
         self.parts = parts;
@@ -254,13 +278,14 @@ struct Room {
     units: u32,
     blocks: u32,
     split: bool,
+    whole: bool,
     costs: Costs,
 }
 
 impl Room {
     /// The smallest in which everything fits, split only where that pays for the second kernel.
     fn choose(segments: &[Segment], of: Lines, blocks: u32, parts: &mut Vec<Part>) -> Self {
-        let costs = of.costs;
+        let Lines { costs, whole: grains, .. } = of;
         let (mut total, mut longest, mut count) = (0_u32, 0_u32, 0_u32);
         for line in lines(segments, of) {
             total = total.saturating_add(line.units() + costs.piece);
@@ -269,7 +294,7 @@ impl Room {
         }
         let even = total.div_ceil(blocks.max(1)).max(1);
         let mut fit = |from: u32, split| {
-            let mut room = Self { units: from, blocks, split, costs };
+            let mut room = Self { units: from, blocks, split, whole: grains, costs };
             while !room.fits(lines(segments, of), parts) {
                 room.units += (room.units / 32).max(1);
             }
@@ -303,6 +328,7 @@ impl Room {
         let Costs { piece, partial, .. } = self.costs;
         // Pieces of whole cache blocks where they are long; short ones for short work.
         let grain = match self.units.saturating_sub(piece + partial) {
+            _ if self.whole => BLOCK as u32 / UNIT,
             8.. => BLOCK as u32 / UNIT,
             2.. => 2,
             _ => 1,
@@ -358,9 +384,17 @@ mod tests {
 
     const COSTS: Costs = Costs { piece: 2, partial: 2, merge: 5 };
 
+    const EIGHT: Lines = Lines { heads: 8, group: 8, most: 8, slot: 8, whole: false, costs: COSTS };
+
     /// All heads share keys, as in latent attention.
     fn shared(heads: usize) -> Lines {
-        Lines { heads, group: heads, most: 16, costs: COSTS }
+        Lines { heads, group: heads, most: 16, slot: 16, ..EIGHT }
+    }
+
+    /// Lines of many heads, their results in slots of 16.
+    fn wide(heads: usize) -> Lines {
+        let costs = Costs { piece: 4, partial: 4, merge: 8 };
+        Lines { most: 64, whole: true, costs, ..shared(heads) }
     }
 
     fn cut(segments: &[Segment], of: Lines, blocks: usize) -> Cut {
@@ -381,6 +415,7 @@ mod tests {
         assert!(cut.pieces.len() <= most, "{} pieces of {most}", cut.pieces.len());
         let mut all = Vec::new();
         let mut fullest = 0;
+        let mut taken = std::collections::BTreeSet::new();
         for block in 0..blocks {
             let mut at = block;
             let mut units = 0;
@@ -398,7 +433,6 @@ mod tests {
             fullest = fullest.max(units);
         }
         for line in lines(segments, of) {
-            let index = line.row as usize * of.of_row() + line.index as usize;
             let of_line = |p: &&Piece| (p.row, p.head) == (line.row, line.head);
             let mut mine: Vec<Piece> = all.iter().filter(of_line).copied().collect();
             mine.sort_by_key(|piece| piece.begin);
@@ -407,10 +441,18 @@ mod tests {
             for pair in mine.windows(2) {
                 assert_eq!(pair[0].end, pair[1].begin);
             }
-            let [first, count] = cut.slots[index];
-            assert!((first + count) as usize <= most_slots);
+            let (begin, each) = (line.row as usize * of.slots_of_row(), of.slots() as u32);
+            let slots = &cut.slots[begin + line.first_slot(of)..];
+            let [first, count] = [slots[0][0] / each, slots[0][1]];
+            for (heads, slots) in (0..line.lines.div_ceil(of.slot as u32)).zip(slots) {
+                let mine = if count == 0 { [0, 0] } else { [first * each + heads * count, count] };
+                assert_eq!(*slots, mine);
+                assert!((mine[0]..mine[0] + count).all(|slot| taken.insert(slot)), "slots of two");
+                assert!((mine[0] + count) as usize <= most_slots);
+            }
+            let unit = if of.whole { BLOCK as u32 } else { UNIT };
             for (piece, slot) in mine.iter().zip(first..) {
-                assert_eq!(piece.begin % UNIT, 0);
+                assert_eq!(piece.begin % unit, 0);
                 let block = piece.begin / BLOCK as u32;
                 let second = (piece.end - 1) / BLOCK as u32 > block;
                 let entry = |block| u64::from(line.table + block) * 1000;
@@ -434,9 +476,14 @@ mod tests {
                 for heads in [1, 16, 40, 128] {
                     check(&decodes(contexts), shared(heads), blocks);
                 }
+                for heads in [70, 128, 200] {
+                    check(&decodes(contexts), wide(heads), blocks);
+                }
+                let of = Lines { most: 32, heads: 80, group: 40, ..wide(80) };
+                check(&decodes(contexts), of, blocks);
                 for (heads, group) in [(8, 1), (6, 3), (32, 4), (18, 9), (16, 16)] {
                     for costs in [COSTS, Costs { piece: 8, partial: 4, merge: 24 }] {
-                        let of = Lines { heads, group, most: 8, costs };
+                        let of = Lines { heads, group, costs, ..EIGHT };
                         check(&decodes(contexts), of, blocks);
                     }
                 }

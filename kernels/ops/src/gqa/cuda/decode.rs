@@ -69,7 +69,7 @@ pub const fn name(gqa: &Gqa, fused: bool) -> &'static str {
 pub const fn lines(gqa: &Gqa) -> Lines {
     let kv_heads = if gqa.kv_heads == 0 { 1 } else { gqa.kv_heads };
     let group = gqa.heads / kv_heads;
-    Lines { heads: gqa.heads, group, most: LINES, costs: COSTS }
+    Lines { heads: gqa.heads, group, most: LINES, slot: LINES, whole: false, costs: COSTS }
 }
 
 /// Blocks that keys are cut for.

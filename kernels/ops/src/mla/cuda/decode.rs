@@ -1,26 +1,31 @@
 //! Decoding rows of latent attention: keys cut into pieces of equal work for all multiprocessors, two
 //! kernels.
 //!
-//! The cut is made by [`Cut`]. It serves the widths of DeepSeek's models (latent 512, rope 64) in bf16;
+//! Pieces have 16 heads of a row, or 64 where it has more than 16, by a kernel of warpgroups that reads keys
+//! less often. Partial results lie in slots of 16 heads all the same. The cut is made by [`Cut`]. It serves the widths of DeepSeek's models (latent 512, rope 64) in bf16;
 //! others take the tiles of `flash`. Invariant: a piece reads no row of another sequence.
 
 use super::{Mla, OP};
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};
 use crate::flash::cuda::Query;
 use crate::flash::cuda::cut::{Costs, Cut, Lines, Piece, UNIT};
-use crate::paged::KvLayer;
+use crate::paged::{BLOCK, KvLayer};
 use device::cuda::{Arena, CudaError, DeviceSlice, Launch, Parameters, Swizzle, TensorMap};
 
 pub(super) const LATENT: usize = 512;
 pub(super) const ROPE: usize = 64;
 pub(super) const WIDTH: usize = LATENT + ROPE;
-/// Heads of a piece.
+/// Heads of a slot, and of a piece where they are few.
 pub(super) const LINES: usize = 16;
+/// Those of a piece where there are more.
+const MANY: usize = 64;
 /// Elements of a line of the cache as the copy engine swizzles it; blocks begin on multiples.
 pub const LINE: usize = 64;
 const THREADS: u32 = 256;
-/// Bytes of the kernel's `Shared`.
+const WIDE_THREADS: u32 = 384;
+/// Bytes of the kernels' `Shared`.
 const SHARED: u32 = 169_056;
+const WIDE_SHARED: u32 = 229_920;
 const MERGE_THREADS: u32 = 256;
 /// Blocks of the second kernel on a multiprocessor.
 const MERGE_WAVES: usize = 8;
@@ -28,9 +33,12 @@ const MERGE_WAVES: usize = 8;
 const MERGE_PARTS: usize = 8;
 
 const COSTS: Costs = Costs { piece: 2, partial: 2, merge: 5 };
+const WIDE_COSTS: Costs = Costs { piece: 4, partial: 4, merge: 8 };
 
-/// The kernel that works through pieces.
-pub const DECODE: &str = "mla_decode_16";
+const NARROW: &str = "mla_decode_16";
+const WIDE: &str = "mla_decode_64";
+/// Kernels that have more shared memory than the default.
+pub(crate) const LARGE: [&str; 2] = [NARROW, WIDE];
 const MERGE: &str = "mla_decode_merge";
 
 /// Whether this kernel serves the shape over a cache whose blocks begin on multiples of [`LINE`].
@@ -44,10 +52,21 @@ pub const fn serves(mla: &Mla, layer: KvLayer, dtype: Dtype) -> bool {
         && layer.offset.is_multiple_of(LINE)
 }
 
-/// How rows of so many heads are cut.
+/// How rows of so many heads are cut, and so which kernel works through their pieces.
 #[must_use]
 pub const fn lines(heads: usize) -> Lines {
-    Lines { heads, group: heads, most: LINES, costs: COSTS }
+    let narrow =
+        Lines { heads, group: heads, most: LINES, slot: LINES, whole: false, costs: COSTS };
+    if heads <= LINES {
+        return narrow;
+    }
+    Lines { most: MANY, whole: true, costs: WIDE_COSTS, ..narrow }
+}
+
+/// The kernel that works through pieces of so many heads.
+#[must_use]
+pub const fn name(heads: usize) -> &'static str {
+    if lines(heads).whole { WIDE } else { NARROW }
 }
 
 /// Mirrors `Params`.
@@ -88,21 +107,38 @@ struct MergeParams {
 // SAFETY: mirrors the kernel's struct; lengths are checked in `attention`.
 unsafe impl Parameters for MergeParams {}
 
-/// The cache as the copy engine sees it; made once.
+/// The cache as the copy engine sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheMap {
+    /// Lines, in boxes of [`UNIT`] keys.
+    pub(super) units: TensorMap,
+    /// By the line where a block of the cache begins, and key: lines of all its keys.
+    blocks: TensorMap,
+}
+
+/// Made once.
 ///
 /// # Errors
-/// When the driver refuses the shape.
-pub fn cache_map(arena: &DeviceSlice) -> Result<TensorMap, CudaError> {
-    let dims = [LINE as u64, (arena.bytes() / (LINE * 2)) as u64];
-    let boxes = [LINE as u32, UNIT * (WIDTH / LINE) as u32];
-    TensorMap::bf16(arena, dims, boxes, Swizzle::Bytes128)
+/// When the arena is smaller than a block of one layer, or the driver refuses the shape.
+pub fn cache_map(arena: &DeviceSlice) -> Result<CacheMap, CudaError> {
+    const OF_KEY: u64 = (WIDTH / LINE) as u64;
+    let (line, keys) = (LINE as u64, BLOCK as u64);
+    let lines = (arena.bytes() / (LINE * 2)) as u64;
+    let boxes = [LINE as u32, UNIT * OF_KEY as u32];
+    let units = TensorMap::bf16(arena, [line, lines], boxes, Swizzle::Bytes128)?;
+    // A box begins with a line and takes that of every other key, so none begins in the last ones.
+    let dims = [line, keys, lines.saturating_sub((keys - 1) * OF_KEY)];
+    let strides = [1, OF_KEY * line, line];
+    let boxes = [LINE as u32, BLOCK as u32, 1];
+    let blocks = TensorMap::bf16_strided(arena, dims, strides, boxes, Swizzle::Bytes128)?;
+    Ok(CacheMap { units, blocks })
 }
 
 /// A step's cut on the device.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan<'a> {
     /// By [`cache_map`], of the arena given beside it.
-    pub map: &'a TensorMap,
+    pub map: &'a CacheMap,
     /// [`Piece`] each; at least one per block.
     pub pieces: &'a DeviceSlice,
     /// [`Cut::slots`] for all padded rows.
@@ -201,15 +237,16 @@ pub(super) fn pieces(
     if !serves(mla, layer, arena.dtype) {
         return Err(shape(OP, format!("{mla:?} over {layer:?} in pieces")));
     }
-    let (most, slots) = Cut::most(plan.decodes, lines(mla.heads), plan.blocks);
+    let of = lines(mla.heads);
+    let (most, slots) = Cut::most(plan.decodes, of, plan.blocks);
     need(OP, "pieces", plan.pieces, &[most, Piece::WORDS], 4)?;
-    need(OP, "slots", plan.slots, &[Cut::slot_entries(rows.padded, lines(mla.heads)), 2], 4)?;
+    need(OP, "slots", plan.slots, &[Cut::slot_entries(rows.padded, of), 2], 4)?;
     need(OP, "partial sums", &partials.sums, &[slots, LINES, LATENT], 4)?;
     need(OP, "partial masses", &partials.masses, &[slots, LINES], 8)?;
     need(OP, "out", out, &[rows.padded, mla.heads, LATENT], 2)?;
     let [q, rest] = queries;
     let params = Params {
-        cache: *plan.map,
+        cache: if of.whole { plan.map.blocks } else { plan.map.units },
         q: q.address,
         q_rest: rest.address,
         out: out.address(),
@@ -226,6 +263,9 @@ pub(super) fn pieces(
         heads: dim(OP, mla.heads)?,
         scale: mla.scale,
     };
-    let grid = [dim(OP, plan.blocks)?, 1, 1];
-    Launch::new(on.kernel(DECODE)?, grid, THREADS).shared(SHARED).dependent().on(on.stream, &params)
+    let (threads, shared) = if of.whole { (WIDE_THREADS, WIDE_SHARED) } else { (THREADS, SHARED) };
+    Launch::new(on.kernel(name(mla.heads))?, [dim(OP, plan.blocks)?, 1, 1], threads)
+        .shared(shared)
+        .dependent()
+        .on(on.stream, &params)
 }

@@ -287,6 +287,8 @@ struct MergeParams {
 constexpr int kMergeThreads = 256;
 constexpr int kMergeParts = 8;      // of the latent, where a row has many pieces
 constexpr uint32_t kMergeMany = 16; // pieces
+// Pieces of a row with which it is cut into parts even where these are more than run at once.
+constexpr uint32_t kMergeMost = 64;
 
 // One row and head, `kQuads * 4` columns: every way merges its pieces, then the ways are merged.
 template <int kQuads, int kAtOnce> __device__ void merge_columns(const MergeParams& p, uint2 mine, uint32_t row, uint32_t head, uint32_t from) {
@@ -314,6 +316,7 @@ __device__ void merge(const MergeParams& p) {
     const uint32_t lines = p.rows * p.heads, all = lines * kMergeParts;
     __shared__ uint32_t found[kMergeThreads];
     __shared__ uint32_t count;
+    const uint32_t many = all <= gridDim.x ? kMergeMany : kMergeMost;
     for (uint32_t base = blockIdx.x; base < all; base += gridDim.x * kMergeThreads) {
         if (threadIdx.x == 0) count = 0;
         __syncthreads();
@@ -322,13 +325,13 @@ __device__ void merge(const MergeParams& p) {
             const uint32_t part = mine / lines, row = mine % lines / p.heads, head = mine % p.heads;
             const uint32_t pieces = p.slots[row * ((p.heads + kLines - 1) / kLines) + head / kLines].y;
             // The order of items changes no result: each has its own place.
-            if (pieces > 0 && (part == 0 || pieces >= kMergeMany)) found[atomicAdd(&count, 1)] = mine;
+            if (pieces > 0 && (part == 0 || pieces >= many)) found[atomicAdd(&count, 1)] = mine;
         }
         __syncthreads();
         for (uint32_t i = 0; i < count; i++) {
             const uint32_t item = found[i], part = item / lines, line = item % lines, row = line / p.heads, head = line % p.heads;
             const uint2 pieces = p.slots[row * ((p.heads + kLines - 1) / kLines) + head / kLines];
-            if (pieces.y >= kMergeMany) {
+            if (pieces.y >= many) {
                 merge_columns<kLatent / kMergeParts / 4, 8>(p, pieces, row, head, part * (kLatent / kMergeParts));
             } else {
                 merge_columns<kLatent / 4, 4>(p, pieces, row, head, 0);

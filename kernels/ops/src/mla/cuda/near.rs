@@ -109,7 +109,7 @@ pub fn attention(
     // With one, two blocks and one of the product in front share a multiprocessor.
     let stages = rows.padded;
     let params = Params {
-        cache: *plan.map,
+        cache: plan.map.units,
         q: q.address(),
         kv: kv.address(),
         absorbed: weights.absorbed.address(),

@@ -31,7 +31,7 @@ const STAGES: [usize; 2] = [5, 3];
 /// Bytes of the stages of a block, and of its barriers and units.
 const RINGS: usize =
     (ROWS.next_multiple_of(ROW_BOX) * STAGES[0] + LINES * STAGES[1] * GROUPS) * 2 * LINE;
-const OWN: usize = 16 * (STAGES[0] + GROUPS * STAGES[1] + 8);
+const OWN: usize = 16 * (STAGES[0] + GROUPS * STAGES[1] + 9);
 /// The warpgroups, and two that read.
 const THREADS: u32 = 128 * (GROUPS as u32 + 2);
 /// Tokens of an expert, if all were equally busy, from which on this is faster than two launches.

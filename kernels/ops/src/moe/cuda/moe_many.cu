@@ -72,10 +72,11 @@ struct Memory {
     __device__ uint32_t given(uint32_t i) const { return full_w(kGroups, i); }
     __device__ uint32_t taken(uint32_t i) const { return given(i) + 8; }
     __device__ uint32_t wanted() const { return given(kSlots); }
-    __device__ uint32_t stored(uint32_t group) const { return wanted() + 8 + 8 * group; }
-    __device__ uint32_t slot(uint32_t i) const { return given(kSlots + 2 + 2 * i); }
+    __device__ uint32_t stored(uint32_t group, uint32_t i) const { return given(kSlots + 1 + i) + 8 * group; }
+    __device__ uint32_t slot(uint32_t i) const { return given(2 * kSlots + 1 + 2 * i); }
 };
-constexpr uint32_t kBytes = kXStages * kXBytes + kGroups * kWStages * kWBytes + 16 * (kXStages + kGroups * kWStages + kSlots + 2 + 2 * kSlots);
+static_assert(kGroups == 2, "what groups have stored of a slot lies in 16 bytes");
+constexpr uint32_t kBytes = kXStages * kXBytes + kGroups * kWStages * kWBytes + 16 * (kXStages + kGroups * kWStages + 4 * kSlots + 1);
 static_assert(kBytes <= 227 * 1024, "what a block may have");
 
 __device__ __forceinline__ Unit read_unit(uint32_t at) {
@@ -229,16 +230,21 @@ __device__ void read_rows(const Params& p, const Memory& m) {
 }
 
 // One thread, for one warpgroup: what this has stored is made visible to the copy engine of other blocks
-// and counted.
+// and counted. A slot is given again when what its unit stored has been seen here, so that no barrier is
+// ever a phase further than this waits for.
 __device__ void announce(const Params& p, const Memory& m, uint32_t group) {
-    uint32_t parity = 0;
+    uint32_t parity = 0;  // a bit for every slot
     for (uint32_t i = 0;; i++) {
         const Unit unit = next_unit(m, i);
-        barrier_arrive(m.taken(i % kSlots));
+        const uint32_t slot = i % kSlots;
+        const bool up = unit.any && unit.which % 2 == 0;
+        if (up) {
+            barrier_wait(m.stored(group, slot), parity >> slot & 1);
+            parity ^= 1u << slot;
+        }
+        barrier_arrive(m.taken(slot));
         if (!unit.any) break;
-        if (unit.which % 2 == 1) continue;
-        barrier_wait(m.stored(group), parity);
-        parity ^= 1;
+        if (!up) continue;
         asm volatile("fence.proxy.async;\n" ::: "memory");
         __threadfence();
         asm volatile("red.release.gpu.global.add.u32 [%0], 1;\n" ::"l"(p.progress + 1 + unit.tile) : "memory");
@@ -353,7 +359,7 @@ __device__ __forceinline__ void compute_all(const Params& p, const Memory& m) {
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
             barrier_arrive(m.taken(i % kSlots));
-            if (up) barrier_arrive(m.stored(group));
+            if (up) barrier_arrive(m.stored(group, i % kSlots));
         }
     }
 }
@@ -378,7 +384,7 @@ extern "C" __global__ void __launch_bounds__(many::kThreads, 1) experts_many(con
             barrier_init(m.taken(i), 4 * kGroups + 2 * kGroups + 1);
         }
         barrier_init(m.wanted(), 1);
-        for (uint32_t g = 0; g < kGroups; g++) barrier_init(m.stored(g), 4);
+        for (uint32_t i = 0; i < kGroups * kSlots; i++) barrier_init(m.stored(i % kGroups, i / kGroups), 4);
         fence_barrier_init();
     }
     __syncthreads();

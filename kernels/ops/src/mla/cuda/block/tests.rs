@@ -167,7 +167,7 @@ impl Decodes {
 
 /// A cut of a step's keys on the device.
 struct Cut {
-    map: device::cuda::TensorMap,
+    map: decode::CacheMap,
     pieces: DeviceSlice,
     slots: DeviceSlice,
     partials: decode::Partials,
@@ -280,6 +280,9 @@ fn a_block_agrees_with_its_ops() {
             check(&device, &Decodes::new(16, &contexts, Pairing::Interleaved), blocks);
         }
     }
+    for contexts in [vec![256], vec![3001, 1]] {
+        check(&device, &Decodes::new(128, &contexts, Pairing::Interleaved), 132);
+    }
     // More than a tile of rows, and more than run at once; one long among many short ones.
     for rows in [13, 14, 17, 30, 64, 126, 250] {
         let mut contexts: Vec<usize> = (0..rows).map(|i| 1 + i * 37 % 300).collect();
@@ -291,24 +294,24 @@ fn a_block_agrees_with_its_ops() {
 #[test]
 fn a_row_that_is_not_a_number_leaves_its_neighbours_alone() {
     let Some(device) = device() else { return };
-    for rows in [4, 100] {
-        a_broken_row(&device, rows);
+    for (rows, heads) in [(4, 16), (100, 16), (7, 70)] {
+        a_broken_row(&device, rows, heads);
     }
 }
 
-fn a_broken_row(device: &Device, rows: usize) {
+fn a_broken_row(device: &Device, rows: usize, heads: usize) {
     let contexts: Vec<usize> = [300, 77, 500, 1].into_iter().cycle().take(rows).collect();
-    let clean = Decodes::new(16, &contexts, Pairing::Interleaved);
-    let width = 16 * VALUE;
+    let clean = Decodes::new(heads, &contexts, Pairing::Interleaved);
+    let width = heads * VALUE;
     let expected = clean.run(device, By::Block, 132);
     // In its keys, in its query.
     for in_keys in [true, false] {
-        let mut broken = Decodes::new(16, &contexts, Pairing::Interleaved);
+        let mut broken = Decodes::new(heads, &contexts, Pairing::Interleaved);
         if in_keys {
             let at = broken.cache.at(broken.cache.segments[1].table as usize, 70);
             broken.cache.arena[at + 3] = f32::NAN;
         } else {
-            broken.q[16 * QUERY..][..16 * QUERY].fill(f32::NAN);
+            broken.q[heads * QUERY..][..heads * QUERY].fill(f32::NAN);
         }
         let got = broken.run(device, By::Block, 132);
         assert_eq!(got[0][..width], expected[0][..width], "{in_keys}: before");

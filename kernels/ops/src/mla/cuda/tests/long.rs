@@ -58,9 +58,22 @@ fn contexts_of_64k_agree_with_f64() {
 #[test]
 fn every_key_of_64k_counts_once() {
     let Some(device) = device() else { return };
-    let mla = Mla { heads: 16, ..NATIVE };
+    for context in AROUND_64K {
+        every_key_counts(&device, 16, context, &BOTH);
+    }
+}
+
+#[test]
+fn every_key_of_64k_counts_once_for_many_heads() {
+    let Some(device) = device() else { return };
+    every_key_counts(&device, 128, 65_537, &BOTH[..2]);
+}
+
+fn every_key_counts(device: &Device, heads: usize, context: usize, variants: &[(By, usize)]) {
+    let mla = Mla { heads, ..NATIVE };
     let (width, of_head) = (mla.nope + mla.rope, (mla.nope + mla.v) * mla.latent);
-    // The first four heads give the latent as it is, each a part of it; queries see no difference.
+    // The first four heads give the latent as it is, each a part of it, and so on; queries see no
+    // difference.
     let mut kv_b = vec![0.0; mla.heads * of_head];
     for (head, kv_b) in kv_b.chunks_exact_mut(of_head).enumerate() {
         for value in 0..mla.v {
@@ -68,16 +81,14 @@ fn every_key_of_64k_counts_once() {
             kv_b[(mla.nope + value) * mla.latent + latent] = 1.0;
         }
     }
-    for context in AROUND_64K {
-        let cache = Cache::counting(&[(2, context)], mla.latent + mla.rope, 0..mla.latent);
-        let q = vec![1.0; cache.rows() * mla.heads * width];
-        for (by, splits) in BOTH {
-            let got = run(&device, &cache, &q, &kv_b, &mla, by, splits);
-            for (row, got) in got.chunks_exact(mla.heads * mla.v).enumerate() {
-                for (at, got) in got.chunks_exact(mla.latent).enumerate() {
-                    let what = format!("{by:?} {splits}, row {row} of {context}, heads from {at}");
-                    assert_counted(&what, got, context - 1 + row);
-                }
+    let cache = Cache::counting(&[(2, context)], mla.latent + mla.rope, 0..mla.latent);
+    let q = vec![1.0; cache.rows() * mla.heads * width];
+    for (by, splits) in variants {
+        let got = run(device, &cache, &q, &kv_b, &mla, *by, *splits);
+        for (row, got) in got.chunks_exact(mla.heads * mla.v).enumerate() {
+            for (at, got) in got.chunks_exact(mla.latent).enumerate() {
+                let what = format!("{by:?} {splits}, row {row} of {context}, heads from {at}");
+                assert_counted(&what, got, context - 1 + row);
             }
         }
     }

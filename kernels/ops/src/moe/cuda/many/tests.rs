@@ -171,6 +171,8 @@ fn experts_of_all_rows_join_those_that_are_chosen() {
         case(184, 181, 2, 4, 80, 264, 72),
         case(700, 700, 3, 16, 208, 104, 424),
         case(1100, 1025, 6, 64, 64, 104, 208),
+        // Blocks take several units each, of one step: what they store is announced later than it is done.
+        case(2400, 2397, 6, 32, 64, 1024, 128),
     ] {
         for crowded in [false, true] {
             check(&device, case, crowded);
