@@ -61,7 +61,8 @@ pub enum Variant {
     Library,
 }
 
-/// What becomes of a product's results; other than the first only [`Variant::Stream`] has it.
+/// What becomes of a product's results; other than the first only [`Variant::Stream`] has it, and the last
+/// one [`Variant::Wide`] for some rows, as [`gates`] says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Then {
     /// Stored.
@@ -293,6 +294,16 @@ pub fn statement(gpu: &Gpu) -> String {
     }
 }
 
+/// The variant that computes a product and the activation of its results in one launch, if one does and is
+/// faster than both apart.
+#[must_use]
+pub fn gates(rows: usize, operands: &Linear<'_>) -> Option<Variant> {
+    if rows <= stream::MOST_ROWS {
+        return stream::takes(rows, operands).then_some(Variant::Stream);
+    }
+    wide::gates(rows, operands).map(Variant::Wide)
+}
+
 /// Whether [`both`] makes the products of the same rows faster than one after the other.
 #[must_use]
 pub fn takes_both(on: Queue<'_>, rows: usize, first: &Linear<'_>, second: &Linear<'_>) -> bool {
@@ -382,14 +393,16 @@ pub fn linear_as(
     if variant == Variant::Stream {
         return stream::launch(on, rows, operands, None);
     }
+    if let Variant::Wide(tile) = variant
+        && operands.norm.is_none()
+    {
+        return wide::launch(tile, on, rows, operands, None);
+    }
     if then != Then::Store || operands.norm.is_some() {
         return Err(shape(OP, format!("{operands:?} as {variant:?}")));
     }
     if variant == Variant::Library {
         return library::launch(None, on, rows, operands);
-    }
-    if let Variant::Wide(tile) = variant {
-        return wide::launch(tile, on, rows, operands, None);
     }
     let params = Params {
         x: x.address(),

@@ -9,6 +9,12 @@
         wide::run<__VA_ARGS__, wide::Balanced<__VA_ARGS__>, wide::Out::kF32>(p);                                \
     }
 
+// silu(gate) * up of as many lines of both.
+#define TOKENMILL_WIDE_GATE(NAME, ...)                                                                          \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__::kThreads, 1) NAME##_gate(const __grid_constant__ wide::Params p) { \
+        wide::run<__VA_ARGS__, wide::Balanced<__VA_ARGS__>, wide::Out::kInner>(p);                              \
+    }
+
 // Small tiles leave room for a second block, so that the next product can begin; large ones take two
 // boxes at once of the lines of weights while rows are few.
 template <int kTile, int kRows>
@@ -37,3 +43,9 @@ TOKENMILL_WIDE(linear_wide_128x96, Wide128x96)
 TOKENMILL_WIDE(linear_wide_128x128, Wide128x128)
 TOKENMILL_WIDE(linear_wide_128x192, Wide128x192)
 TOKENMILL_WIDE(linear_wide_128x256, Wide128x256)
+TOKENMILL_WIDE_GATE(linear_wide_64x16, Wide64x16)
+TOKENMILL_WIDE_GATE(linear_wide_64x32, Wide64x32)
+TOKENMILL_WIDE_GATE(linear_wide_64x64, Wide64x64)
+TOKENMILL_WIDE_GATE(linear_wide_128x16, Wide128x16)
+TOKENMILL_WIDE_GATE(linear_wide_128x32, Wide128x32)
+TOKENMILL_WIDE_GATE(linear_wide_128x64, Wide128x64)

@@ -11,7 +11,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::{Linear, WIDE};
+use super::{Linear, Then, WIDE};
 use crate::cuda::{Dtype, Queue, Rows, bytes, dim, shape};
 use device::cuda::{
     Context, CudaError, DeviceMemory, DeviceSlice, Launch, Parameters, Stream, Swizzle, TensorMap,
@@ -173,8 +173,20 @@ pub(crate) const ALL: [Tile; 12] = [
 
 /// Kernels that have more shared memory than the default.
 pub(crate) fn large() -> impl Iterator<Item = &'static str> {
-    let names = |tile: Tile| [Dtype::F32, Dtype::Bf16].map(|out| tile.kernel(out));
+    let names = |tile: Tile| [tile.kernel(Dtype::F32), tile.kernel(Dtype::Bf16), tile.gate()];
     ALL.into_iter().flat_map(names).flatten()
+}
+
+/// Rows up to which a product and the activation of its results are faster in one launch than the library's
+/// product and another launch.
+const GATE_ROWS: usize = 64;
+
+/// The tile of a product whose results are activated, if kernels take it so.
+pub(super) fn gates(rows: usize, operands: &Linear<'_>) -> Option<Tile> {
+    let Linear { out, inputs, outputs, bias, norm, .. } = *operands;
+    let plain = takes(operands) && out.dtype == Dtype::Bf16 && bias.is_none() && norm.is_none();
+    let tile = Tile::select(rows, outputs.checked_mul(2)?, inputs);
+    (plain && rows <= GATE_ROWS && tile.gate().is_some()).then_some(tile)
 }
 
 impl Tile {
@@ -222,6 +234,19 @@ impl Tile {
         })
     }
 
+    /// The kernel whose results are activated, for as many rows as [`gates`] takes.
+    const fn gate(self) -> Option<&'static str> {
+        Some(match (self.outputs, self.rows) {
+            (64, 16) => "linear_wide_64x16_gate",
+            (64, 32) => "linear_wide_64x32_gate",
+            (64, 64) => "linear_wide_64x64_gate",
+            (128, 16) => "linear_wide_128x16_gate",
+            (128, 32) => "linear_wide_128x32_gate",
+            (128, 64) => "linear_wide_128x64_gate",
+            _ => return None,
+        })
+    }
+
     const fn shape(self) -> Shape {
         let Self { outputs, rows } = self;
         Shape {
@@ -265,12 +290,22 @@ pub(super) fn launch(
 ) -> Result<(), CudaError> {
     const OP: &str = "linear";
     let Linear { x, x_stride, w, bias, out, out_stride, inputs, outputs, .. } = *operands;
+    let refused = || shape(OP, format!("{operands:?} as {tile:?}"));
     let both = second.is_none_or(|second| takes_both(operands, second));
-    let name = tile.kernel(out.dtype).filter(|_| takes(operands) && both);
-    let name = name.ok_or_else(|| shape(OP, format!("{operands:?} as {tile:?}")))?;
+    let gate = operands.then == Then::Gate;
+    let name = match operands.then {
+        Then::Store => tile.kernel(out.dtype),
+        Then::Gate if gates(rows.padded, operands).is_some() && second.is_none() => tile.gate(),
+        Then::Gate | Then::Add => None,
+    };
+    let name = name.filter(|_| takes(operands) && both).ok_or_else(refused)?;
     let shared = on.shared();
     let shape_of = tile.shape();
-    let w = shape_of.w_map(w, 1, outputs, inputs)?;
+    let (w, lines_of) = if gate {
+        (shape_of.pairs_map(w, 1, outputs, inputs)?, bytes(OP, &[2, outputs])?)
+    } else {
+        (shape_of.w_map(w, 1, outputs, inputs)?, outputs)
+    };
     let more = second.map(|second| shape_of.w_map(second.w, 1, second.outputs, inputs));
     let params = Params {
         w,
@@ -284,14 +319,14 @@ pub(super) fn launch(
         tiles: 0,
         out_stride: out_stride as u64,
         rows: dim(OP, rows.padded)?,
-        outputs: dim(OP, outputs)?,
+        outputs: dim(OP, lines_of)?,
         inputs: dim(OP, inputs)?,
         second_outputs: dim(OP, second.map_or(0, |second| second.outputs))?,
         second_out: second.map_or(0, |second| second.out.address()),
         second_stride: second.map_or(0, |second| second.out_stride as u64),
     };
     let lines = second.map_or(0, |second| second.outputs.div_ceil(tile.outputs));
-    let tiles = [outputs.div_ceil(tile.outputs) + lines, rows.padded.div_ceil(tile.rows)];
+    let tiles = [lines_of.div_ceil(tile.outputs) + lines, rows.padded.div_ceil(tile.rows)];
     let steps = bytes(OP, &[tiles[0], tiles[1], inputs.div_ceil(LINE * shape_of.boxes)])?;
     let blocks = steps.min(on.multiprocessors()).min(tiles[0] * tiles[1] * MOST_PARTS);
     // The kernel multiplies steps by blocks.

@@ -93,6 +93,64 @@ fn every_tile_agrees_with_f64() {
     }
 }
 
+/// `w` is gates, then as many ups.
+fn gated(case: &Case, device: &Device, tile: Tile, real: usize) -> Vec<f32> {
+    let (rows, inputs, outputs) = (case.rows, case.inputs, case.outputs / 2);
+    let x = device.send_as(&case.x, Dtype::Bf16);
+    let w = device.send_as(&case.w, Dtype::Bf16);
+    let count = device.send(&[real as u32]);
+    let out = device.poisoned(rows * (outputs + OUT_GAP) * 2);
+    let (x, to) = (Tensor::new(&x, Dtype::Bf16), Tensor::new(&out, Dtype::Bf16));
+    let operands = Linear {
+        x_stride: inputs + X_GAP,
+        out_stride: outputs + OUT_GAP,
+        then: Then::Gate,
+        ..Linear::plain(x, &w, to, inputs, outputs)
+    };
+    assert!(gates(rows, &operands).is_some());
+    let rows = Rows { padded: rows, count: Some(&count) };
+    linear_as(Variant::Wide(tile), device.queue(), rows, &operands).expect("a launch");
+    device.fetch_as(&out, Dtype::Bf16)
+}
+
+#[test]
+fn activated_products_agree_with_f64_and_rows_keep_to_themselves() {
+    let Some(device) = device() else { return };
+    for (inputs, outputs) in [(8, 8), (72, 136), (1000, 584), (136, 4504)] {
+        for rows in [1, 9, 17, 33, 64] {
+            let mut case = Case::new(rows, inputs, 2 * outputs);
+            let size = (3.0 / inputs as f32).sqrt();
+            case.w = rounded(&case.w.iter().map(|w| w * size).collect::<Vec<_>>(), Dtype::Bf16);
+            case.bias.fill(0.0);
+            let real = rows - rows / 5;
+            let sums = case.expected(real);
+            let mut expected = vec![f64::NAN; rows * (outputs + OUT_GAP)];
+            for row in 0..real {
+                let of = &sums[row * (2 * outputs + OUT_GAP)..];
+                for at in 0..outputs {
+                    let (gate, up) = (of[at], of[outputs + at]);
+                    expected[row * (outputs + OUT_GAP) + at] = gate / (1.0 + (-gate).exp()) * up;
+                }
+            }
+            for tile in ALL.into_iter().filter(|tile| tile.gate().is_some()) {
+                let got = gated(&case, &device, tile, real);
+                let what =
+                    format!("{tile:?} of {real} of {rows} x {inputs} x {outputs}, activated");
+                assert_near(&what, &got, &expected, 2.0 * rounding(Dtype::Bf16));
+                let mut planted =
+                    Case { x: case.x.clone(), w: case.w.clone(), bias: vec![], ..case };
+                planted.x[..inputs].fill(f32::NAN);
+                let bad = gated(&planted, &device, tile, real);
+                let wide = outputs + OUT_GAP;
+                assert!(bad[..outputs].iter().all(|x| x.is_nan()), "{what}");
+                let bits =
+                    |all: &[f32]| all[wide..].iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert!(bits(&bad) == bits(&got), "{what}");
+            }
+        }
+    }
+}
+
 #[test]
 fn nothing_is_written_where_no_row_is_real() {
     let Some(device) = device() else { return };
