@@ -66,7 +66,7 @@ impl Stepper for Model {
         self.engine.configure(configure).map_err(|error| WorkerFault::from_error(&error))?;
         let took = began.elapsed();
         for step in self.engine.captured() {
-            let engine::Captured { rows, prompts, greedy, kernels } = step;
+            let engine::Captured { rows, prompts, greedy, kernels, .. } = step;
             tracing::debug!(rows, prompts, greedy, kernels = kernels.join(" "), "captured a step");
         }
         self.phases.extend(self.engine.take_phases());

@@ -7,8 +7,8 @@ mod common;
 use common::forced::{self, Forced};
 use common::roundings::Roundings;
 use common::{
-    Completion, Model, Setup, agreement, ahead, equalities, families, goldens, greedy, long, mixed,
-    naive, native, origins, poison, prompts, roundings,
+    Completion, Model, Setup, agreement, ahead, equalities, families, goldens, greedy, later, long,
+    mixed, naive, native, origins, poison, prompts, roundings,
 };
 use engine::{CudaError, Device, EngineError, KvDtype, MlaForm};
 use ids::{TokenId, Tokens};
@@ -349,6 +349,19 @@ fn captured_steps_equal_launched_ones() {
 fn prompts_that_run_apart_agree() {
     let Some((setup, _turn)) = cuda() else { return };
     prompts::prompts_that_run_apart_agree(setup);
+}
+
+#[test]
+fn later_chunks_of_captured_steps_equal_launched_ones() {
+    let Some((setup, _turn)) = cuda() else { return };
+    later::captured_equal_launched(setup);
+    later::passes_are_captured(setup);
+}
+
+#[test]
+fn a_nan_behind_one_chunk_leaves_the_others_of_its_step() {
+    let Some((setup, _turn)) = cuda() else { return };
+    later::a_nan_ends_one_request(setup);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The attention block of a DeepSeek-V2-Lite layer in a decoding step: from the norm in front to the
-//! output projection, as an engine launches it.
+//! output projection, as an engine launches it. Where rows are few enough to be streamed past, the product
+//! in front makes the norm, and the one behind adds to the residual.
 
 use super::linear::nth;
 use super::mla::{LAYER, MLA, Pieces, QUERY, WIDTH};
@@ -8,17 +9,20 @@ use crate::case::{Case, Check, Launch, Ready, Work};
 use crate::near::{Failure, near};
 use crate::rig::{Rig, cold_sets};
 use device::cuda::{CudaError, DeviceSlice};
+use ops::act;
 use ops::cuda::{Dtype, Queue, Rows, Strided, Tensor};
-use ops::linear::cuda::{Linear, Variant, linear, linear_as};
+use ops::linear::cuda::{Linear, Normed, Then, Variant, linear, linear_as, streams};
 use ops::mla::cuda::{self as mla, Core, block, near};
 use ops::norm::Heads;
-use ops::norm::cuda::{add_rms_norm, head_norm};
+use ops::norm::cuda::{add_rms_norm, head_norm, rms_norm};
 use ops::paged::cuda::{Destination, write_kv};
 use ops::rope::Pairing;
 use ops::rope::cuda::{Rope, rope};
 
 const HIDDEN: usize = 2048;
 const EPS: f32 = 1e-6;
+/// Of the residual before the first launch: little, so that what is added to it can be seen.
+const RESIDUAL: f64 = 0.02;
 const CONTEXT: usize = 256;
 /// Of a row of queries and latents.
 const BOTH: usize = MLA.heads * QUERY + WIDTH;
@@ -46,7 +50,7 @@ struct Layers {
     row_tables: DeviceSlice,
     pieces: Pieces,
     scratch: mla::Scratch,
-    /// What is added in front, and the result.
+    /// What is added in front, and the result where it is not added to the residual.
     hidden: DeviceSlice,
     residual: DeviceSlice,
     normed: DeviceSlice,
@@ -89,7 +93,7 @@ impl Layers {
             pieces: Pieces::new(rig, &step, MLA.heads, sets)?,
             scratch: mla::Scratch::take(rig.arena(), &MLA, Dtype::Bf16, rows)?,
             hidden: rig.normal(rows * HIDDEN, 1.0)?,
-            residual: rig.normal(rows * HIDDEN, 1.0)?,
+            residual: rig.normal(rows * HIDDEN, RESIDUAL)?,
             normed: rig.space(rows * HIDDEN * 2)?,
             projected,
             out: rig.space(rows * MLA.heads * MLA.v * 2)?,
@@ -111,6 +115,23 @@ impl Layers {
             Linear::plain(normed, both, tensor(&self.projected[0]), HIDDEN, BOTH),
             Linear::plain(tensor(&self.out), o, tensor(&self.hidden), wide, HIDDEN),
         ]
+    }
+
+    /// The same with norm and sum, if kernels have them.
+    fn folded<'a>(&'a self, [both, o]: [Linear<'a>; 2]) -> Option<[Linear<'a>; 2]> {
+        let Self { residual, normed, norms: [weight, _], .. } = self;
+        let norm = Some(Normed { weight, eps: EPS, out: normed });
+        let both = Linear { x: tensor(residual), norm, ..both };
+        let o = Linear { out: tensor(residual), then: Then::Add, ..o };
+        let all = [both, o];
+        all.iter().all(|product| streams(self.rows, product)).then_some(all)
+    }
+
+    /// Where the result lies.
+    fn result(&self) -> &DeviceSlice {
+        let weights = self.projections(0);
+        let folds = self.folded(self.products(&weights)).is_some();
+        if folds { &self.residual } else { &self.hidden }
     }
 
     fn norm(&self, on: Queue<'_>) -> Result<(), CudaError> {
@@ -149,22 +170,37 @@ impl Layers {
     fn run(&self, on: Queue<'_>, set: usize) -> Result<(), CudaError> {
         let rows = Rows::exactly(self.rows);
         let weights = self.projections(set);
-        let [both, o] = self.products(&weights);
-        self.norm(on)?;
-        linear(on, rows, &both)?;
+        let plain = self.products(&weights);
+        let folded = self.folded(plain);
+        let [both, o] = folded.unwrap_or(plain);
+        let product = |of: &Linear<'_>| match folded {
+            Some(_) => linear_as(Variant::Stream, on, rows, of),
+            None => linear(on, rows, of),
+        };
+        if folded.is_none() {
+            self.norm(on)?;
+        }
+        product(&both)?;
         self.with_block(set, |block| match near::fits(std::iter::repeat_n(CONTEXT, self.rows)) {
             true => near::attention(on, rows, &MLA, block),
             false => block::attention(on, rows, &MLA, block),
         })?;
-        linear(on, rows, &o)
+        product(&o)
     }
 
     /// Op by op, products without tensor cores.
     fn one_by_one(&self, on: Queue<'_>, set: usize) -> Result<(), CudaError> {
         let rows = Rows::exactly(self.rows);
         let weights = self.projections(set);
-        let [both, o] = self.products(&weights);
-        self.norm(on)?;
+        let plain = self.products(&weights);
+        let adds = self.folded(plain).is_some();
+        let [both, o] = plain;
+        if adds {
+            let (residual, weight) = (tensor(&self.residual), &self.norms[0]);
+            rms_norm(on, rows, HIDDEN, residual, weight, EPS, &self.normed)?;
+        } else {
+            self.norm(on)?;
+        }
         linear_as(Variant::Any, on, rows, &both)?;
         let [of_q, latent, key] = block::heads(&MLA).map(|heads| Heads { row: BOTH, ..heads });
         let [queries, latents] = self.projected.each_ref().map(tensor);
@@ -178,7 +214,11 @@ impl Layers {
             let (weights, scratch) = (&block.weights, &self.scratch);
             mla::attention(on, rows, q, weights, &MLA, LAYER, to.arena, core, scratch, &self.out)
         })?;
-        linear_as(Variant::Any, on, rows, &o)
+        linear_as(Variant::Any, on, rows, &o)?;
+        if adds {
+            act::cuda::add(on, rows, HIDDEN, tensor(&self.hidden), &self.residual)?;
+        }
+        Ok(())
     }
 }
 
@@ -204,7 +244,7 @@ fn layer(rig: &mut Rig, rows: usize) -> Result<Ready, Failure> {
                 true => rig.run(launch, 0)?,
                 false => of.one_by_one(rig.queue(), 0)?,
             }
-            results.push(rig.bf16s(&of.hidden, 0..rows * HIDDEN)?);
+            results.push(rig.bf16s(of.result(), 0..rows * HIDDEN)?);
             rig.poison(&of.out)?;
         }
         let expected: Vec<f64> = results[1].iter().map(|x| f64::from(*x)).collect();

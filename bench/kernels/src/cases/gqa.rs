@@ -102,7 +102,7 @@ fn prompt(rig: &mut Rig, step: &Step, work: Work) -> Result<Ready, Failure> {
     let check = check(step, [q.clone(), cache.clone(), out.clone()]);
     let launch: Launch = Box::new(move |on, _| {
         let (segments, tiles, tile_count) = (&segments, &tiles, &count);
-        let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
+        let plan = kernel::Plan { segments, tiles, tile_count, first_tile: None, max_tiles };
         let (all, kv) = (Rows::exactly(rows), Tensor::new(&cache, Dtype::Bf16));
         let q = Strided::dense(&q, heads * head_dim);
         gqa::prompts(on, all, q, &GQA, LAYER, kv, &tables, &plan, &out)

@@ -169,7 +169,7 @@ fn prompt(rig: &mut Rig, len: usize) -> Result<Ready, Failure> {
     let of = [&q, &kv_b, &out, &kv].map(DeviceSlice::clone);
     let launch: Launch = Box::new(move |on, _| -> Result<(), CudaError> {
         let (segments, tiles, tile_count) = (&segments, &tiles, &count);
-        let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
+        let plan = kernel::Plan { segments, tiles, tile_count, first_tile: None, max_tiles };
         let all = Rows::exactly(len);
         let (q, kv) = (Strided::dense(&q, heads * QUERY), Strided::dense(&kv, WIDTH));
         expand::attention(on, all, &MLA, q, kv, &kv_b, &plan, &scratch, &out)
@@ -196,8 +196,8 @@ fn behind(rig: &mut Rig, len: usize, context: usize) -> Result<Ready, Failure> {
     let mut passes = Passes::default();
     passes.make(&step.segments, room);
     let words: Vec<u32> = passes.tiles.iter().flat_map(|t| [t.segment, t.line]).collect();
-    let (tiles, count) = (rig.u32s(&words)?, rig.u32s(&[passes.tiles.len() as u32])?);
-    let segment = passes.segments[0];
+    let (tiles, parts) = (rig.u32s(&words)?, rig.u32s(&passes.passes[0].words())?);
+    let (tokens, segment) = (passes.passes[0].padded, passes.segments[0]);
     let segments = rig.u32s(&[segment.start, segment.len, segment.context, segment.table])?;
     let (firsts, tables) = (rig.u32s(&passes.firsts)?, rig.u64s(&step.tables)?);
     let q = rig.normal(len * heads * QUERY, 1.0)?;
@@ -207,11 +207,9 @@ fn behind(rig: &mut Rig, len: usize, context: usize) -> Result<Ready, Failure> {
     let out = rig.space(len * heads * v * 2)?;
     let of = [&q, &kv_b, &out, &cache].map(DeviceSlice::clone);
     let launch: Launch = Box::new(move |on, _| -> Result<(), CudaError> {
-        let pass = &passes.passes[0];
-        let (segments, tiles, tile_count) = (&segments, &tiles, &count);
-        let max_tiles = passes.tiles.len();
-        let plan = kernel::Plan { segments, tiles, tile_count, max_tiles };
-        let later = Later { pass, plan, firsts: &firsts, tables: &tables };
+        let (parts, segments, firsts, tiles, tables) =
+            (&parts, &segments, &firsts, &tiles, &tables);
+        let later = Later { tokens, parts, segments, firsts, tiles, tables };
         let from = (LAYER, Tensor::new(&cache, Dtype::Bf16));
         let q = Strided::dense(&q, heads * QUERY);
         later::attention(on, len, &MLA, q, &kv_b, from, &later, &scratch, &out)

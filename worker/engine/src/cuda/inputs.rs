@@ -10,7 +10,7 @@ mod layout;
 mod views;
 
 pub(super) use layout::{Layout, kept_bytes};
-pub(super) use views::{PromptViews, Views};
+pub(super) use views::{LaterViews, PromptViews, Views};
 
 use super::graphs::Absorbed;
 use super::limits::Limits;
@@ -23,7 +23,7 @@ use ids::{BLOCK_TOKENS, SlotGeneration, SlotId};
 use layout::{HOW_WORDS, blocks, entries};
 use ops::flash::cuda::cut::{Cut, Piece};
 use ops::flash::cuda::{Segment, Tile, tiles};
-use ops::mla::cuda::expand::later::{Passes, is_later};
+use ops::mla::cuda::expand::later::{PASS_WORDS, Passes, is_later};
 use ops::mla::cuda::expand::{self, Room};
 use ops::sample::cuda::SampleRow;
 use ops::tokens::NOT_KEPT;
@@ -42,9 +42,11 @@ pub(super) struct Inputs {
     views: Vec<Views>,
     sent: Sent,
     specs: Vec<Spec>,
-    /// What runs apart, by attention, and which of that in passes in the step at hand.
+    /// What runs apart, by attention.
     prompts: Vec<Prompts>,
-    passes: Vec<Passes>,
+    /// Which of that in passes in the step at hand, and what each is padded to.
+    passes: Passes,
+    padded: Vec<usize>,
     room: Option<Room>,
     tile: usize,
     segments: Vec<Segment>,
@@ -136,12 +138,11 @@ impl Inputs {
             },
             specs: sizes.specs.clone(),
             prompts: sizes.prompts.clone(),
-            passes: (sizes.prompts.iter())
-                .map(|prompts| match prompts {
-                    Prompts::Expanded => Passes::with_capacity(limits.rows, limits.slots),
-                    _ => Passes::default(),
-                })
-                .collect(),
+            passes: match sizes.prompts.contains(&Prompts::Expanded) {
+                true => Passes::with_capacity(limits.rows, limits.slots),
+                false => Passes::default(),
+            },
+            padded: Vec::with_capacity(limits.slots),
             room: sizes.expanded(limits).map(|(_, room)| room),
             tile: sizes.drawn_tile,
             segments: Vec::with_capacity(limits.slots.min(limits.rows)),
@@ -160,9 +161,9 @@ impl Inputs {
         found.ok_or_else(|| refused(format!("{bucket} rows")))
     }
 
-    /// Passes of the step at hand, by attention.
-    pub(super) fn passes(&self) -> &[Passes] {
-        &self.passes
+    /// What the passes of the step at hand are padded to.
+    pub(super) fn passes(&self) -> &[usize] {
+        &self.padded
     }
 
     /// Stages a batch padded to `bucket` and enqueues its copy. With `draws`, one per wanted row, all
@@ -179,6 +180,7 @@ impl Inputs {
             self;
         let (decodes, cuts, limits) = (&mut self.decodes, &mut self.cuts, &self.limits);
         let (apart, passes, room) = (&self.prompts, &mut self.passes, self.room);
+        let padded = &mut self.padded;
         let views = views.iter().find(|views| views.bucket == bucket);
         let layout = &views.ok_or_else(|| refused(format!("{bucket} rows")))?.layout;
         *turn = (*turn + 1) % uploads.len();
@@ -252,7 +254,13 @@ impl Inputs {
             words[*count] = narrow(list.len())?;
             put_tiles(words, range, list)?;
         }
-        for ((of, prompts), passes) in layout.prompts.iter().zip(apart).zip(passes) {
+        match room {
+            Some(room) => passes.make(segments, room),
+            None => passes.clear(),
+        }
+        padded.clear();
+        padded.extend(passes.passes.iter().map(|pass| pass.padded));
+        for (of, prompts) in layout.prompts.iter().zip(apart) {
             let Some(cut) = prompts.cut() else { continue };
             let expanded = *prompts == Prompts::Expanded;
             let here =
@@ -260,13 +268,12 @@ impl Inputs {
             cut.tiles(segments, here, list);
             part(words, &of.count, 1)?[0] = narrow(list.len())?;
             put_tiles(words, &of.tiles, list)?;
-            if let (true, Some(room)) = (expanded, room) {
+            if expanded {
                 let rows = segments.iter().map(|s| Segment { table: s.start, ..*s });
                 put_segments(words, &of.segments, rows)?;
-                passes.make(segments, room);
-                let counts = part(words, &of.later.counts, passes.passes.len())?;
-                for (to, pass) in counts.iter_mut().zip(&passes.passes) {
-                    *to = narrow(pass.tiles.len())?;
+                let to = part(words, &of.later.passes, passes.passes.len() * PASS_WORDS)?;
+                for (to, pass) in to.chunks_exact_mut(PASS_WORDS).zip(&passes.passes) {
+                    to.copy_from_slice(&pass.words());
                 }
                 put_segments(words, &of.later.segments, passes.segments.iter().copied())?;
                 copy(words, &of.later.firsts, &passes.firsts)?;
@@ -306,17 +313,22 @@ pub(super) fn has_prompts(batch: &Batch) -> bool {
     batch.runs.iter().any(|run| run.len > 1)
 }
 
+/// Whether a batch has prompts that lie in it as a whole.
+pub(super) fn has_whole(batch: &Batch) -> bool {
+    batch.runs.iter().any(|run| expand::is_whole(&segment_of(run)))
+}
+
+/// A run as a segment, as far as that says which kernels serve it.
+fn segment_of(run: &Run) -> Segment {
+    Segment { start: 0, len: run.len as u32, context: run.context as u32, table: 0 }
+}
+
 /// Which rows of a batch run absorbed where prompts may run expanded.
 pub(super) fn absorbed(batch: &Batch) -> Absorbed {
-    let of = |run: &Run| {
-        let (len, context) = (run.len as u32, run.context as u32);
-        match run.len {
-            1 => Absorbed::Decodes,
-            _ if expand::is_expanded(&Segment { start: 0, len, context, table: 0 }) => {
-                Absorbed::Nothing
-            }
-            _ => Absorbed::Chunks,
-        }
+    let of = |run: &Run| match run.len {
+        1 => Absorbed::Decodes,
+        _ if expand::is_expanded(&segment_of(run)) => Absorbed::Nothing,
+        _ => Absorbed::Chunks,
     };
     batch.runs.iter().map(of).max().unwrap_or(Absorbed::Nothing)
 }

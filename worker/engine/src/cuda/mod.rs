@@ -37,16 +37,16 @@ use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use ahead::{Ahead, Stretch};
 use asked::Asked;
 use core::ops::Range;
-use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Download, Stream};
+use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Download, Graph, Stream};
 use draw::Draws;
-use graphs::{Absorbed, Graphs, Kind};
+use graphs::{Absorbed, Graphs, Kind, Later};
 use inputs::Inputs;
 use launch::{Activations, Launch, Place, Region, Resolver};
 use limits::Limits;
 use model::lower::Lowered;
 use ops::cuda::{Dtype, Gpu, Queue, Rows, Tensor};
 use ops::flash::cuda::Partials;
-use ops::mla::cuda::expand::later::Passes;
+use ops::mla::cuda::expand::later;
 use ops::rope::Pairing;
 use ops::tokens::cuda::{Begin, begin};
 use ops::{embed, gqa, mla, moe};
@@ -257,14 +257,43 @@ impl Cuda {
         let mut graphs = Graphs::default();
         for kind in graphs::kinds(&memory.limits, self.near_rows(), self.sizes.expands()) {
             memory.bucket = kind.bucket;
-            let before = self.launches();
-            let body = |_: &Stream| self.enqueue_body(memory, kind, &[]);
-            let graph = self.stream.capture(body)?;
-            let launched = self.launches().into_iter().filter(|now| !before.contains(now));
-            graphs.insert(kind, graph, launched.map(|(name, _)| name).collect());
+            let (graph, kernels) = self.capture_body(memory, kind, &[])?;
+            graphs.insert(kind, graph, kernels);
         }
         memory.graphs = graphs;
-        Ok(())
+        self.plan_later(memory)
+    }
+
+    /// A step's body, and the names of the kernels in it.
+    fn capture_body(
+        &self,
+        memory: &Memory,
+        kind: Kind,
+        passes: &[usize],
+    ) -> Result<(Graph, Vec<String>), CudaError> {
+        let before = self.launches();
+        let body = |_: &Stream| self.enqueue_body(memory, kind, passes);
+        let graph = self.stream.capture(body)?;
+        let launched = self.launches().into_iter().filter(|now| !before.contains(now));
+        Ok((graph, launched.map(|(name, _)| name).collect()))
+    }
+
+    /// Makes known how products over contexts are computed, for which steps would have to wait.
+    fn plan_later(&self, memory: &Memory) -> Result<(), CudaError> {
+        let of = self.body.iter().find_map(|launch| match launch {
+            Launch::Block { block, .. } => Some(block),
+            _ => None,
+        });
+        let room = self.sizes.expanded(&memory.limits).map(|(_, room)| room);
+        let (Some(block), Some(room), Some(scratch)) = (of, room, &memory.scratch.expanded) else {
+            return Ok(());
+        };
+        let (shape, kv_b) = (&block.shape, &block.weights.kv_b);
+        let plan = |_: &Stream| {
+            let mut all = later::paddings(room).into_iter();
+            all.try_for_each(|tokens| later::plan(self.queue(), shape, kv_b, scratch, tokens))
+        };
+        self.stream.capture(plan).map(drop)
     }
 
     /// Rows of steps whose contexts may be near: none where a block's results lie in the place of what
@@ -300,6 +329,7 @@ impl Cuda {
             absorbed: Absorbed::Chunks,
             near: false,
             passes: &[],
+            whole: true,
             limits: &memory.limits,
             sizes: &self.sizes,
             rotations: &self.rotations,
@@ -320,12 +350,7 @@ impl Cuda {
 
     /// Enqueues the body for a batch whose inputs were sent; where there are prompts as far as all rows
     /// run it, else with the draws: then no more rows are wanted than there are.
-    fn enqueue_body(
-        &self,
-        memory: &Memory,
-        kind: Kind,
-        passes: &[Passes],
-    ) -> Result<(), CudaError> {
+    fn enqueue_body(&self, memory: &Memory, kind: Kind, passes: &[usize]) -> Result<(), CudaError> {
         let views = memory.inputs.views(memory.bucket)?;
         let rows = Rows { padded: memory.bucket, count: Some(&views.count) };
         let operands = Begin {
@@ -338,7 +363,7 @@ impl Cuda {
         };
         begin(self.queue(), rows, &operands)?;
         let step = self.step(memory, rows, &memory.inputs.ids, kind.prompts)?;
-        Step { passes, absorbed: kind.absorbed, near: kind.near, ..step }
+        Step { passes, whole: kind.whole, absorbed: kind.absorbed, near: kind.near, ..step }
             .run_all(self.captured_body(kind.prompts))?;
         match kind.prompts {
             true => Ok(()),
@@ -421,13 +446,16 @@ impl Cuda {
             true => inputs::absorbed(batch),
             false => Absorbed::Chunks,
         };
-        let kind = Kind { bucket, prompts, absorbed, greedy: greedy && !prompts, near };
-        // How many launches passes take depends on the step; long kernels hide them.
-        let passes = memory.inputs.passes();
-        let captured = passes.iter().all(|of| of.passes.is_empty());
-        match memory.graphs.get(kind).filter(|_| captured) {
-            Some(graph) => graph.launch(&self.stream)?,
-            None => self.enqueue_body(memory, kind, passes)?,
+        let later = Later::of(memory.inputs.passes());
+        let whole = later == Some(Later::NONE) || inputs::has_whole(batch);
+        let greedy_only = greedy && !prompts;
+        let kind =
+            |later| Kind { bucket, prompts, absorbed, greedy: greedy_only, near, later, whole };
+        let graph = later.and_then(|later| memory.graphs.get(kind(later)));
+        let captured = graph.map(|graph| graph.launch(&self.stream)).transpose()?.is_some();
+        if !captured {
+            let kind = kind(later.unwrap_or_default());
+            self.enqueue_body(memory, kind, memory.inputs.passes())?;
         }
         if prompts {
             self.enqueue_rest(memory, batch.wanted.len())?;
@@ -439,6 +467,13 @@ impl Cuda {
         let rows = if prompts { wanted } else { bucket };
         memory.ahead.end(&self.stream, wanted, rows)?;
         memory.ahead.launched(self.launched() - before);
+        let later = later.filter(|later| self.capture && !captured && *later != Later::NONE);
+        if let Some(later) = later.filter(|_| memory.graphs.has_room()) {
+            // The device is busy with this step, which has prompts behind a context: it is long.
+            let kind = kind(later);
+            let made = self.capture_body(memory, kind, memory.inputs.passes());
+            memory.graphs.insert_later(kind, made);
+        }
         Ok(here)
     }
 

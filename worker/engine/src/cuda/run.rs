@@ -4,7 +4,7 @@
 use super::fold::Fold;
 use super::fuse::{Block, Grouped};
 use super::graphs::Absorbed;
-use super::inputs::{PromptViews, Views};
+use super::inputs::{LaterViews, PromptViews, Views};
 use super::launch::{Activations, Latent, Launch, Layer, Place};
 use super::limits::Limits;
 use super::moe_layer::Layer as MoeLayer;
@@ -16,7 +16,7 @@ use ops::flash::cuda::{Partials, Plan, max_tiles};
 use ops::gqa::cuda::{decode as grouped, prepare};
 use ops::linear::cuda::{Linear, Then, gates, linear, linear_as};
 use ops::mla::cuda::block::Keys;
-use ops::mla::cuda::expand::later::{self, Later, Passes};
+use ops::mla::cuda::expand::later::{self, Later};
 use ops::mla::cuda::{Core, decode, expand};
 use ops::moe::cuda::stream::Always;
 use ops::rope::Pairing;
@@ -72,8 +72,10 @@ pub(super) struct Step<'a> {
     pub(super) absorbed: Absorbed,
     /// Whether there are few rows, of short contexts.
     pub(super) near: bool,
-    /// Of prompts whose keys are gathered, by attention; none in steps that are captured.
-    pub(super) passes: &'a [Passes],
+    /// What the tokens of each pass over prompts behind a context are padded to.
+    pub(super) passes: &'a [usize],
+    /// Whether there may be prompts that lie in the step as a whole.
+    pub(super) whole: bool,
     pub(super) limits: &'a Limits,
     pub(super) sizes: &'a Sizes,
     pub(super) rotations: &'a [Rotation],
@@ -118,7 +120,7 @@ impl Step<'_> {
     ) -> prompt::Plan<'a> {
         let PromptViews { tile_count, tiles, .. } = &self.views.prompts[spec];
         let most = cut.max_tiles(self.rows.padded, self.rows.padded.min(self.limits.slots));
-        prompt::Plan { segments, tiles, tile_count, max_tiles: most }
+        prompt::Plan { segments, tiles, tile_count, first_tile: None, max_tiles: most }
     }
 
     /// The part of the step of decoding rows whose keys are cut into pieces; `None` where they are not.
@@ -312,14 +314,14 @@ impl Step<'_> {
             Step { rows, ..*self }.run(last)?;
         }
         let views = &self.views.prompts[*spec];
-        let plan = self.prompts_of(*spec, expand::cut(), &views.segments);
-        expand::attention(self.on, self.rows, shape, q, kv, kv_b, &plan, scratch, &out)?;
-        let passes = self.passes.get(*spec).map_or(&[][..], |passes| &passes.passes);
-        for (index, pass) in passes.iter().enumerate() {
-            let [tile_count, segments, firsts, tiles] = &views.later.pass(index, pass);
-            let max_tiles = pass.tiles.len();
-            let plan = prompt::Plan { segments, tiles, tile_count, max_tiles };
-            let later = Later { pass, plan, firsts, tables: &self.views.tables };
+        if self.whole {
+            let plan = self.prompts_of(*spec, expand::cut(), &views.segments);
+            expand::attention(self.on, self.rows, shape, q, kv, kv_b, &plan, scratch, &out)?;
+        }
+        let LaterViews { segments, firsts, tiles, .. } = &views.later;
+        for (index, tokens) in self.passes.iter().enumerate() {
+            let (tokens, parts, tables) = (*tokens, &views.later.pass(index), &self.views.tables);
+            let later = Later { tokens, parts, segments, firsts, tiles, tables };
             let of = (layer.kv, Tensor::new(self.cache, self.sizes.dtype));
             let rows = self.rows.padded;
             later::attention(self.on, rows, shape, q, kv_b, of, &later, scratch, &out)?;

@@ -7,6 +7,7 @@ pub mod ahead;
 pub mod equalities;
 pub mod forced;
 pub mod goldens;
+pub mod later;
 pub mod launches;
 pub mod long;
 pub mod mixed;

@@ -14,7 +14,8 @@ struct Poisoned {
     table: Vec<f32>,
 }
 
-const POISON: u32 = 40;
+/// The token whose embedding it is.
+pub const POISON: u32 = 40;
 
 impl WeightSource for Poisoned {
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix<'_>, WeightError> {
@@ -29,12 +30,17 @@ impl WeightSource for Poisoned {
     }
 }
 
-/// The model's weights with a row of NaN, a prompt without that token, and one with it.
-fn poisoned(model: &Model) -> (&'static Poisoned, Vec<u32>, Vec<u32>) {
+/// The model's weights with a row of NaN.
+pub fn source(model: &Model) -> &'static dyn WeightSource {
     let hidden = model.config.decoder().hidden;
     let mut table = model.weights.get("model.embed_tokens.weight").expect("a table").data.to_f32();
     table[POISON as usize * hidden..][..hidden].fill(f32::NAN);
-    let poisoned = Box::leak(Box::new(Poisoned { weights: model.weights, table }));
+    Box::leak(Box::new(Poisoned { weights: model.weights, table }))
+}
+
+/// The same, a prompt without that token, and one with it.
+fn poisoned(model: &Model) -> (&'static dyn WeightSource, Vec<u32>, Vec<u32>) {
+    let poisoned = source(model);
     let clean = prompt(80, 1).into_iter().map(|t| if t == POISON { 1 } else { t });
     let clean: Vec<u32> = clean.collect();
     let mut bad = clean.clone();

@@ -37,6 +37,7 @@ struct Params {
     const Segment* segments;
     const Tile* tiles;
     const uint32_t* tile_count;
+    const uint32_t* first_tile;  // which of them is the first; null: that at the beginning
     const uint64_t* tables;  // element offsets of blocks
     uint32_t* ticket;        // zero between launches; as are `arrived`
     uint32_t* arrived;       // by tile and head, and warpgroup: parts that are done
@@ -118,6 +119,7 @@ struct Blocks {
 // A warp; its first thread starts the copies.
 template <class S> __device__ __forceinline__ void produce(const Params& p, Shared<S>& s) {
     const bool first = threadIdx.x % 32 == 0;
+    const Tile* list = p.tiles + (p.first_tile != nullptr ? *p.first_tile : 0);
     const uint32_t tiles = *p.tile_count * p.kv_heads, rows = S::kLines / p.group;
     auto steps_of = [&](const Tile& tile, const Segment& seg) {
         const uint32_t seen = seg.context - seg.len + min(tile.line / p.group + rows, seg.len);
@@ -125,12 +127,12 @@ template <class S> __device__ __forceinline__ void produce(const Params& p, Shar
     };
     // The first tile is the longest.
     const bool few = tiles > 0 && tiles * 2 <= gridDim.x;
-    const uint32_t most = few ? parts_of(tiles, steps_of(p.tiles[0], p.segments[p.tiles[0].segment])) : 1, total = tiles * most;
+    const uint32_t most = few ? parts_of(tiles, steps_of(list[0], p.segments[list[0].segment])) : 1, total = tiles * most;
     const uint32_t q_full = shared_address(&s.q_full), q_empty = shared_address(&s.q_empty);
     uint32_t steps_before = 0, turn = 0;
     for (uint32_t ticket = blockIdx.x; ticket < total;) {
         const uint32_t item = ticket / most, part = ticket % most;
-        const Tile tile = p.tiles[item / p.kv_heads];
+        const Tile tile = list[item / p.kv_heads];
         const Segment seg = p.segments[tile.segment];
         const uint32_t head = item % p.kv_heads, row = tile.line / p.group;
         const uint32_t all = steps_of(tile, seg), share = (all + most - 1) / most, parts = (all + share - 1) / share;

@@ -138,6 +138,8 @@ pub struct Plan<'a> {
     pub tiles: &'a DeviceSlice,
     /// One u32: how many there are.
     pub tile_count: &'a DeviceSlice,
+    /// One u32: which of them is the first; `None` where it is that at the beginning.
+    pub first_tile: Option<&'a DeviceSlice>,
     /// How many there can be.
     pub max_tiles: usize,
 }
@@ -180,6 +182,7 @@ struct Params {
     segments: u64,
     tiles: u64,
     tile_count: u64,
+    first_tile: u64,
     tables: u64,
     ticket: u64,
     arrived: u64,
@@ -224,6 +227,7 @@ pub(crate) fn attention(
     need(OP, "out", out, &[(rows - 1) * heads + here, v], 2)?;
     need(OP, "tiles", plan.tiles, &[plan.max_tiles], size_of::<Tile>())?;
     need(OP, "tile count", plan.tile_count, &[1], 4)?;
+    plan.first_tile.map_or(Ok(()), |first| need(OP, "first tile", first, &[1], 4))?;
     q.need(OP, "q", rows, &[here, qk], 2)?;
     let [line, q_row, of_qk, of_here] = [LINE, q.stride, qk, here].map(|n| n as u64);
     let boxes = [LINE as u32, group as u32, cut.rows as u32, 1];
@@ -239,6 +243,7 @@ pub(crate) fn attention(
         segments: plan.segments.address(),
         tiles: plan.tiles.address(),
         tile_count: plan.tile_count.address(),
+        first_tile: plan.first_tile.map_or(0, DeviceSlice::address),
         tables: 0,
         ticket: of_blocks.counts.address(),
         arrived: of_blocks.counts.address() + 4,

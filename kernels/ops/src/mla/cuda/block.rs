@@ -5,8 +5,8 @@
 //! Rows of prompts have the first kernel too, without queries into latent space.
 //!
 //! It serves bf16 heads of DeepSeek's widths (128 + 64, values of 128, a latent of 512), any number of
-//! them; others are launched op by op, few rows of short contexts in one launch by `near`. Each starts reading its weights before the one in front
-//! has ended. Invariant: what is stored has the roundings of the ops one by one.
+//! them; others are launched op by op, few rows of short contexts in one launch by `near`. Each starts
+//! reading its weights before the one in front has ended. Invariant: what is stored has the roundings of the ops one by one.
 
 #[cfg(test)]
 pub(super) mod tests;
@@ -116,7 +116,8 @@ impl<'a> Block<'a> {
 /// Enqueues it.
 ///
 /// # Errors
-/// When the shape is not served, an operand is too short, or a launch fails.
+/// When the shape is not served, an operand is too short or begins on no multiple of 16 bytes, or a launch
+/// fails.
 pub fn attention(
     on: Queue<'_>,
     rows: Rows<'_>,
@@ -176,6 +177,26 @@ struct PrepareManyParams {
 // SAFETY: mirrors the kernel's struct; lengths are checked in `prepare`.
 unsafe impl Parameters for PrepareManyParams {}
 
+/// Refused where rows or memory do not begin on multiples of 16 bytes, as kernels access so many at once.
+pub(super) fn aligned<const N: usize>(
+    rows: [Strided<'_>; 2],
+    slices: [&DeviceSlice; N],
+) -> Result<(), CudaError> {
+    const BYTES: u64 = 16;
+    for row in rows {
+        let (at, apart) = (row.address(), row.stride as u64 * 2);
+        if !at.is_multiple_of(BYTES) || !apart.is_multiple_of(BYTES) {
+            return Err(shape(OP, format!("rows from {at:#x} on, {apart} bytes apart")));
+        }
+    }
+    for at in slices.map(DeviceSlice::address) {
+        if !at.is_multiple_of(BYTES) {
+            return Err(shape(OP, format!("an operand at {at:#x}")));
+        }
+    }
+    Ok(())
+}
+
 /// Of rows that nothing else is asked of.
 fn params(rows: Rows<'_>, mla: &Mla, keys: &Keys<'_>) -> Result<PrepareParams, CudaError> {
     let Keys { q, kv, norm, eps, rope, to, layer } = *keys;
@@ -188,6 +209,7 @@ fn params(rows: Rows<'_>, mla: &Mla, keys: &Keys<'_>) -> Result<PrepareParams, C
     need(OP, "norm", norm, &[LATENT], 4)?;
     need(OP, "inv_freq", rope.inv_freq, &[ROPE / 2], 4)?;
     to.need(OP, rows.padded)?;
+    aligned([q, kv], [norm, to.arena.slice])?;
     Ok(PrepareParams {
         q: q.address(),
         kv: kv.address(),
@@ -241,6 +263,7 @@ pub fn prepare(
     need(OP, "absorbed weights", weights.absorbed, &[heads, LATENT, NOPE], 2)?;
     need(OP, "kv_b", weights.kv_b, &[heads, NOPE + VALUE, LATENT], 2)?;
     need(OP, "scratch", &scratch.queries, &[rows.padded, heads, LATENT], 2)?;
+    aligned([q; 2], [weights.absorbed, weights.kv_b])?;
     let of_tile = heads * PREPARE_PARTS;
     let tiles = tiles(rows.padded, of_tile, PREPARE_WAVES * on.multiprocessors());
     let params = PrepareParams {

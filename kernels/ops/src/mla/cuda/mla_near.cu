@@ -3,8 +3,10 @@
 // head's way into latent space and of its way back. Blocks tell each other by stores that a barrier of
 // the block that is told counts, which takes one way where a barrier of the cluster takes two.
 //
-// Weights and the keys of earlier steps are on their way before the kernel in front has ended. Every
-// head reads all keys, which lie in the second-level cache by then; long contexts take mla_decode.cu.
+// A warp more for each row rotates its query and makes its new key meanwhile, which takes as long as the
+// way into latent space. Weights and the keys of earlier steps are on their way before the kernel in front
+// has ended. Every head reads all keys, which lie in the second-level cache by then; long contexts take
+// mla_decode.cu.
 #include "cuda/cluster.cuh"
 #include "mla/cuda/turn.cuh"
 
@@ -14,8 +16,8 @@ using namespace mla;
 
 constexpr int kBlocks = 8;  // of a head
 constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * 32;
-constexpr uint32_t kRows = 8;
+constexpr int kThreads = kWarps * 32;  // behind them a warp to a row
+constexpr uint32_t kRows = 2;
 constexpr int kSlice = kLatent / kBlocks;   // of latent space
 constexpr int kOutputs = kValue / kBlocks;  // of the results
 constexpr int kPitch = kWidth + 8;
@@ -60,11 +62,10 @@ struct Own {
 
 struct alignas(16) Shared {
     float score[2][kSplits][kChunk * kBox];
-    float norm[kLatent];
     float stage[kWarps][kSlice];
     Own own[kRows];
     int line[kMostBoxes];  // of the cache, where a box begins
-    uint64_t full[2], told[3];
+    uint64_t full[2], told[3], ready;  // ready: queries are rotated, new keys are made
 };
 // Behind it, of every row: what blocks send.
 struct Row {
@@ -75,7 +76,9 @@ struct Row {
     bf16 fresh[kWidth];            // this step's key
     bf16 merged[kMerged];
 };
-static_assert(sizeof(Row) == 5088 && sizeof(Shared) == 5424, "as near.rs says");
+static_assert(sizeof(Row) == 5088 && sizeof(Shared) == 3280, "as near.rs says");
+
+__device__ __forceinline__ void multipliers_meet() { asm volatile("bar.sync 1, %0;\n" ::"n"(kThreads) : "memory"); }
 
 enum Told { kQuery, kParts, kLast };
 
@@ -145,7 +148,7 @@ struct Copies {
 };
 
 // One warp: the row's new key, normed and rotated; into the cache too, by one head.
-__device__ __forceinline__ void new_key(const Params& p, const Shared& s, Row& r, const Vec<bf16, 4> (&latent)[4], float2 key, Pair pair, Turn turn, bf16* cache) {
+__device__ __forceinline__ void new_key(const Params& p, const float4 (&norm)[4], Row& r, const Vec<bf16, 4> (&latent)[4], float2 key, Pair pair, Turn turn, bf16* cache) {
     const uint32_t lane = threadIdx.x % 32;
     float sums[4];
 #pragma unroll
@@ -159,7 +162,7 @@ __device__ __forceinline__ void new_key(const Params& p, const Shared& s, Row& r
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         const uint32_t at = (lane + 32 * j) * 4;
-        const float4 by = *reinterpret_cast<const float4*>(&s.norm[at]);
+        const float4 by = norm[j];
         Vec<bf16, 4> normed;
         normed.at[0] = narrow<bf16>(widen(latent[j].at[0]) * scale * by.x);
         normed.at[1] = narrow<bf16>(widen(latent[j].at[1]) * scale * by.y);
@@ -181,7 +184,35 @@ __device__ __forceinline__ void patch(const Row& r, uint32_t kv_at, uint32_t key
         const uint4 v = key == keys - 1 ? *reinterpret_cast<const uint4*>(&r.fresh[unit * 8]) : uint4{};
         store_shared16(key_unit(kv_at, key, unit / 8, unit % 8), v);
     }
-    __syncthreads();
+    multipliers_meet();
+}
+
+// By the warp of a row, which is real: its query's rotated part, and in the block that has the row's last
+// key that one.
+__device__ void turn_row(const Params& p, Shared& s, Row& r, uint32_t row, uint32_t rank, uint32_t head) {
+    const uint32_t lane = threadIdx.x % 32, position = p.positions[row];
+    const bool owner = own_of(position + 1, rank).has_last();
+    const Turn turn = turn_of(position, p.inv_freq[lane], p.factor);
+    const Pair pair(lane, p.interleaved != 0);
+    float4 norm[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) norm[j] = *reinterpret_cast<const float4*>(p.norm + (lane + 32 * j) * 4);
+    bf16* cache = nullptr;
+    if (head == 0 && owner) {
+        const uint64_t block = p.tables[p.row_tables[row] + position / kTokens], to = p.layer_offset + uint64_t(position % kTokens) * kWidth;
+        if (block <= p.arena_elements && to + kWidth <= p.arena_elements - block) cache = p.arena + block + to;
+    }
+    wait_for_previous();
+    // All at once, also where nobody wants the key.
+    const bf16* from = p.kv + row * p.kv_row;
+    Vec<bf16, 4> latent[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) latent[j] = *reinterpret_cast<const Vec<bf16, 4>*>(from + (lane + 32 * j) * 4);
+    const float2 query = pair.load(p.q + row * p.q_row + head * (kNope + kRope) + kNope), key = pair.load(from + kLatent);
+    pair.store(r.q + kLatent, query, turn);
+    if (owner) new_key(p, norm, r, latent, key, pair, turn, cache);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared_address(&s.ready));
 }
 
 // Scores of one box, a part of every line by each of its warps.
@@ -300,10 +331,20 @@ __device__ void attend(const Params& p) {
         for (uint32_t i = 0; i < 2; i++) barrier_init(shared_address(&s.full[i]), 1);
         const uint32_t bytes[3] = {kLatent * 2, kBlocks * (kSlice * 4 + 8), kValue * 4};
         for (uint32_t i = 0; i < 3; i++) barrier_init(shared_address(&s.told[i]), 1);
+        barrier_init(shared_address(&s.ready), max(real, 1u));
         fence_barrier_init();
         for (uint32_t i = 0; i < 3; i++) barrier_expect(shared_address(&s.told[i]), real * bytes[i]);
     }
     __syncwarp();
+    if (warp >= kWarps) {
+        cluster_arrive();
+        __syncthreads();
+        allow_next();
+        const uint32_t row = warp - kWarps;
+        if (row < real) turn_row(p, s, rows[row], row, rank, head);
+        cluster_wait();
+        return;
+    }
     Copies copies;
     if (warp == 0) {
         lay_out(p, s, rank, real);
@@ -323,20 +364,6 @@ __device__ void attend(const Params& p) {
 #pragma unroll
         for (int c = 0; c < kSlice / 32; c++) back[j][c] = load_ahead(from + c * 32);
     }
-    for (uint32_t i = threadIdx.x; i < kLatent; i += kThreads) s.norm[i] = p.norm[i];
-    Turn turn = {};
-    bf16* cache = nullptr;
-    bool owner = false;
-    const Pair pair(lane, p.interleaved != 0);
-    if (warp < real) {
-        const uint32_t position = p.positions[warp];
-        owner = own_of(position + 1, rank).has_last();
-        turn = turn_of(position, p.inv_freq[lane], p.factor);
-        if (head == 0 && owner) {
-            const uint64_t block = p.tables[p.row_tables[warp] + position / kTokens], to = p.layer_offset + uint64_t(position % kTokens) * kWidth;
-            if (block <= p.arena_elements && to + kWidth <= p.arena_elements - block) cache = p.arena + block + to;
-        }
-    }
     cluster_arrive();
     __syncthreads();
     wait_for_previous();
@@ -348,17 +375,6 @@ __device__ void attend(const Params& p) {
         const bf16* from = p.q + g * p.q_row + head * (kNope + kRope) + t * 8;
 #pragma unroll
         for (int c = 0; c < kNope / 32; c++) x[c] = *reinterpret_cast<const uint4*>(from + c * 32);
-    }
-    float2 turned = {}, key = {};
-    Vec<bf16, 4> latent[4];
-    if (warp < real) {
-        turned = pair.load(p.q + warp * p.q_row + head * (kNope + kRope) + kNope);
-        if (owner) {
-            const bf16* from = p.kv + warp * p.kv_row;
-#pragma unroll
-            for (int j = 0; j < 4; j++) latent[j] = *reinterpret_cast<const Vec<bf16, 4>*>(from + (lane + 32 * j) * 4);
-            key = pair.load(from + kLatent);
-        }
     }
     const uint4 none = {};
     {
@@ -378,11 +394,7 @@ __device__ void attend(const Params& p) {
             for (uint32_t i = 0; i < 2; i++) tell16(remote_address(to, t * 2 + i), four, remote_address(bar, t * 2 + i));
         }
     }
-    if (warp < real) {
-        pair.store(rows[warp].q + kLatent, turned, turn);
-        if (owner) new_key(p, s, rows[warp], latent, key, pair, turn, cache);
-    }
-    __syncthreads();
+    if (real > 0) barrier_wait(shared_address(&s.ready), 0);
     barrier_wait(shared_address(&s.told[kQuery]), 0);
     const float scale = p.scale * 1.44269504f;
     Place place;
@@ -399,19 +411,19 @@ __device__ void attend(const Params& p) {
             float(&score)[kSplits][kChunk * kBox] = s.score[turns++ % 2];
             const uint32_t box = warp / kSplits, split = warp % kSplits;
             if (box < boxes) scores(&score[split][box * kBox], rows[row].q, at + box * kBoxBytes, split);
-            __syncthreads();
+            multipliers_meet();
             float y = 0.0f;
 #pragma unroll
             for (int i = 0; i < kSplits; i++) y += score[i][lane];
             sum.add(lane < min(keys, boxes * kBox) ? y * scale : -INFINITY, at, boxes);
-            __syncthreads();
+            multipliers_meet();
             if (threadIdx.x == 0) copies.next(p, s, kv_at, real);
         }
         sum.send(s, rows[row], rank);
     }
     barrier_wait(shared_address(&s.told[kParts]), 0);
     for (uint32_t i = threadIdx.x; i < real * kSlice; i += kThreads) merge(rows[i / kSlice], i % kSlice);
-    __syncthreads();
+    multipliers_meet();
     float e[2][4] = {};
     const Row& mine = rows[min(g, real - 1)];
 #pragma unroll
@@ -436,6 +448,6 @@ __device__ void attend(const Params& p) {
 
 }  // namespace mla_near
 
-extern "C" __global__ void __launch_bounds__(mla_near::kThreads, 3) mla_near_8(const __grid_constant__ mla_near::Params p) {
+extern "C" __global__ void __launch_bounds__(mla_near::kThreads + 32 * mla_near::kRows, 2) mla_near_8(const __grid_constant__ mla_near::Params p) {
     mla_near::attend(p);
 }

@@ -11,7 +11,7 @@ mod tests;
 
 use super::Mla;
 use super::OP;
-use super::block::{Block, NOPE, QUERY, VALUE, serves};
+use super::block::{Block, NOPE, QUERY, VALUE, aligned, serves};
 use super::decode::{LATENT, ROPE, WIDTH};
 use crate::cuda::{Queue, Rows, dim, need, shape};
 use crate::flash::cuda::cut::UNIT;
@@ -23,13 +23,15 @@ pub const MOST_ROWS: usize = 2;
 /// Kernels that have more shared memory than the default.
 pub(crate) const LARGE: &[&str] = &[NEAR];
 const NEAR: &str = "mla_near_8";
+/// That multiply; a warp to a row comes with them.
 const THREADS: u32 = 256;
+const WARP: u32 = 32;
 /// Blocks of a head, a cluster.
 const BLOCKS: usize = 8;
 /// Units of keys that lie in shared memory at once, a stage.
 const CHUNK: usize = 2;
 /// Bytes of `Shared` and of `Row`.
-const SHARED: usize = 5424;
+const SHARED: usize = 3280;
 const ROW: usize = 5088;
 /// Units of a block, at most, with which this is faster than `block`.
 const MOST_UNITS: usize = 6;
@@ -82,7 +84,8 @@ unsafe impl Parameters for Params {}
 /// scratch; rotated parts of `q` stay as they were projected.
 ///
 /// # Errors
-/// When the shape is not served, rows are many, an operand is too short, or the launch fails.
+/// When the shape is not served, rows are many, an operand is too short or begins on no multiple of 16
+/// bytes, or the launch fails.
 pub fn attention(
     on: Queue<'_>,
     rows: Rows<'_>,
@@ -102,6 +105,7 @@ pub fn attention(
     need(OP, "norm", norm, &[LATENT], 4)?;
     need(OP, "inv_freq", rope.inv_freq, &[ROPE / 2], 4)?;
     to.need(OP, rows.padded)?;
+    aligned([q, kv], [weights.absorbed, weights.kv_b, norm, to.arena.slice])?;
     // With one, two blocks and one of the product in front share a multiprocessor.
     let stages = rows.padded;
     let params = Params {
@@ -134,7 +138,7 @@ pub fn attention(
     let keys = stages * CHUNK * UNIT as usize * WIDTH * 2;
     let shared = dim(OP, keys + SHARED + rows.padded * ROW)?;
     let grid = [dim(OP, heads * BLOCKS)?, 1, 1];
-    Launch::new(on.kernel(NEAR)?, grid, THREADS)
+    Launch::new(on.kernel(NEAR)?, grid, THREADS + WARP * params.rows)
         .shared(shared)
         .cluster(BLOCKS as u32)
         .dependent()

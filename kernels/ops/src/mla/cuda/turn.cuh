@@ -24,9 +24,10 @@ struct Pair {
     __device__ Pair(int pair, bool interleaved)
         : a(interleaved ? 2 * pair : pair), b(interleaved ? 2 * pair + 1 : pair + kPairs) {}
     __device__ float2 load(const bf16* x) const { return {widen(x[a]), widen(x[b])}; }
-    __device__ static bf16 first(float2 v, Turn turn) { return narrow<bf16>(v.x * turn.cosine - v.y * turn.sine); }
-    __device__ static bf16 second(float2 v, Turn turn) { return narrow<bf16>(v.y * turn.cosine + v.x * turn.sine); }
-    __device__ void store(bf16* x, float2 v, Turn turn) const { x[a] = first(v, turn), x[b] = second(v, turn); }
+    __device__ void store(bf16* x, float2 v, Turn turn) const {
+        const float2 by = turned(v.x, v.y, turn.cosine, turn.sine);
+        x[a] = narrow<bf16>(by.x), x[b] = narrow<bf16>(by.y);
+    }
 };
 
 // Products take the elements k of 32 in another order, the same for both operands: lane t of a quad has

@@ -10,6 +10,7 @@ use core::ops::Range;
 use ids::BLOCK_TOKENS;
 use ops::flash::cuda::cut::{Cut, Piece};
 use ops::flash::cuda::{Segment, Tile, max_tiles};
+use ops::mla::cuda::expand::later::PASS_WORDS;
 use ops::sample::cuda::SampleRow;
 use ops::tokens::cuda::CHANGE_WORDS;
 
@@ -65,11 +66,11 @@ pub(super) struct PromptParts {
     pub(super) later: LaterParts,
 }
 
-/// Prompts whose keys are gathered: of every pass the number of its tiles; segments, their first blocks and
+/// Prompts whose keys are gathered: of every pass which are its own of the segments, their first blocks and
 /// tiles of all passes.
 #[derive(Clone, Debug)]
 pub(super) struct LaterParts {
-    pub(super) counts: Range<usize>,
+    pub(super) passes: Range<usize>,
     pub(super) segments: Range<usize>,
     pub(super) firsts: Range<usize>,
     pub(super) tiles: Range<usize>,
@@ -131,7 +132,7 @@ impl Layout {
                 tiles: part(tiles),
                 segments: part(of(segment_words)),
                 later: LaterParts {
-                    counts: part(of(segments)),
+                    passes: part(of(segments * PASS_WORDS)),
                     segments: part(of(segment_words)),
                     firsts: part(of(segments)),
                     tiles: part(of(tiles)),

@@ -5,8 +5,7 @@
 use super::layout::Layout;
 use core::ops::Range;
 use device::cuda::DeviceSlice;
-use ops::flash::cuda::{Segment, Tile};
-use ops::mla::cuda::expand::later::Pass;
+use ops::mla::cuda::expand::later::PASS_WORDS;
 use ops::tokens::cuda::CHANGE_WORDS;
 
 /// Prompts of an attention that run apart; empty where none do.
@@ -18,26 +17,18 @@ pub(in crate::cuda) struct PromptViews {
     pub(in crate::cuda) later: LaterViews,
 }
 
-/// Prompts whose keys are gathered.
+/// Prompts whose keys are gathered, of all passes.
 pub(in crate::cuda) struct LaterViews {
-    counts: DeviceSlice,
-    segments: DeviceSlice,
-    firsts: DeviceSlice,
-    tiles: DeviceSlice,
+    passes: DeviceSlice,
+    pub(in crate::cuda) segments: DeviceSlice,
+    pub(in crate::cuda) firsts: DeviceSlice,
+    pub(in crate::cuda) tiles: DeviceSlice,
 }
 
 impl LaterViews {
-    /// Pass number `index`: number of tiles, segments, their first blocks, tiles.
-    pub(in crate::cuda) fn pass(&self, index: usize, pass: &Pass) -> [DeviceSlice; 4] {
-        let part = |of: &DeviceSlice, range: &Range<usize>, size: usize| {
-            of.slice(range.start * size..range.end * size)
-        };
-        [
-            part(&self.counts, &(index..index + 1), 4),
-            part(&self.segments, &pass.segments, size_of::<Segment>()),
-            part(&self.firsts, &pass.segments, 4),
-            part(&self.tiles, &pass.tiles, size_of::<Tile>()),
-        ]
+    /// Which are those of pass number `index`.
+    pub(in crate::cuda) fn pass(&self, index: usize) -> DeviceSlice {
+        self.passes.slice(index * PASS_WORDS * 4..(index + 1) * PASS_WORDS * 4)
     }
 }
 
@@ -97,7 +88,7 @@ impl Views {
                     tiles: words(&of.tiles),
                     segments: words(&of.segments),
                     later: LaterViews {
-                        counts: words(&of.later.counts),
+                        passes: words(&of.later.passes),
                         segments: words(&of.later.segments),
                         firsts: words(&of.later.firsts),
                         tiles: words(&of.later.tiles),

@@ -40,7 +40,8 @@ impl Case {
         let sent = cache.send(device, 1, 16);
         let segments = device.send(&cache.segments);
         let (tiles, tile_count) = (&tiles, &count);
-        let plan = prompt::Plan { segments: &segments, tiles, tile_count, max_tiles };
+        let plan =
+            prompt::Plan { segments: &segments, tiles, tile_count, first_tile: None, max_tiles };
         // A padded row that must be left alone.
         let rows = cache.rows() + 1;
         let mut padded = q.clone();

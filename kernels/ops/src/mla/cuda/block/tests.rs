@@ -247,11 +247,11 @@ fn check(device: &Device, decodes: &Decodes, blocks: usize) {
     let expected = decodes.run(device, By::Ops, blocks);
     assert_eq!(fused[1].len(), expected[1].len());
     assert!(fused[1].iter().all(|x| x.is_finite()), "{what}: queries of real rows");
-    assert_near(&format!("{what}: queries"), &fused[1], &wide(&expected[1]), 4e-3);
+    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&fused[1]), bits(&expected[1]), "{what}: queries are rotated alike");
     assert_near(&format!("{what}: cache"), &fused[2], &wide(&expected[2]), 8e-3);
     assert!(expected[0].iter().all(|x| x.is_finite()), "{what}: results");
     assert_near(&format!("{what}: results"), &fused[0], &wide(&expected[0]), 1.6e-2);
-    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     let apart = decodes.run(device, By::Keys, blocks);
     assert_near(&format!("{what}: results apart"), &apart[0], &wide(&expected[0]), 1.6e-2);
     assert_eq!(

@@ -64,7 +64,8 @@ impl Case {
         device.stream.fill(&memory, 0xFF).expect("a fill");
         let scratch = Scratch::take(&mut Arena::new(memory), mla, room).expect("an arena");
         let (segments, tiles) = (&segments, &tiles_sent);
-        let plan = prompt::Plan { segments, tiles, tile_count: &count, max_tiles };
+        let plan =
+            prompt::Plan { segments, tiles, tile_count: &count, first_tile: None, max_tiles };
         let out = device.poisoned(rows * mla.heads * 128 * 2);
         let (on, all) = (device.queue(), Rows::exactly(*rows));
         attention(on, all, mla, q, kv, &kv_b, &plan, &scratch, &out).expect("a launch");

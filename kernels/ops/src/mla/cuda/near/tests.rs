@@ -1,6 +1,7 @@
 //! One kernel against three, which have references of their own.
 
 use super::*;
+use crate::cuda::Strided;
 use crate::cuda::testing::{Device, assert_near, device};
 use crate::mla::cuda::block::tests::{By, Decodes};
 
@@ -75,4 +76,20 @@ fn only_what_is_short_fits() {
     assert!(fits([1]) && fits([768]) && !fits([769]));
     assert!(fits([384; 2]) && !fits([385, 384]) && fits([512, 256]));
     assert!(fits([1; 2]) && !fits([1; 3]));
+}
+
+#[test]
+fn operands_that_begin_between_units_are_refused() {
+    let Some(device) = device() else { return };
+    let memory = device.poisoned(4096);
+    let [even, odd] = [memory.slice(0..1024), memory.slice(8..1024)];
+    let rows = |slice, stride| Strided { slice, stride };
+    let whole = rows(&even, 64);
+    aligned([whole; 2], [&even]).expect("multiples of 16 bytes");
+    for (rows, slice) in
+        [([whole, rows(&even, 60)], &even), ([rows(&odd, 64), whole], &even), ([whole; 2], &odd)]
+    {
+        let refused = aligned(rows, [slice]).expect_err("no multiples").to_string();
+        assert!(refused.contains("0x"), "{refused}");
+    }
 }

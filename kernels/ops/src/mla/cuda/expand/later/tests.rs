@@ -50,14 +50,11 @@ impl Case {
         let (wide, kv_b) = (send(&wide), send(&self.kv_b));
         let q = Strided { slice: &wide, stride };
         let out = device.poisoned(rows * mla.heads * 128 * 2);
+        let segments = &device.send(&passes.segments);
+        let (firsts, tiles) = (&device.send(&passes.firsts), &device.send(&passes.tiles));
         for pass in &passes.passes {
-            let segments = device.send(&passes.segments[pass.segments.clone()]);
-            let firsts = device.send(&passes.firsts[pass.segments.clone()]);
-            let tiles = device.send(&passes.tiles[pass.tiles.clone()]);
-            let count = device.send(&[pass.tiles.len() as u32]);
-            let (segments, tiles, tile_count) = (&segments, &tiles, &count);
-            let plan = prompt::Plan { segments, tiles, tile_count, max_tiles: pass.tiles.len() };
-            let later = Later { pass, plan, firsts: &firsts, tables: sent.tables() };
+            let (tokens, parts, tables) = (pass.padded, &device.send(&pass.words()), sent.tables());
+            let later = Later { tokens, parts, segments, firsts, tiles, tables };
             let of = (cache.layer, sent.arena());
             let on = device.queue();
             attention(on, rows, mla, q, &kv_b, of, &later, &scratch, &out).expect("a launch");
@@ -173,24 +170,38 @@ fn passes_hold_what_fits_and_nothing_twice() {
     let all = all.map(|(len, context)| segment(len, context));
     let mut passes = Passes::with_capacity(1000, 10);
     passes.make(&all, Room { latents: 2000, expanded: 1000 });
-    let of = |p: &Pass| (p.segments.clone(), p.tokens, p.longest);
+    let of = |p: &Pass| (p.segments.clone(), p.tokens, p.padded);
     let got: Vec<_> = passes.passes.iter().map(of).collect();
-    assert_eq!(got, [(0..2, 700, 600), (2..3, 301, 301), (3..4, 2000, 2000), (4..5, 33, 33)]);
+    assert_eq!(got, [(0..2, 700, 1000), (2..3, 301, 1000), (3..4, 2000, 2000), (4..5, 33, 1000)]);
     assert_eq!(passes.firsts, [5; 5]);
     assert_eq!(passes.segments.iter().map(|s| s.table).collect::<Vec<_>>(), [0, 100, 0, 0, 0]);
     let tiles: Vec<_> = passes.passes.iter().map(|p| p.tiles.len()).collect();
     assert_eq!(tiles, [4, 1, 1, 1]);
     assert_eq!(passes.tiles[0], Tile { segment: 1, line: 128 });
+    assert_eq!(passes.passes[3].words(), [4, 5, 6, 1]);
+    assert_eq!(passes.tiles[6], Tile { segment: 4, line: 0 });
     passes.make(&all[1..3], Room { latents: 2000, expanded: 1000 });
     assert!(passes.passes.is_empty() && passes.tiles.is_empty());
 }
 
 #[test]
-fn products_are_padded_to_few_numbers_of_rows() {
-    assert_eq!(
-        [1, 9, 100, 1000, 1025, 30_000].map(|n| padded(n, 1 << 20)),
-        [1, 10, 112, 1024, 1280, 32_768]
-    );
-    assert_eq!(padded(30_000, 30_500), 30_500);
-    assert!((1..5000).all(|n| padded(n, 5000) >= n));
+fn passes_are_padded_to_few_numbers_of_rows() {
+    let room = |latents, expanded| Room { latents, expanded };
+    let all =
+        [1, 1024, 1025, 1600, 30_000, 40_000, 100_000].map(|n| padded(n, room(1 << 20, 32_768)));
+    assert_eq!(all, [1024, 1024, 1536, 2048, 32_768, 49_152, 131_072]);
+    assert_eq!(padded(30_000, room(50_000, 30_500)), 30_500);
+    assert_eq!(padded(30_501, room(50_000, 30_500)), 32_768);
+    for room in [room(5000, 5000), room(500, 4000), room(9000, 1000), room(163_840, 32_768)] {
+        let all = paddings(room);
+        assert!(all.len() < 20 && all.is_sorted_by(|a, b| a < b), "{all:?}");
+        for tokens in 1..=room.latents {
+            let padded = padded(tokens, room);
+            assert!(
+                padded >= tokens && padded <= room.latents && all.contains(&padded),
+                "{tokens}"
+            );
+            assert!(tokens > room.expanded || padded <= room.expanded, "{tokens}");
+        }
+    }
 }
