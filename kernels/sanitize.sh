@@ -17,7 +17,8 @@ FILTER   only tests whose names contain one of these, such as mla:: ; all where 
   -x WORDS    not tests whose names contain one of these, separated by commas
   -k WORDS    look only at kernels whose names contain one of these, separated by commas; others run at full
               speed, and what they wrote is unknown to initcheck
-  -n LAUNCHES look only at so many launches of each test, the first ones
+  -n LAUNCHES look only at so many launches of each test, the first ones. Racecheck (2025.3.1) ends with an
+              illegal address where it passes over a launch of clusters, be it by -k or by -n
   -o FOLDER   keep what the tests printed in FOLDER, a file TOOL/TEST each
   -c FOLDER   cubins of the build (target/*/build/ops-*/out), to name the instruction at each place
 

@@ -233,8 +233,8 @@ struct Experts {
     // By the warps that multiply: so many tiles are done since.
     __device__ void say_done(bool others, uint32_t tiles) const {
         fence_async_global();
-        __threadfence();
         stream::multipliers_meet();
+        // Releases what all of them stored: the barrier in front makes it this thread's to release.
         if (threadIdx.x == 0 && tiles > 0) asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(&p.counters->done[others]), "r"(tiles) : "memory");
     }
 
