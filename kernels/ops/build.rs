@@ -3,7 +3,8 @@
 //! The compiler is nvcc from `CUDA_HOME`, from the path, or from the Python wheels of a virtual
 //! environment. Without it the crate builds all the same, holds no kernels and says why; where
 //! `TOKENMILL_REQUIRE` names `cuda` the build fails instead. A file is compiled again only when it,
-//! a header or the command changed; two at a time.
+//! a header or the command changed; two at a time. With `TOKENMILL_JITTER` set, kernels sleep at random
+//! where they wait for each other: tests then find what is right only by luck of timing.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -21,6 +22,7 @@ const FLAGS: [&str; 6] = [
     "--expt-relaxed-constexpr",
     "-Werror=all-warnings",
 ];
+const JITTER: &str = "TOKENMILL_JITTER";
 const COMPILERS_AT_ONCE: usize = 2;
 const HOW: &str = "it was built without nvcc 13.0. Install the CUDA toolkit 13.0, or \
     `pip install 'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-runtime==13.0.*' \
@@ -28,7 +30,7 @@ const HOW: &str = "it was built without nvcc 13.0. Install the CUDA toolkit 13.0
     its site-packages/nvidia/cu13, and build again";
 
 fn main() {
-    for variable in ["CUDA_HOME", "VIRTUAL_ENV", "PATH", "TOKENMILL_REQUIRE"] {
+    for variable in ["CUDA_HOME", "VIRTUAL_ENV", "PATH", "TOKENMILL_REQUIRE", JITTER] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -101,7 +103,8 @@ fn compile(
     out: &Path,
 ) -> Vec<(String, PathBuf)> {
     let mut common = DefaultHasher::new();
-    (nvcc, FLAGS).hash(&mut common);
+    let jitter = env::var_os(JITTER).map(|_| "-DTOKENMILL_JITTER");
+    (nvcc, FLAGS, jitter).hash(&mut common);
     for header in headers {
         fs::read(header).expect("a header that was just listed").hash(&mut common);
     }
@@ -122,7 +125,7 @@ fn compile(
                     let Some((source, (_, cubin))) = taken else { return };
                     let mut hash = common.clone();
                     fs::read(source).expect("a source that was just listed").hash(&mut hash);
-                    compile_one(nvcc, source, cubin, &hash.finish().to_string());
+                    compile_one((nvcc, jitter), source, cubin, &hash.finish().to_string());
                 }
             });
         }
@@ -131,7 +134,7 @@ fn compile(
 }
 
 /// `stamp` says of what the cubin was made.
-fn compile_one(nvcc: &Path, source: &Path, cubin: &Path, stamp: &str) {
+fn compile_one((nvcc, more): (&Path, Option<&str>), source: &Path, cubin: &Path, stamp: &str) {
     let stamp_file = cubin.with_extension("stamp");
     if cubin.is_file() && fs::read_to_string(&stamp_file).is_ok_and(|made| made == stamp) {
         return;
@@ -139,6 +142,7 @@ fn compile_one(nvcc: &Path, source: &Path, cubin: &Path, stamp: &str) {
     let _ = fs::remove_file(&stamp_file);
     let output = Command::new(nvcc)
         .args(FLAGS)
+        .args(more)
         .args(["-I", "src", "-o"])
         .arg(cubin)
         .arg(source)

@@ -51,10 +51,24 @@ __device__ __forceinline__ void tensor_load_3d(uint32_t to, const void* map, int
 __device__ __forceinline__ void tensor_prefetch_2d(const void* map, int c0, int c1) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];\n" ::"l"(map), "r"(c0), "r"(c1) : "memory");
 }
+// In builds that look for results that depend on timing: one warp in four sleeps, up to 20 us.
+__device__ __forceinline__ void jitter() {
+#ifdef TOKENMILL_JITTER
+    uint32_t hash = blockIdx.x * 2654435761u ^ threadIdx.x / 32 * 40503u ^ uint32_t(clock64());
+    hash ^= hash >> 15, hash *= 2246822519u, hash ^= hash >> 13;
+    if (hash % 4 == 0) __nanosleep((hash >> 8) % 20000);
+#endif
+}
 // Until the kernels before have ended and their writes are seen.
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous() {
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+    jitter();
+}
 // From here on the next kernel may take free multiprocessors.
-__device__ __forceinline__ void allow_next() { asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory"); }
+__device__ __forceinline__ void allow_next() {
+    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+    jitter();
+}
 // 128 bytes into the second-level cache.
 __device__ __forceinline__ void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(from)); }
 // Sixteen bytes that no kernel in flight writes; not delayed beyond a wait for the previous kernel.

@@ -15,7 +15,7 @@ use crate::{flash, linear, moe};
 use device::cuda::{Context, CudaError, DeviceFacts, DeviceSlice, Kernel, Kernels, Lane, Stream};
 
 pub use operand::Strided;
-pub(crate) use operand::{bytes, dim, need, shape};
+pub(crate) use operand::{apart, bytes, dim, need, shape};
 
 mod built {
     //! What the build script made.

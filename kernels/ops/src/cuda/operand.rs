@@ -65,6 +65,12 @@ impl<'a> Strided<'a> {
     }
 }
 
+/// Whether memory of two operands has no byte in common.
+pub(crate) fn apart(a: &DeviceSlice, b: &DeviceSlice) -> bool {
+    let end = |of: &DeviceSlice| of.address() + of.bytes() as u64;
+    end(a) <= b.address() || end(b) <= a.address()
+}
+
 /// A size as kernels take it.
 pub(crate) fn dim(op: &'static str, size: usize) -> Result<u32, CudaError> {
     u32::try_from(size).map_err(|_| shape(op, format!("a dimension of {size}")))

@@ -2,7 +2,9 @@
 //!
 //! Widths are per token, so one plan serves every number of tokens: a buffer lies at
 //! `offset * tokens`. Invariant: two buffers that are alive in the same op are disjoint; and those of
-//! ops that lie between experts and the sum with what lies beside them, so that both may run at once.
+//! ops that lie between experts and the sum with what lies beside them, so that both may run at once; and
+//! what a product reads and what the activation behind it writes, so that both may be one launch, whose
+//! blocks read and write in no order.
 //! Every buffer begins on a vector whatever the number of tokens, because kernels load vectors.
 
 use super::{BufferId, Op};
@@ -64,6 +66,7 @@ pub(super) fn plan(
     }
     live_beside_experts(ops, &mut last_use);
     live_until_attention(ops, &mut last_use);
+    live_until_activation(ops, &mut last_use);
     last_use[result.0] = usize::MAX;
     for [first, second] in pairs {
         let last = last_use[first.0].max(last_use[second.0]);
@@ -133,6 +136,17 @@ fn live_until_attention(ops: &[Op], last_use: &mut [usize]) {
                 }
             }
             _ => {}
+        }
+    }
+}
+
+/// Extends lives of what a product reads to the activation of its results.
+fn live_until_activation(ops: &[Op], last_use: &mut [usize]) {
+    for (at, pair) in ops.windows(2).enumerate() {
+        if let [Op::Linear { x, out, .. }, Op::SiluMul { gate_up, .. }] = pair
+            && out == gate_up
+        {
+            last_use[x.0] = last_use[x.0].max(at + 1);
         }
     }
 }

@@ -54,8 +54,33 @@ fn buffers_alive_together_never_overlap() {
             for ops in [&low.body, &low.head] {
                 check_disjoint(&low, ops);
                 check_written_rows(&low, ops);
+                check_activations(&low, ops);
             }
         }
+    }
+}
+
+/// A product and the activation of its results may be one launch: what it reads and what it writes lie
+/// apart. Says how many there are.
+fn check_activations(low: &Lowered, ops: &[Op]) -> usize {
+    let mut found = 0;
+    for pair in ops.windows(2) {
+        let [Op::Linear { x, .. }, Op::SiluMul { out, .. }] = pair else { continue };
+        let [x, out] = [x, out].map(|id| &low.buffers[id.0]);
+        let apart =
+            x.offset + x.per_token() <= out.offset || out.offset + out.per_token() <= x.offset;
+        assert!(apart, "{x:?} and {out:?}");
+        found += 1;
+    }
+    found
+}
+
+#[test]
+fn what_a_product_reads_and_its_activation_writes_lie_apart() {
+    // Three layers, of which experts take the place of two.
+    for (kind, products) in [("llama", 3), ("qwen3", 3), ("deepseek_v2", 3)] {
+        let low = lowered(kind, Mesh::SINGLE, 0).expect(kind);
+        assert_eq!(check_activations(&low, &low.body), products, "{kind}");
     }
 }
 

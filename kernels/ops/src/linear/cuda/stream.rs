@@ -11,7 +11,7 @@
 mod tests;
 
 use super::{Linear, Normed, Then};
-use crate::cuda::{Dtype, Queue, Rows, bytes, dim, shape};
+use crate::cuda::{Dtype, Queue, Rows, apart, bytes, dim, shape};
 use device::cuda::{CudaError, DeviceSlice, Launch, Parameters};
 
 /// Most rows.
@@ -179,20 +179,15 @@ const fn staged(rows: usize, inputs: usize) -> bool {
     rows * odd(2 * inputs) > MOST_STAYING
 }
 
-/// Whether memory of two kinds has no byte in common.
-fn apart(a: &DeviceSlice, b: &DeviceSlice) -> bool {
-    let end = |of: &DeviceSlice| of.address() + of.bytes() as u64;
-    end(a) <= b.address() || end(b) <= a.address()
-}
-
-/// Whether rows that stay in shared memory can be normed there: every block reads them as they were, so
-/// that nothing may be written in their place.
+/// Whether rows that stay in shared memory can be normed there: every block reads them as they were, and one
+/// stores them when it likes, so that nothing else may be written in either place.
 fn norms(rows: usize, operands: &Linear<'_>) -> bool {
     let Linear { x, out, inputs, norm, .. } = *operands;
     norm.is_none_or(|Normed { weight, out: normed, .. }| {
         !staged(rows, inputs)
             && [weight, normed].iter().all(|slice| slice.address().is_multiple_of(16))
             && [out.slice, normed].iter().all(|slice| apart(x.slice, slice))
+            && apart(out.slice, normed)
     })
 }
 
@@ -205,6 +200,7 @@ pub fn takes(rows: usize, operands: &Linear<'_>) -> bool {
         && operands.inputs > 0
         && (1..=MOST_ROWS).contains(&rows)
         && (operands.then == Then::Store || operands.out.dtype == Dtype::Bf16)
+        && (operands.then != Then::Gate || apart(operands.x.slice, operands.out.slice))
         && norms(rows, operands)
 }
 
@@ -219,7 +215,9 @@ pub(super) fn takes_both(rows: usize, first: &Linear<'_>, second: &Linear<'_>) -
         && second.bias.is_none()
         && second.norm.is_none()
         && second.out.dtype == Dtype::Bf16
-        && (first.norm.is_none() || apart(first.x.slice, second.out.slice))
+        && first.norm.is_none_or(|Normed { out: normed, .. }| {
+            [first.x.slice, normed].iter().all(|slice| apart(slice, second.out.slice))
+        })
 }
 
 /// The product, and another of the same rows; lengths are checked by the caller.

@@ -12,7 +12,7 @@
 mod tests;
 
 use super::{Linear, Then, WIDE};
-use crate::cuda::{Dtype, Queue, Rows, bytes, dim, shape};
+use crate::cuda::{Dtype, Queue, Rows, apart, bytes, dim, shape};
 use device::cuda::{
     Context, CudaError, DeviceMemory, DeviceSlice, Launch, Parameters, Stream, Swizzle, TensorMap,
 };
@@ -183,8 +183,10 @@ const GATE_ROWS: usize = 64;
 
 /// The tile of a product whose results are activated, if kernels take it so.
 pub(super) fn gates(rows: usize, operands: &Linear<'_>) -> Option<Tile> {
-    let Linear { out, inputs, outputs, bias, norm, .. } = *operands;
+    let Linear { x, out, inputs, outputs, bias, norm, .. } = *operands;
     let plain = takes(operands) && out.dtype == Dtype::Bf16 && bias.is_none() && norm.is_none();
+    // The first blocks store while others read.
+    let plain = plain && apart(x.slice, out.slice);
     let tile = Tile::select(rows, outputs.checked_mul(2)?, inputs);
     (plain && rows <= GATE_ROWS && tile.gate().is_some()).then_some(tile)
 }

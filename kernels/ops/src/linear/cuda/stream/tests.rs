@@ -3,7 +3,7 @@
 use super::*;
 use crate::cuda::testing::{Device, assert_near, device, rounded, rounding};
 use crate::cuda::{Tensor, testing};
-use crate::linear::cuda::{Variant, linear_as};
+use crate::linear::cuda::{Variant, gates, linear_as};
 use crate::linear::reference;
 use crate::testing::Random;
 use crate::{Matrix, WeightSlice};
@@ -196,16 +196,23 @@ fn rows_normed_on_the_way_are_those_normed_before() {
 #[test]
 fn rows_are_normed_where_nothing_is_written() {
     let Some(device) = device() else { return };
-    let memory = device.poisoned(8 * 64 * 2);
+    let memory = device.poisoned(3 * 512);
     let [w, weight] = [device.poisoned(64 * 64 * 2), device.poisoned(64 * 4)];
     let tensor = |slice| Tensor::new(slice, Dtype::Bf16);
-    let [x, behind] = [memory.slice(0..512), memory.slice(512..1024)];
+    let [x, behind, third] = [0, 1, 2].map(|i| memory.slice(i * 512..(i + 1) * 512));
     let normed = |out| Some(Normed { weight: &weight, eps: 1e-5, out });
     let of = |to, norm| Linear { norm, ..Linear::plain(tensor(&x), &w, tensor(to), 64, 64) };
-    assert!(takes(4, &of(&behind, normed(&behind))));
+    assert!(takes(4, &of(&behind, normed(&third))));
+    assert!(!takes(4, &of(&behind, normed(&behind))));
     assert!(!takes(4, &of(&x, normed(&behind))));
     assert!(!takes(4, &of(&behind, normed(&x))));
     assert!(takes(4, &of(&x, None)));
+    // Weights of two products, for rows that are halves.
+    let gate = |to| Linear { then: Then::Gate, outputs: 32, out_stride: 32, ..of(to, None) };
+    for rows in [4, 16] {
+        assert!(gates(rows, &gate(&behind)).is_some());
+        assert!(gates(rows, &gate(&x)).is_none());
+    }
 }
 
 #[test]
