@@ -66,9 +66,9 @@ pub(super) struct Kind {
     pub(super) whole: bool,
 }
 
-/// Every kind of step within limits but those with prompts behind a context. Only requests that decode are a row each, so without prompt
-/// chunks a step has at most as many rows as there are slots. Contexts may be near in steps of up to
-/// `near` rows. Prompts may run expanded where the program `expands`.
+/// Every kind of step within limits but those with prompts behind a context. Only requests that decode are a
+/// row each, so without prompt chunks a step has at most as many rows as there are slots. Contexts may be near
+/// in steps of up to `near` rows. Prompts may run expanded where the program `expands`.
 pub(super) fn kinds(limits: &Limits, near: usize, expands: bool) -> Vec<Kind> {
     let slots = limits.bucket(limits.slots.min(limits.rows));
     let buckets = limits.buckets().into_iter();
