@@ -2,9 +2,10 @@
 //!
 //! Widths are per token, so one plan serves every number of tokens: a buffer lies at
 //! `offset * tokens`. Invariant: two buffers that are alive in the same op are disjoint; and those of
-//! ops that lie between experts and the sum with what lies beside them, so that both may run at once; and
-//! what a product reads and what the activation behind it writes, so that both may be one launch, whose
-//! blocks read and write in no order.
+//! ops that lie between experts and the sum with what lies beside them, so that both may run at once; two
+//! summands and the norm of their sum; and what a norm reads, what the product behind it reads and what this
+//! or the activation behind it writes, so that each of these may be one launch, whose blocks read and write in
+//! no order.
 //! Every buffer begins on a vector whatever the number of tokens, because kernels load vectors.
 
 use super::{BufferId, Op};
@@ -67,6 +68,7 @@ pub(super) fn plan(
     live_beside_experts(ops, &mut last_use);
     live_until_attention(ops, &mut last_use);
     live_until_activation(ops, &mut last_use);
+    live_until_norm(ops, &mut last_use);
     last_use[result.0] = usize::MAX;
     for [first, second] in pairs {
         let last = last_use[first.0].max(last_use[second.0]);
@@ -140,11 +142,32 @@ fn live_until_attention(ops: &[Op], last_use: &mut [usize]) {
     }
 }
 
-/// Extends lives of what a product reads to the activation of its results.
+/// Extends lives of what a product reads, or a norm right in front of it, to the product and the activation of
+/// its results.
 fn live_until_activation(ops: &[Op], last_use: &mut [usize]) {
+    for (at, op) in ops.iter().enumerate() {
+        let Op::Linear { x, out, .. } = op else { continue };
+        let activated =
+            matches!(ops.get(at + 1), Some(Op::SiluMul { gate_up, .. }) if gate_up == out);
+        let last = at + usize::from(activated);
+        let before = match ops[..at].last() {
+            Some(
+                Op::Norm { x: from, out: normed, .. }
+                | Op::AddNorm { residual: from, out: normed, .. },
+            ) if normed == x => Some(from),
+            _ => None,
+        };
+        for buffer in before.into_iter().chain([x]) {
+            last_use[buffer.0] = last_use[buffer.0].max(last);
+        }
+    }
+}
+
+/// Extends lives of both summands to the norm of their sum.
+fn live_until_norm(ops: &[Op], last_use: &mut [usize]) {
     for (at, pair) in ops.windows(2).enumerate() {
-        if let [Op::Linear { x, out, .. }, Op::SiluMul { gate_up, .. }] = pair
-            && out == gate_up
+        if let [Op::Add { x, target }, Op::AddNorm { delta, .. }] = pair
+            && target == delta
         {
             last_use[x.0] = last_use[x.0].max(at + 1);
         }

@@ -55,6 +55,7 @@ fn buffers_alive_together_never_overlap() {
                 check_disjoint(&low, ops);
                 check_written_rows(&low, ops);
                 check_activations(&low, ops);
+                check_norms(&low, ops);
             }
         }
     }
@@ -66,13 +67,33 @@ fn check_activations(low: &Lowered, ops: &[Op]) -> usize {
     let mut found = 0;
     for pair in ops.windows(2) {
         let [Op::Linear { x, .. }, Op::SiluMul { out, .. }] = pair else { continue };
-        let [x, out] = [x, out].map(|id| &low.buffers[id.0]);
-        let apart =
-            x.offset + x.per_token() <= out.offset || out.offset + out.per_token() <= x.offset;
-        assert!(apart, "{x:?} and {out:?}");
+        assert!(are_apart(low, *x, *out), "{pair:?}");
         found += 1;
     }
     found
+}
+
+fn are_apart(low: &Lowered, a: BufferId, b: BufferId) -> bool {
+    let [a, b] = [a, b].map(|id| &low.buffers[id.0]);
+    a.offset + a.per_token() <= b.offset || b.offset + b.per_token() <= a.offset
+}
+
+/// A norm may be made by the product behind it, and by the sum over experts in front: neither stores where
+/// the other reads.
+fn check_norms(low: &Lowered, ops: &[Op]) {
+    for pair in ops.windows(2) {
+        match pair {
+            [
+                Op::Norm { x: from, out: normed, .. }
+                | Op::AddNorm { residual: from, out: normed, .. },
+                Op::Linear { x, out, .. },
+            ] if normed == x => assert!(are_apart(low, *from, *out), "{pair:?}"),
+            [Op::Add { x, target }, Op::AddNorm { delta, out, .. }] if target == delta => {
+                assert!([x, target].iter().all(|id| are_apart(low, **id, *out)), "{pair:?}");
+            }
+            _ => {}
+        }
+    }
 }
 
 #[test]
