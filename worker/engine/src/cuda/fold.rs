@@ -2,7 +2,8 @@
 //! residual: a launch less for every norm.
 //!
 //! It decides and launches nothing of its own. Invariant: results are those of the launches one by one,
-//! to the bit; whatever the norm would have stored is stored.
+//! to the bit; whatever the norm would have stored is stored. What is launched so is described in the tests of
+//! `units`, too, which see that nothing is stored where other blocks read.
 
 use super::launch::{Launch, Place};
 use super::moe_layer::Layer as MoeLayer;

@@ -1,10 +1,11 @@
 //! Ops with everything resolved that does not change from step to step: weights as memory, buffers as
 //! places, attention by the number of its tiles. What remains for a step are counts and tables.
 
-use super::fuse::{self, Block, Found, Grouped};
+use super::fuse::{Block, Found, Grouped};
 use super::limits::Limits;
 use super::moe_layer::{self, Layer as MoeLayer};
 use super::sizes::{Attention, Sizes, Spec, attention_of};
+use super::units::{self, Unit};
 use super::weights::{Loaded, Packed, Product, product};
 use device::cuda::{Arena, CudaError, DeviceSlice};
 use model::lower::{BufferId, LocalAttention, LocalSlice, Lowered, Op};
@@ -40,10 +41,32 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Whether they are in no memory of the same rows.
+    /// Of a buffer of a program, among ops whose plain buffers lie in `region`.
+    pub(super) fn of(lowered: &Lowered, region: Region, id: BufferId) -> Self {
+        let buffer = &lowered.buffers[id.0];
+        let (offset, width) = (buffer.offset, buffer.width);
+        let plain = Self { region, offset, column: 0, width, row: width };
+        if let Some(pair) = lowered.pairs.iter().find(|pair| pair.contains(&id)) {
+            let [first, second] = pair.map(|id| &lowered.buffers[id.0]);
+            let column = if id == pair[0] { 0 } else { first.width };
+            return Self { offset: first.offset, column, row: first.width + second.width, ..plain };
+        }
+        if !Sizes::is_exact(lowered, id) {
+            return plain;
+        }
+        // One router's scores are used up before the next one's are made.
+        let region = if id == lowered.logits { Region::Logits } else { Region::Router };
+        Self { region, offset: 0, ..plain }
+    }
+
+    /// Whether they have no memory in common.
     pub(super) fn is_apart(self, other: Self) -> bool {
         let ends_before = |a: Self, b: Self| a.offset + a.row <= b.offset;
-        self.region != other.region || ends_before(self, other) || ends_before(other, self)
+        let beside = |a: Self, b: Self| {
+            (a.offset, a.row) == (b.offset, b.row) && a.column + a.width <= b.column
+        };
+        let apart = |a: Self, b: Self| ends_before(a, b) || beside(a, b);
+        self.region != other.region || apart(self, other) || apart(other, self)
     }
 }
 
@@ -261,53 +284,23 @@ pub(super) struct Resolver<'a> {
 
 impl Resolver<'_> {
     pub(super) fn place(&self, id: BufferId) -> Place {
-        let buffer = &self.lowered.buffers[id.0];
-        let (region, offset, width) = (self.region, buffer.offset, buffer.width);
-        let plain = Place { region, offset, column: 0, width, row: width };
-        if let Some(pair) = self.lowered.pairs.iter().find(|pair| pair.contains(&id)) {
-            let [first, second] = pair.map(|id| &self.lowered.buffers[id.0]);
-            let column = if id == pair[0] { 0 } else { first.width };
-            return Place {
-                offset: first.offset,
-                column,
-                row: first.width + second.width,
-                ..plain
-            };
-        }
-        if !Sizes::is_exact(self.lowered, id) {
-            return plain;
-        }
-        // One router's scores are used up before the next one's are made.
-        let region = if id == self.lowered.logits { Region::Logits } else { Region::Router };
-        Place { region, offset: 0, ..plain }
+        Place::of(self.lowered, self.region, id)
     }
 
     pub(super) fn launches(&self, ops: &[Op]) -> Result<Vec<Launch>, CudaError> {
         let mut launches = Vec::with_capacity(ops.len());
-        let mut rest = ops;
-        while let [op, after @ ..] = rest {
-            if let Some(found) = fuse::find(self.lowered, rest, self.sizes.dtype) {
-                launches.extend(self.launch(found.projection)?);
-                launches.push(self.block(found)?);
-                rest = &rest[Found::LENGTH..];
-            } else if let Some(length) = fuse::find_grouped(self.lowered, rest, self.sizes.dtype) {
-                launches.push(self.grouped(&rest[..length])?);
-                rest = &rest[length..];
-            } else if let Some(found) = moe_layer::find(self.lowered, rest) {
-                launches.push(Launch::Moe(Box::new(self.moe_layer(found)?)));
-                rest = &rest[found.length..];
-            } else if let [Op::Linear { out, .. }, act @ Op::SiluMul { gate_up, .. }, after @ ..] =
-                rest
-                && out == gate_up
-            {
-                if let (Some(product), Some(act)) = (self.launch(op)?, self.launch(act)?) {
-                    let (product, act) = (Box::new(product), Box::new(act));
-                    launches.push(Launch::Gated { product, act });
+        for unit in units::split(self.lowered, ops, self.sizes.dtype) {
+            match unit {
+                Unit::One(op) => launches.extend(self.launch(op)?),
+                Unit::Gated([product, act]) => {
+                    if let (Some(product), Some(act)) = (self.launch(product)?, self.launch(act)?) {
+                        let (product, act) = (Box::new(product), Box::new(act));
+                        launches.push(Launch::Gated { product, act });
+                    }
                 }
-                rest = after;
-            } else {
-                launches.extend(self.launch(op)?);
-                rest = after;
+                Unit::Block(found) => launches.push(self.block(found)?),
+                Unit::Grouped(ops) => launches.push(self.grouped(ops)?),
+                Unit::Moe(found) => launches.push(Launch::Moe(Box::new(self.moe_layer(found)?))),
             }
         }
         Ok(launches)

@@ -23,6 +23,7 @@ mod moe_layer;
 mod rest;
 mod run;
 mod sizes;
+mod units;
 mod weights;
 
 pub use facts::{CudaDevice, cuda_device};

@@ -28,7 +28,7 @@ pub(super) struct Rest {
 
 /// The buffers that ops behind the last attention read of before; `None` where these are not of rows by
 /// themselves.
-fn carried(lowered: &Lowered) -> Option<Vec<BufferId>> {
+pub(super) fn carried(lowered: &Lowered) -> Option<Vec<BufferId>> {
     let last = lowered.body.iter().rposition(|op| matches!(op, Op::Attention { .. }))?;
     let (mut made, mut carried) = (Vec::new(), Vec::new());
     for op in &lowered.body[last + 1..] {
