@@ -4,8 +4,8 @@
 //! bf16, inputs in multiples of 8, and rows that begin on 16 bytes. For one product [`Variant::Stream`]
 //! is faster for up to eight rows, [`Variant::Wide`] for some tens, where outputs are a multiple of 8, and
 //! [`Variant::Library`], where it is there, for more.
-//! [`Variant::Any`] takes everything, slowly. Merged projections are one matrix: parts are laid side by side when
-//! weights are loaded. A row's result depends on the variant and the row alone.
+//! [`Variant::Any`] takes everything, slowly. Merged projections are one matrix: parts are laid side by side
+//! when weights are loaded. A row's result depends on the variant and the row alone.
 
 mod library;
 pub(crate) mod stream;
