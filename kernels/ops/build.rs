@@ -53,7 +53,9 @@ fn main() {
             "    device::cuda::Cubin {{ name: {name:?}, image: include_bytes!({path:?}) }},\n"
         );
     }
+    let jitter = env::var_os(JITTER).is_some();
     listing += &format!("];\npub(crate) const MISSING: &str = {HOW:?};\n");
+    listing += &format!("pub(crate) const JITTER: bool = {jitter};\n");
     fs::write(out.join("cubins.rs"), listing).expect("OUT_DIR is writable");
 }
 

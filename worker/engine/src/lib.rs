@@ -2,8 +2,9 @@
 //!
 //! A library for a plain thread: no async, no network. The way of a step: `slots` applies the
 //! plan's ops, `batch` turns runs into rows and segments, an [`Executor`] runs the flat op list and
-//! draws where it can, `sampler` draws the rest; `steps` keeps what is on its way. Invariants: a plan that contradicts the state is an error by name, never a
-//! panic; what is sampled for a request depends neither on its batch nor on how it was chunked.
+//! draws where it can, `sampler` draws the rest; `steps` keeps what is on its way. Invariants: a plan that
+//! contradicts the state is an error by name, never a panic; what is sampled for a request depends neither on
+//! its batch nor on how it was chunked.
 
 mod batch;
 mod cpu;

@@ -38,30 +38,38 @@ pub(crate) fn folder() -> Result<PathBuf> {
         digest.update(name.as_bytes()).update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
     }
     let name = format!("bundled-{}", &digest.finalize().to_hex()[..16]);
-    let cache = cache_folder();
-    let target = cache.join(&name);
-    if complete(&target) {
-        return Ok(target);
+    folder_at(&cache_folder().join(&name))
+}
+
+fn folder_at(target: &Path) -> Result<PathBuf> {
+    if complete(target) {
+        return Ok(target.to_owned());
     }
-    std::fs::create_dir_all(&cache).with_context(|| {
-        format!("create {}; set XDG_CACHE_HOME to a writable folder", cache.display())
-    })?;
-    let draft = tempfile::Builder::new().prefix("bundled-").tempdir_in(&cache)?;
+    let cache = target.parent().context("a folder for the bundled model")?;
+    let advice = || {
+        let cache = cache.display();
+        format!("write the bundled model into {cache}; set XDG_CACHE_HOME to a writable folder")
+    };
+    std::fs::create_dir_all(cache).with_context(advice)?;
+    let draft = tempfile::Builder::new().prefix("bundled-").tempdir_in(cache);
+    let draft = draft.with_context(advice)?;
     for (file, bytes) in FILES {
-        unpack(file, bytes, draft.path())
-            .with_context(|| format!("write {file} into {}", draft.path().display()))?;
+        unpack(file, bytes, draft.path()).with_context(advice)?;
     }
     // Another start may have won the race with the same content.
     let draft = draft.keep();
-    if std::fs::rename(&draft, &target).is_err() {
+    if let Err(error) = std::fs::rename(&draft, target) {
         let _ = std::fs::remove_dir_all(&draft);
+        if !target.exists() {
+            return Err(error).with_context(advice);
+        }
     }
     ensure!(
-        complete(&target),
+        complete(target),
         "{} holds an incomplete copy of the bundled model; remove it and start again",
         target.display()
     );
-    Ok(target)
+    Ok(target.to_owned())
 }
 
 fn complete(folder: &Path) -> bool {
@@ -115,5 +123,32 @@ mod tests {
         let tensors = safetensors::SafeTensors::deserialize(&weights).expect("a whole file");
         assert_eq!(tensors.len(), 120);
         assert!(weights.len() > FILES[4].1.len());
+    }
+
+    #[test]
+    fn starts_at_once_share_one_folder_and_leave_nothing_else() {
+        let cache = tempfile::tempdir().expect("temporary folder");
+        let target = cache.path().join("deeper").join("bundled");
+        std::thread::scope(|scope| {
+            let starts: Vec<_> = (0..3).map(|_| scope.spawn(|| folder_at(&target))).collect();
+            for start in starts {
+                assert_eq!(start.join().expect("no panic").expect("a folder"), target);
+            }
+        });
+        let names = std::fs::read_dir(cache.path().join("deeper")).expect("a folder");
+        assert_eq!(names.count(), 1);
+        std::fs::write(target.join("config.json"), "{").expect("cut short");
+        let refused = folder_at(&target).expect_err("incomplete").to_string();
+        assert!(refused.contains("remove it and start again"), "{refused}");
+        let names = std::fs::read_dir(cache.path().join("deeper")).expect("a folder");
+        assert_eq!(names.count(), 1);
+    }
+
+    #[test]
+    fn a_cache_that_is_there_and_cannot_be_written_is_said_with_what_helps() {
+        // Nobody makes folders there, whoever runs this.
+        let refused = folder_at(Path::new("/proc/self/bundled")).expect_err("no folder");
+        let said = format!("{refused:#}");
+        assert!(said.contains("XDG_CACHE_HOME") && said.contains("/proc/self"), "{said}");
     }
 }

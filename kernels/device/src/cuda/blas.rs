@@ -2,8 +2,9 @@
 //!
 //! It plans a product once, by the library's own heuristics, and runs the plan any number of times: a
 //! run allocates nothing, waits for nothing and can be captured. Where the library is not sure, a plan's
-//! ways can be timed against each other first. Which products are worth it is for the caller to say. Invariant: a plan is one kernel with one split of the sums, in an order that does not
-//! depend on timing, so a row of the result has the same bits whatever the other rows hold.
+//! ways can be timed against each other first. Which products are worth it is for the caller to say.
+//! Invariant: a plan is one kernel with one split of the sums, in an order that does not depend on timing, so
+//! a row of the result has the same bits whatever the other rows hold.
 
 use super::{Context, CudaError, DeviceSlice, Event, Stream};
 use cudarc::cublaslt::sys::{

@@ -14,6 +14,7 @@ mod tests;
 use crate::{flash, linear, moe};
 use device::cuda::{Context, CudaError, DeviceFacts, DeviceSlice, Kernel, Kernels, Lane, Stream};
 
+pub(crate) use built::JITTER;
 pub use operand::Strided;
 pub(crate) use operand::{apart, bytes, dim, need, shape};
 

@@ -4,8 +4,8 @@
 //! bf16, inputs in multiples of 8, and rows that begin on 16 bytes. For one product [`Variant::Stream`]
 //! is faster for up to eight rows, [`Variant::Wide`] for some tens, where outputs are a multiple of 8, and
 //! [`Variant::Library`], where it is there, for more.
-//! [`Variant::Any`] takes everything, slowly. Merged projections are one matrix: parts are laid side by side when
-//! weights are loaded. A row's result depends on the variant and the row alone.
+//! [`Variant::Any`] takes everything, slowly. Merged projections are one matrix: parts are laid side by side
+//! when weights are loaded. A row's result depends on the variant and the row alone.
 
 mod library;
 pub(crate) mod stream;
@@ -277,7 +277,7 @@ pub fn linear(on: Queue<'_>, rows: Rows<'_>, operands: &Linear<'_>) -> Result<()
 #[must_use]
 pub fn statement(gpu: &Gpu) -> String {
     let few = stream::MOST_ROWS;
-    match gpu.cublaslt() {
+    let products = match gpu.cublaslt() {
         Ok(library) => {
             let ((major, minor), rows) = (library.version(), library::ROWS);
             let planned = library.planned();
@@ -291,6 +291,11 @@ pub fn statement(gpu: &Gpu) -> String {
              which many rows are faster (the CUDA toolkit and the wheel nvidia-cublas hold it; its folder \
              belongs to the loader's path)"
         ),
+    };
+    if crate::cuda::JITTER {
+        format!("{products}; kernels sleep at random, for tests")
+    } else {
+        products
     }
 }
 

@@ -182,7 +182,8 @@ fn nucleus_of_row(
 }
 
 /// The last candidate of the shortest beginning of the order that holds `target`; none where all
-/// together do not; `ranked` is sorted where it matters. Halves the range that holds it, as quickselect does, by mass instead of rank.
+/// together do not; `ranked` is sorted where it matters. Halves the range that holds it, as quickselect
+/// does, by mass instead of rank.
 fn nucleus(ranked: &mut [Candidate], target: f64) -> Option<Candidate> {
     let weight = |candidate: &Candidate| f64::from(candidate.weight);
     let (mut begin, mut end) = (0, ranked.len());

@@ -131,6 +131,9 @@ impl Graphs {
 
     /// Whether there is room for one more with passes; one that nobody used for long makes room.
     pub(super) fn has_room(&mut self) -> bool {
+        if self.failed {
+            return false;
+        }
         if self.later.len() >= MOST_LATER {
             let oldest = self.later.iter().min_by_key(|(_, (.., used))| *used);
             let oldest = oldest.filter(|(_, (.., used))| used + UNUSED < self.steps);
@@ -138,7 +141,7 @@ impl Graphs {
                 self.later.remove(&kind);
             }
         }
-        self.later.len() < MOST_LATER && !self.failed
+        self.later.len() < MOST_LATER
     }
 
     /// Keeps one of a kind with passes. Where it could not be made, as when memory is short, steps go on

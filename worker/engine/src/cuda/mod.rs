@@ -4,10 +4,10 @@
 //! Activations, matrices and cache share one element type. No op allocates and none is chosen here;
 //! kernels read the numbers of rows and tiles on the device, so a step of a bucket differs from
 //! another in data alone. Tokens are drawn on the device and kept there, so that the next step is
-//! enqueued behind this one. Where log-probabilities are asked for, of prompts too, the next step waits for this one;
-//! logits come back to the host for lists longer than their places alone. A step
-//! that only decodes is a copy, a launch and a copy back. Invariant: enqueueing waits for nothing but
-//! a copy of the step before the last.
+//! enqueued behind this one. Where log-probabilities are asked for, of prompts too, the next step waits for
+//! this one; logits come back to the host for lists longer than their places alone. A step that only decodes
+//! is a copy, a launch and a copy back. Invariant: enqueueing waits for nothing but a copy of the step before
+//! the last.
 
 mod ahead;
 mod asked;

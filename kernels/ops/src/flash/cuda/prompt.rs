@@ -3,7 +3,8 @@
 //!
 //! Keys lie in the cache, or row after row in memory of the step. Heads are 128 or 64 wide, or 192 with
 //! values of 128; bf16; no windows. Tiles are handed out one by one, the longest first; where they are few,
-//! blocks share the keys of each. Other rows of `out` are left alone. Invariant: what one segment's keys hold reaches no other segment.
+//! blocks share the keys of each. Other rows of `out` are left alone. Invariant: what one segment's keys hold
+//! reaches no other segment.
 
 #[cfg(test)]
 mod tests;

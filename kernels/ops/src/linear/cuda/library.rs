@@ -5,7 +5,8 @@
 //! several side by side, and those of rows of which only some are real (the library computes all) stay
 //! with the kernels here. A shape is planned when it is first asked for, which is when graphs are
 //! captured; large ones by timing what the library proposes, so that the order of sums, and with it last
-//! bits, may differ between two starts of the program. Invariant: which of the two computes a product depends on its shape alone.
+//! bits, may differ between two starts of the program. Invariant: which of the two computes a product
+//! depends on its shape alone.
 
 use super::{Linear, Then, WIDE};
 use crate::cuda::{Dtype, Queue, Rows, shape};

@@ -6,7 +6,8 @@
 //!
 //! It serves bf16 heads of DeepSeek's widths (128 + 64, values of 128, a latent of 512), any number of
 //! them; others are launched op by op, few rows of short contexts in one launch by `near`. Each starts
-//! reading its weights before the one in front has ended. Invariant: what is stored has the roundings of the ops one by one.
+//! reading its weights before the one in front has ended. Invariant: what is stored has the roundings of the
+//! ops one by one.
 
 #[cfg(test)]
 pub(super) mod tests;

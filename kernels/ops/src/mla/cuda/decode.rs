@@ -2,8 +2,9 @@
 //! kernels.
 //!
 //! Pieces have 16 heads of a row, or 64 where it has more than 16, by a kernel of warpgroups that reads keys
-//! less often. Partial results lie in slots of 16 heads all the same. The cut is made by [`Cut`]. It serves the widths of DeepSeek's models (latent 512, rope 64) in bf16;
-//! others take the tiles of `flash`. Invariant: a piece reads no row of another sequence.
+//! less often. Partial results lie in slots of 16 heads all the same. The cut is made by [`Cut`]. It serves
+//! the widths of DeepSeek's models (latent 512, rope 64) in bf16; others take the tiles of `flash`.
+//! Invariant: a piece reads no row of another sequence.
 
 use super::{Mla, OP};
 use crate::cuda::{Dtype, Queue, Rows, Tensor, bytes, dim, need, shape};

@@ -66,7 +66,7 @@ pub struct Room {
 
 impl Room {
     /// For steps of up to `rows` rows in up to `slots` sequences of up to `context` tokens: one sequence
-    /// fits, and more of them as far as that takes no more than a fixed size.
+    /// fits, and a head of it, and more of them as far as that takes no more than a fixed size.
     #[must_use]
     pub fn new(mla: &Mla, rows: usize, slots: usize, context: usize) -> Self {
         /// Tokens projected at once, at most, unless the step itself has more.
@@ -75,7 +75,9 @@ impl Room {
         const MOST_BYTES: usize = 1 << 29;
         let all = slots.saturating_mul(context).min(MOST);
         let fit = MOST_BYTES / Self::expanded_bytes(mla, 1).max(1);
-        Self { latents: context.max(all), expanded: context.max(all).min(MOST).min(fit).max(rows) }
+        let latents = context.max(all);
+        let least = latents.div_ceil(mla.heads.max(1)).max(rows);
+        Self { latents, expanded: latents.min(MOST).min(fit).max(least) }
     }
 
     const fn expanded_bytes(mla: &Mla, tokens: usize) -> usize {

@@ -367,7 +367,7 @@ __device__ void attend(const Params& p) {
     cluster_arrive();
     __syncthreads();
     wait_for_previous();
-    // Not before: the next kernel's weights would delay what is read here.
+    // Later than the warps that make keys, which let it begin before.
     allow_next();
 
     uint4 x[kNope / 32] = {};

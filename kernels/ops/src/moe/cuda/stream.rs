@@ -213,7 +213,8 @@ pub fn takes(
 /// nothing. With `scores` the choice is made here, and left in `routing`.
 ///
 /// # Errors
-/// When [`takes`] does not hold, or [`chooses`] of scores that are given, an operand is too short, or a launch fails.
+/// When [`takes`] does not hold, or [`chooses`] of scores that are given, an operand is too short, or a
+/// launch fails.
 #[allow(clippy::too_many_arguments, reason = "the operands of the op")]
 pub fn experts(
     on: Queue<'_>,

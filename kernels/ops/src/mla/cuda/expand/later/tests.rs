@@ -205,3 +205,20 @@ fn passes_are_padded_to_few_numbers_of_rows() {
         }
     }
 }
+
+#[test]
+fn a_head_of_the_longest_sequence_fits_whatever_the_shape() {
+    for heads in [0, 1, 2, 4, 16, 128] {
+        for context in [1, 64, 40_000, 163_840, 1 << 20] {
+            let room = Room::new(&mla(heads), 512, 16, context);
+            assert!(room.latents >= context, "{heads} heads, {context}: {room:?}");
+            let of_heads = room.expanded * heads.max(1);
+            assert!(of_heads >= room.latents, "{heads} heads, {context}: {room:?}");
+        }
+    }
+    // As many as ever where heads are many.
+    let room = Room::new(&mla(16), 2048, 256, 163_840);
+    assert_eq!(room, Room { latents: 163_840, expanded: 32_768 });
+    let room = Room::new(&mla(128), 2048, 256, 163_840);
+    assert_eq!(room, Room { latents: 163_840, expanded: 8192 });
+}
