@@ -137,7 +137,7 @@ pub struct Gpu {
     counters: [moe::cuda::stream::Counters; Lane::COUNT],
     /// Of prompt attention, which one lane has.
     prompts: flash::cuda::prompt::Shared,
-    library: linear::cuda::Opening,
+    products: linear::cuda::Opening,
 }
 
 impl Gpu {
@@ -150,7 +150,7 @@ impl Gpu {
         Self::with(context, linear::cuda::Opening::begin(context))
     }
 
-    fn with(context: &Context, library: linear::cuda::Opening) -> Result<Self, CudaError> {
+    fn with(context: &Context, products: linear::cuda::Opening) -> Result<Self, CudaError> {
         let facts = context.facts().clone();
         check(&facts)?;
         let kernels = Kernels::load(context, built::CUBINS, built::MISSING)?;
@@ -177,7 +177,7 @@ impl Gpu {
         let counters = || moe::cuda::stream::Counters::new(context);
         let counters = [counters()?, counters()?];
         let prompts = prompt::Shared::new(context)?;
-        Ok(Self { kernels, facts, shared, counters, prompts, library })
+        Ok(Self { kernels, facts, shared, counters, prompts, products })
     }
 
     /// Bytes of device memory that [`Gpu::new`] allocates, the library's included.
@@ -203,7 +203,7 @@ impl Gpu {
     /// # Errors
     /// When it is not there; the error says what was looked for.
     pub fn cublaslt(&self) -> Result<&linear::cuda::Library, &CudaError> {
-        self.library.end()
+        self.products.end()
     }
 
     /// What the device is.

@@ -4,13 +4,13 @@
 // to 64, by the copy engine, two tiles ahead; queries stay in registers. A row in several pieces leaves
 // partial sums, which `mla_decode_merge` merges. The host cuts the pieces (decode.rs), so that blocks
 // have equal work whatever the contexts are.
-#include "flash/cuda/pieces.cuh"
-#include "mla/cuda/keys.cuh"
+#include "mla/cuda/decode.cuh"
 #include "mla/cuda/merge.cuh"
 
 namespace mla_decode {
 
 using namespace mla;
+using Params = DecodeParams;
 
 constexpr int kBlock = kTokens;  // keys of a tile
 constexpr int kPitch = 584;      // of a query in shared memory: an odd number of 16-byte units
@@ -22,21 +22,6 @@ constexpr int kSteps = kWidth / 16;
 // Steps whose queries stay in registers; with all of them no block of the kernel in front fits beside.
 constexpr int kHeld = 18;
 constexpr int kProbPitch = 72;
-
-struct Params {
-    TensorMap cache;      // the arena as lines of 64 elements, in boxes of 16 keys
-    const bf16* q;        // latent part of every line
-    const bf16* q_rest;   // rotated part
-    bf16* out;            // [rows, heads, 512]
-    float* partial;       // [slots, 16, 512]
-    float2* partial_lse;  // [slots, 16]: maximum (base 2), mass
-    const Piece* pieces;
-    const uint64_t* tables;
-    uint64_t arena_elements, layer_offset;
-    uint64_t q_row, q_head, rest_row, rest_head;
-    uint32_t heads;
-    float scale;
-};
 
 // Tiles of a block's pieces in order; a tile lies in one cache block.
 struct Cursor {

@@ -7,12 +7,12 @@
 // pieces leaves partial sums as `mla_decode_16` does, in slots of 16 heads, so that the same kernels merge
 // them.
 #include "cuda/wgmma_register.cuh"
-#include "flash/cuda/pieces.cuh"
-#include "mla/cuda/keys.cuh"
+#include "mla/cuda/decode.cuh"
 
 namespace mla_wide {
 
 using namespace mla;
+using Params = DecodeParams;
 
 constexpr int kHeads = 64;  // of a block
 constexpr int kKeys = kTokens;
@@ -27,21 +27,6 @@ constexpr uint32_t kTileBytes = kKeys * kWidth * 2;
 // By how much, in powers of two, scores may exceed what is subtracted from them: so that sums are seldom
 // scaled again.
 constexpr float kSlack = 8.0f;
-
-struct Params {
-    TensorMap cache;      // by line of the arena, key of the cache block
-    const bf16* q;        // latent part of every line
-    const bf16* q_rest;   // rotated part
-    bf16* out;            // [rows, heads, 512]
-    float* partial;       // [slots, 16, 512]
-    float2* partial_lse;  // [slots, 16]: maximum (base 2), mass
-    const Piece* pieces;
-    const uint64_t* tables;
-    uint64_t arena_elements, layer_offset;
-    uint64_t q_row, q_head, rest_row, rest_head;
-    uint32_t heads;
-    float scale;
-};
 
 struct Shared {
     bf16 kv[kStages][kColumns][kKeys][kLine];
