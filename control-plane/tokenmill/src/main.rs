@@ -28,8 +28,14 @@ fn main() -> ExitCode {
         Err(error) => {
             // Nor is a closed standard error worth a panic.
             let _ = writeln!(std::io::stderr(), "error: {error:#}");
-            // As when arguments make no sense: nothing was tried.
-            if error.is::<bench::Unavailable>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+            if error.is::<bench::Unavailable>() {
+                // As when arguments make no sense: nothing was tried.
+                ExitCode::from(2)
+            } else if error.is::<out::CutShort>() {
+                ExitCode::from(out::CutShort::STATUS)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }
@@ -46,7 +52,9 @@ fn run(cli: Cli, began: Instant) -> anyhow::Result<()> {
         Command::Bench(command) => bench::run(command),
         Command::Model(command) => model_cmd::run(command),
         Command::Recipe(command) => recipe_cmd::run(command),
-        Command::Doctor => doctor::run(),
+        Command::Doctor => {
+            out::in_full(doctor::run(), "what was found behind the last line was not told")
+        }
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "tokenmill", &mut script);

@@ -2,7 +2,7 @@
 
 use crate::cli::RecipeCommand;
 use crate::model_dir::ModelDir;
-use crate::out::say;
+use crate::out::{in_full, say};
 use crate::serve::memory_plan::{Machine, MemoryPlan, Wanted, plan};
 use anyhow::{Context, Result, bail};
 use recipe::{CacheDtype, Recipe};
@@ -17,7 +17,9 @@ pub(crate) fn run(command: RecipeCommand) -> Result<()> {
                 say!("{:<24} {}", built_in.name, recipe.summary)?;
             }
         }
-        RecipeCommand::Check { recipes } => check(&recipes)?,
+        RecipeCommand::Check { recipes } => {
+            in_full(check(&recipes), "recipes behind the last line were not checked")?;
+        }
         RecipeCommand::Plan { recipe } => {
             let loaded = load(&recipe)?;
             let plan = memory_plan(&loaded)?;

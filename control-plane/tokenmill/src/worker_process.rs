@@ -30,6 +30,7 @@ pub(crate) fn run(args: WorkerArgs) -> Result<()> {
         .build()
         .context("start the runtime")?;
     runtime.block_on(async {
+        worker::stop_with_parent();
         let threads = config.threads;
         match config.engine {
             EngineConfig::Fake { base_us, decode_us, prefill_ns } => {

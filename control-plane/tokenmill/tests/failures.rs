@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Server, checkpoint, config, program, signal, wait_until};
+use common::{Server, checkpoint, config, program, signal, signal_group, wait_until};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -130,9 +130,8 @@ fn a_model_whose_worker_dies_twice_goes_on_with_the_same_tokens() {
     eprintln!("largest difference after {deaths} deaths: {worst:.2e}");
 }
 
-#[test]
-fn a_server_that_is_told_to_stop_finishes_what_runs() {
-    let mut server = Server::start(&FAKE);
+/// Answered in full, after the server was told to stop in the middle.
+fn finishes(mut server: Server, tell: impl FnOnce(u32)) {
     let url = server.url.clone();
     let running = std::thread::spawn(move || {
         let client = reqwest::blocking::Client::new();
@@ -143,10 +142,27 @@ fn a_server_that_is_told_to_stop_finishes_what_runs() {
         server.metric("tokenmill_requests_running") == Some(1.0)
     });
     assert!(!running.is_finished(), "told to stop in the middle of a request");
-    signal("TERM", server.pid());
+    let worker = server.worker_pid();
+    tell(server.pid());
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!running.is_finished(), "still in the middle");
+    assert!(worker.is_some() && server.worker_pid() == worker, "the worker goes on");
     let answer = running.join().expect("answered");
     assert_eq!(answer["choices"][0]["token_ids"].as_array().map(Vec::len), Some(300));
     assert_eq!(server.wait().code(), Some(0), "an orderly end");
+}
+
+#[test]
+fn a_server_that_is_told_to_stop_finishes_what_runs() {
+    finishes(Server::start(&FAKE), |server| signal("TERM", server));
+}
+
+/// As terminals and service managers do it: the worker hears what the server hears.
+#[test]
+fn a_worker_that_is_told_to_stop_leaves_when_to_its_server() {
+    for kind in ["INT", "TERM"] {
+        finishes(Server::start_apart(&FAKE), |group| signal_group(kind, group));
+    }
 }
 
 #[test]

@@ -11,6 +11,19 @@ pub use fake::{Fake, FakeCost};
 pub use session::{Stepper, WorkerFault, serve};
 
 use std::io::Read;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Leaves it to the control plane when to end, from now on: what tells a server to stop (a terminal, a service
+/// manager) often tells all of its processes, and the server may have requests to finish. Called in a
+/// runtime.
+pub fn stop_with_parent() {
+    for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
+        // Whoever listens takes a signal's default away for good.
+        if let Err(error) = signal(kind) {
+            tracing::warn!(%error, "cannot leave signals to the control plane");
+        }
+    }
+}
 
 /// Exits the process when standard input ends: the control plane holds the other end, so this
 /// fires however it died, also while the engine is busy.

@@ -11,7 +11,7 @@ mod server;
 mod sweep;
 
 use crate::cli::{BenchCommand, LatencyArgs, Target, ThroughputArgs};
-use crate::out::{say, say_part};
+use crate::out::{in_full, say, say_part};
 use crate::terminal::bar;
 use anyhow::{Context, Result, ensure};
 use load::{Client, Load, Prompts, Report};
@@ -26,14 +26,16 @@ pub(crate) struct Unavailable(String);
 
 /// Runs a measurement.
 pub(crate) fn run(command: BenchCommand) -> Result<()> {
-    match command {
+    let measured = match command {
+        BenchCommand::Kernels(args) if args.list => return kernels::run(&args),
         BenchCommand::Kernels(args) => kernels::run(&args),
         BenchCommand::Planner(args) => planner::run(&args),
         BenchCommand::Latency(args) => block_on(latency(args)),
         BenchCommand::Throughput(args) => block_on(throughput(args)),
         BenchCommand::Serve(args) => block_on(sweep::run(args)),
-        BenchCommand::Plot(args) => plot::run(&args),
-    }
+        BenchCommand::Plot(args) => return plot::run(&args),
+    };
+    in_full(measured, "what was to be measured behind the last line was not")
 }
 
 fn block_on(work: impl Future<Output = Result<()>>) -> Result<()> {

@@ -1,8 +1,9 @@
 //! The demo model inside the binary, put into a folder so that workers can map it.
 //!
 //! The folder is in the user's cache and named by the content, so a second start finds it and a new
-//! version gets another. Weights are packed in the repository and in the binary, by a fifth. Invariant: a
-//! folder under its final name is complete.
+//! version gets another. Weights are packed in the repository and in the binary, by a fifth. Whoever writes
+//! holds a lock of the cache, so what lies half-written while nobody does is of a start that was killed, and
+//! goes. Invariant: a folder under its final name is complete.
 
 use anyhow::{Context, Result, ensure};
 use flate2::read::GzDecoder;
@@ -27,6 +28,8 @@ const FILES: [(&str, &[u8]); 5] = bundled![
     "model.safetensors.gz"
 ];
 const PACKED: &str = ".gz";
+/// How names of folders that are being written begin.
+const DRAFT: &str = "draft-bundled-";
 
 /// The folder with the model's files, written now if it is not there yet.
 ///
@@ -42,21 +45,35 @@ pub(crate) fn folder() -> Result<PathBuf> {
 }
 
 fn folder_at(target: &Path) -> Result<PathBuf> {
+    let cache = target.parent().context("a folder for the bundled model")?;
     if complete(target) {
+        // Nobody has to wait for this, and one start at a time is enough.
+        if let Ok(folder) = File::open(cache)
+            && folder.try_lock().is_ok()
+        {
+            remove_drafts(cache);
+        }
         return Ok(target.to_owned());
     }
-    let cache = target.parent().context("a folder for the bundled model")?;
     let advice = || {
         let cache = cache.display();
         format!("write the bundled model into {cache}; set XDG_CACHE_HOME to a writable folder")
     };
     std::fs::create_dir_all(cache).with_context(advice)?;
-    let draft = tempfile::Builder::new().prefix("bundled-").tempdir_in(cache);
+    // A lock ends with its process. Some file systems have none: there, drafts of others stay.
+    let folder = File::open(cache).with_context(advice)?;
+    if folder.lock().is_ok() {
+        if complete(target) {
+            return Ok(target.to_owned());
+        }
+        remove_drafts(cache);
+    }
+    let draft = tempfile::Builder::new().prefix(DRAFT).tempdir_in(cache);
     let draft = draft.with_context(advice)?;
     for (file, bytes) in FILES {
         unpack(file, bytes, draft.path()).with_context(advice)?;
     }
-    // Another start may have won the race with the same content.
+    // Without a lock another start may have won the race with the same content.
     let draft = draft.keep();
     if let Err(error) = std::fs::rename(&draft, target) {
         let _ = std::fs::remove_dir_all(&draft);
@@ -70,6 +87,15 @@ fn folder_at(target: &Path) -> Result<PathBuf> {
         target.display()
     );
     Ok(target.to_owned())
+}
+
+/// Removes what nobody writes any more; the lock of the cache is held. What cannot be removed stays.
+fn remove_drafts(cache: &Path) {
+    for entry in std::fs::read_dir(cache).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(DRAFT) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 fn complete(folder: &Path) -> bool {
@@ -142,6 +168,35 @@ mod tests {
         assert!(refused.contains("remove it and start again"), "{refused}");
         let names = std::fs::read_dir(cache.path().join("deeper")).expect("a folder");
         assert_eq!(names.count(), 1);
+    }
+
+    #[test]
+    fn what_a_killed_start_left_goes_with_the_next_one() {
+        let cache = tempfile::tempdir().expect("temporary folder");
+        let target = cache.path().join("bundled");
+        let leave = || {
+            let left = cache.path().join(format!("{DRAFT}killed"));
+            std::fs::create_dir(&left).expect("a folder");
+            std::fs::write(left.join("config.json"), "{").expect("a file");
+        };
+        let names = || {
+            let entries = std::fs::read_dir(cache.path()).expect("a folder");
+            let mut names: Vec<_> =
+                entries.map(|entry| entry.expect("an entry").file_name()).collect();
+            names.sort();
+            names
+        };
+        for _ in ["to be written", "there already"] {
+            leave();
+            folder_at(&target).expect("a folder");
+            assert_eq!(names(), ["bundled"]);
+        }
+        // One that somebody writes stays, and nobody who finds the model waits for it.
+        leave();
+        let writer = File::open(cache.path()).expect("the cache");
+        writer.lock().expect("a lock");
+        folder_at(&target).expect("a folder");
+        assert_eq!(names(), ["bundled", &format!("{DRAFT}killed")]);
     }
 
     #[test]

@@ -44,10 +44,21 @@ impl Server {
         Self::start_in(&[], args)
     }
 
+    /// The same in a process group of its own, as a terminal does.
+    pub(crate) fn start_apart(args: &[&str]) -> Self {
+        let mut command = Command::new(program());
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        Self::start_as(command, &[], args)
+    }
+
     /// The same with variables of the environment.
     pub(crate) fn start_in(environment: &[(&str, &str)], args: &[&str]) -> Self {
+        Self::start_as(Command::new(program()), environment, args)
+    }
+
+    fn start_as(mut command: Command, environment: &[(&str, &str)], args: &[&str]) -> Self {
         let device = test_device().filter(|_| !args.contains(&"--fake-engine"));
-        let mut child = Command::new(program())
+        let mut child = command
             .arg("serve")
             .args(args)
             .args(device.iter().flat_map(|device| ["--device", device]))
@@ -236,8 +247,17 @@ pub(crate) fn ends(command: &mut Command) -> std::process::Output {
 
 /// Sends a signal by number-free name, as a person would.
 pub(crate) fn signal(name: &str, pid: u32) {
-    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
-    assert!(status.is_ok_and(|s| s.success()), "kill -{name} {pid}");
+    kill(name, &pid.to_string());
+}
+
+/// The same to all processes of a group.
+pub(crate) fn signal_group(name: &str, group: u32) {
+    kill(name, &format!("-{group}"));
+}
+
+fn kill(name: &str, whom: &str) {
+    let status = Command::new("kill").args([&format!("-{name}"), "--", whom]).status();
+    assert!(status.is_ok_and(|s| s.success()), "kill -{name} {whom}");
 }
 
 /// Polls until `done`, at most for `limit`.

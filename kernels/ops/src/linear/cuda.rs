@@ -309,38 +309,6 @@ pub fn gates(rows: usize, operands: &Linear<'_>) -> Option<Variant> {
     wide::gates(rows, operands).map(Variant::Wide)
 }
 
-/// Whether [`both`] makes the products of the same rows faster than one after the other.
-#[must_use]
-pub fn takes_both(on: Queue<'_>, rows: usize, first: &Linear<'_>, second: &Linear<'_>) -> bool {
-    if rows <= stream::MOST_ROWS {
-        return stream::takes_both(rows, first, second);
-    }
-    // More are the library's, where it is there: it is faster even for one after the other.
-    first.norm.is_none()
-        && (rows <= library::PAIR_ROWS || on.gpu.cublaslt().is_err())
-        && wide::takes_both(first, second)
-}
-
-/// Two products of the same rows in one launch, for those that [`takes_both`] says.
-///
-/// # Errors
-/// As [`linear`], or when they are not such.
-pub fn both(
-    on: Queue<'_>,
-    rows: Rows<'_>,
-    first: &Linear<'_>,
-    second: &Linear<'_>,
-) -> Result<(), CudaError> {
-    check(rows, first)?;
-    check(rows, second)?;
-    if rows.padded <= stream::MOST_ROWS {
-        return stream::launch(on, rows, first, Some(second));
-    }
-    let outputs = first.outputs.saturating_add(second.outputs);
-    let tile = Tile::select(rows.padded, outputs, first.inputs);
-    wide::launch(tile, on, rows, first, Some(second))
-}
-
 /// Whether operands hold what they say.
 fn check(rows: Rows<'_>, operands: &Linear<'_>) -> Result<(), CudaError> {
     const OP: &str = "linear";
@@ -396,12 +364,12 @@ pub fn linear_as(
         ));
     }
     if variant == Variant::Stream {
-        return stream::launch(on, rows, operands, None);
+        return stream::launch(on, rows, operands);
     }
     if let Variant::Wide(tile) = variant
         && operands.norm.is_none()
     {
-        return wide::launch(tile, on, rows, operands, None);
+        return wide::launch(tile, on, rows, operands);
     }
     if then != Then::Store || operands.norm.is_some() {
         return Err(shape(OP, format!("{operands:?} as {variant:?}")));

@@ -1,8 +1,8 @@
 //! Products by cuBLASLt, for so many rows that arithmetic bounds them.
 //!
 //! The library is opened when the program comes to the device. Where it is not found the kernels here
-//! compute everything, and [`Gpu::cublaslt`](crate::cuda::Gpu::cublaslt) says so. Products with a bias,
-//! several side by side, and those of rows of which only some are real (the library computes all) stay
+//! compute everything, and [`Gpu::cublaslt`](crate::cuda::Gpu::cublaslt) says so. Products with a bias
+//! and those of rows of which only some are real (the library computes all) stay
 //! with the kernels here. A shape is planned when it is first asked for, which is when graphs are
 //! captured; large ones by timing what the library proposes, so that the order of sums, and with it last
 //! bits, may differ between two starts of the program. Invariant: which of the two computes a product
@@ -142,8 +142,6 @@ const TIMED: usize = 16 << 30;
 /// shape that [`faster`] describes.
 pub(super) const ROWS: usize = 64;
 const SOME_ROWS: usize = 32;
-/// Rows up to which two products in one launch are faster than the library's two.
-pub(super) const PAIR_ROWS: usize = 128;
 /// Most rows that products have outside of captured steps.
 const LOOSE_ROWS: usize = 256;
 

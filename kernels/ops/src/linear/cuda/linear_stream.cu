@@ -1,5 +1,5 @@
 // out = x w^T + bias, or silu(gate) * up of it, for up to eight tokens, added to what lies in `out` where
-// asked, and a second product of the same tokens; see stream.cuh.
+// asked; see stream.cuh.
 #include "linear/cuda/stream.cuh"
 
 struct StreamParams {
@@ -9,10 +9,7 @@ struct StreamParams {
     void* out;
     const uint32_t* count;
     uint64_t x_stride, out_stride;
-    const bf16* second_w;  // of the outputs from `split` on
-    void* second_out;
-    uint64_t second_stride;
-    uint32_t tokens, columns, outputs, split;
+    uint32_t tokens, columns, outputs;
     uint32_t pairs, add, out_f32;
     stream::Ring ring;
     float eps;
@@ -147,9 +144,8 @@ template <bool Staged> struct Product {
     __device__ const bf16* x_row(uint32_t token) const { return p.x + token * p.x_stride; }
     __device__ stream::Rows rows(uint32_t tile) const {
         const uint32_t at = first + tile * per, count = min(last - at, per) << p.pairs;
-        if (at >= p.split) return {p.second_w + uint64_t(at - p.split) * p.columns, 0, 0, count, p.columns};
         const uint64_t up = uint64_t(p.outputs) * p.columns;
-        return {p.w + uint64_t(at) * p.columns, up, p.pairs, count, p.columns, (p.split - at) << p.pairs, p.second_w};
+        return {p.w + uint64_t(at) * p.columns, up, p.pairs, count, p.columns};
     }
     __device__ void finish(uint32_t tile, uint32_t token, uint32_t row, float sum) const {
         const uint32_t at = first + tile * per + (row >> p.pairs);
@@ -161,10 +157,6 @@ template <bool Staged> struct Product {
             if (row & 1) return;
         }
         if (token >= real || at >= last) return;
-        if (at >= p.split) {
-            static_cast<bf16*>(p.second_out)[token * p.second_stride + at - p.split] = narrow<bf16>(sum);
-            return;
-        }
         if (p.bias != nullptr) sum += p.bias[at];
         const uint64_t to = token * p.out_stride + at;
         if (p.out_f32) {

@@ -33,15 +33,12 @@ struct Ring {
 };
 
 // Rows of weights that are multiplied by the same tokens. In pairs, odd rows lie `up` elements after the
-// even ones. Rows from `cut` on lie at `then`.
+// even ones.
 struct Rows {
     const bf16* w;
     uint64_t up;
     uint32_t pairs, count, columns;
-    uint32_t cut = kTile;
-    const bf16* then = nullptr;
     __device__ const bf16* row(uint32_t i) const {
-        if (i >= cut) return then + uint64_t(i - cut) * columns;
         return w + uint64_t(i >> pairs) * columns + (i & pairs) * up;
     }
 };

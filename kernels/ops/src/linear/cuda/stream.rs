@@ -156,13 +156,9 @@ struct Params {
     count: u64,
     x_stride: u64,
     out_stride: u64,
-    second_w: u64,
-    second_out: u64,
-    second_stride: u64,
     tokens: u32,
     columns: u32,
     outputs: u32,
-    split: u32,
     pairs: u32,
     add: u32,
     out_f32: u32,
@@ -204,41 +200,21 @@ pub fn takes(rows: usize, operands: &Linear<'_>) -> bool {
         && norms(rows, operands)
 }
 
-/// Whether both products are of the same rows, and one launch makes them; a norm of the first is of both.
-#[must_use]
-pub(super) fn takes_both(rows: usize, first: &Linear<'_>, second: &Linear<'_>) -> bool {
-    let plain = |of: &Linear<'_>| takes(rows, of) && of.then == Then::Store;
-    plain(first)
-        && plain(second)
-        && first.x.address() == second.x.address()
-        && (first.inputs, first.x_stride) == (second.inputs, second.x_stride)
-        && second.bias.is_none()
-        && second.norm.is_none()
-        && second.out.dtype == Dtype::Bf16
-        && first.norm.is_none_or(|Normed { out: normed, .. }| {
-            [first.x.slice, normed].iter().all(|slice| apart(slice, second.out.slice))
-        })
-}
-
-/// The product, and another of the same rows; lengths are checked by the caller.
+/// The product; lengths are checked by the caller.
 pub(super) fn launch(
     on: Queue<'_>,
     rows: Rows<'_>,
     operands: &Linear<'_>,
-    second: Option<&Linear<'_>>,
 ) -> Result<(), CudaError> {
     const OP: &str = "linear";
     let Linear { x, x_stride, w, bias, out, out_stride, inputs, outputs, then, .. } = *operands;
     let refused = || shape(OP, format!("{operands:?} as a stream"));
-    let both = second.is_none_or(|second| takes_both(rows.padded, operands, second));
-    if !takes(rows.padded, operands) || !both {
+    if !takes(rows.padded, operands) {
         return Err(refused());
     }
-    let more = second.map_or(0, |second| second.outputs);
     let staged = staged(rows.padded, inputs);
     let pairs = then == Then::Gate;
-    let all = outputs.checked_add(more).ok_or_else(refused)?;
-    let weights = bytes(OP, &[all, inputs, if pairs { 4 } else { 2 }])?;
+    let weights = bytes(OP, &[outputs, inputs, if pairs { 4 } else { 2 }])?;
     let beside =
         Beside { own: SHARED, staying: (!staged).then_some(inputs), half: Half::of(weights) };
     let (ring, shared) = Ring::fit(inputs, rows.padded, beside).ok_or_else(refused)?;
@@ -250,13 +226,9 @@ pub(super) fn launch(
         count: rows.count_address(),
         x_stride: x_stride as u64,
         out_stride: out_stride as u64,
-        second_w: second.map_or(0, |second| second.w.address()),
-        second_out: second.map_or(0, |second| second.out.address()),
-        second_stride: second.map_or(0, |second| second.out_stride as u64),
         tokens: dim(OP, rows.padded)?,
         columns: dim(OP, inputs)?,
-        outputs: dim(OP, all)?,
-        split: dim(OP, outputs)?,
+        outputs: dim(OP, outputs)?,
         pairs: u32::from(pairs),
         add: u32::from(then == Then::Add),
         out_f32: u32::from(out.dtype == Dtype::F32),
@@ -268,6 +240,6 @@ pub(super) fn launch(
     let kernel = on.kernel(if staged { "linear_stream_staged" } else { "linear_stream" })?;
     // Whole tiles, so that small products leave multiprocessors to the kernel behind.
     let tile = if pairs { TILE / 2 } else { TILE };
-    let blocks = dim(OP, all.div_ceil(tile).min(on.multiprocessors()))?;
+    let blocks = dim(OP, outputs.div_ceil(tile).min(on.multiprocessors()))?;
     Launch::new(kernel, [blocks, 1, 1], THREADS).shared(shared).dependent().on(on.stream, &params)
 }

@@ -27,7 +27,6 @@ struct alignas(64) TensorMap {
 struct Params {
     TensorMap w;           // lines of weights, boxes of 64 along k
     TensorMap x;           // [rows, k], boxes of 64 along k
-    TensorMap second;      // balanced: lines of weights of another product of the same rows
     const float* bias;     // [outputs], or null
     void* out;
     float* partial;        // balanced: a tile of sums for every block
@@ -38,9 +37,6 @@ struct Params {
     uint32_t rows;         // balanced: rows, padded
     uint32_t outputs;      // lines of weights of a product or expert
     uint32_t k;
-    uint32_t second_outputs;  // 0 where there is none
-    void* second_out;      // of the type of out
-    uint64_t second_stride;
 };
 
 constexpr int kLine = 128;                  // bytes of 64 elements along k
@@ -62,7 +58,7 @@ template <int kGroups_, int kSlabs_, int kRows_, int kRowBox_, int kBoxes_, int 
 
 // A part of a tile along k, in stages.
 struct Segment {
-    uint32_t expert;  // balanced: 1 for the second product
+    uint32_t expert;  // balanced: 0
     uint32_t output;  // first line of weights
     uint32_t row;     // first
     uint32_t rows;    // that are stored
@@ -91,14 +87,13 @@ template <class S> struct Grouped {
 };
 
 template <class S> struct Balanced {
-    uint32_t at, end, steps, row_tiles, first_tiles, real;
+    uint32_t at, end, steps, row_tiles, real;
     uint32_t all;  // times blocks it fits, which the host sees to
     bool reused;
     __device__ explicit Balanced(const Params& p) {
         steps = steps_of<S>(p);
         row_tiles = (p.rows + S::kRows - 1) / S::kRows;
-        first_tiles = (p.outputs + S::kTile - 1) / S::kTile;
-        all = (first_tiles + (p.second_outputs + S::kTile - 1) / S::kTile) * row_tiles * steps;
+        all = (p.outputs + S::kTile - 1) / S::kTile * row_tiles * steps;
         at = start(number());
         end = start(number() + 1);
         real = real_rows(p.count, p.rows);
@@ -114,8 +109,7 @@ template <class S> struct Balanced {
     __device__ Segment get(const Params&) const {
         const uint32_t tile = at / steps, begin = at % steps, row = tile % row_tiles * S::kRows;
         const uint32_t rows = row < real ? min(uint32_t(S::kRows), real - row) : 0;
-        const uint32_t line = tile / row_tiles, second = line >= first_tiles;
-        return {second, (line - second * first_tiles) * S::kTile, row, rows, begin, min(steps, begin + (end - at)), steps};
+        return {0, tile / row_tiles * S::kTile, row, rows, begin, min(steps, begin + (end - at)), steps};
     }
 };
 
@@ -205,11 +199,7 @@ template <class S, class Walk, Out kOut> __device__ __forceinline__ void load_w(
         if constexpr (kOut == Out::kInner) {
             load_pairs(to, p.w, k, s.segment.output / 16, s.segment.expert, keep, bar);
         } else {
-            if constexpr (std::is_same_v<Walk, Balanced<S>>) {
-                load_lines(to, s.segment.expert == 0 ? p.w : p.second, k, s.segment.output, 0, keep, bar);
-            } else {
-                load_lines(to, p.w, k, s.segment.output, s.segment.expert, keep, bar);
-            }
+            load_lines(to, p.w, k, s.segment.output, s.segment.expert, keep, bar);
         }
     }
 }
@@ -227,7 +217,6 @@ template <class S, class Walk> __device__ __forceinline__ void load_rows(const P
 template <class S, class Walk, Out kOut> __device__ void produce(const Params& p, const Ring<S>& ring) {
     asm volatile("prefetch.tensormap [%0];\n" ::"l"(&p.w) : "memory");
     asm volatile("prefetch.tensormap [%0];\n" ::"l"(&p.x) : "memory");
-    if (p.second_outputs > 0) asm volatile("prefetch.tensormap [%0];\n" ::"l"(&p.second) : "memory");
     Steps<S, Walk> ahead(p);
     const Steps<S, Walk> first = ahead;
     uint32_t early = 0;
@@ -258,10 +247,6 @@ struct Target {
     uint32_t outputs;
     const float* bias;
 };
-__device__ __forceinline__ Target target(const Params& p, bool second) {
-    if (second) return {p.second_out, p.second_stride, p.second_outputs, nullptr};
-    return {p.out, p.out_stride, p.outputs, p.bias};
-}
 
 // The results of 64 lines of weights, from `line` on.
 template <int N, Out kOut> __device__ __forceinline__ void store(const Target& p, const Segment& s, uint32_t line, float (&d)[N / 2]) {
@@ -401,7 +386,7 @@ __device__ __forceinline__ void consume(const Params& p, const Ring<S>& ring, Pl
         }
         if (s.end != s.whole) collect<S, N>(p, group, walk, walk.at + s.whole, d);
     }
-    const Target to = target(p, std::is_same_v<Walk, Balanced<S>> && s.expert != 0);
+    const Target to = {p.out, p.out_stride, p.outputs, p.bias};
 #pragma unroll
     for (int slab = 0; slab < S::kSlabs; slab++) store<N, kOut>(to, s, s.output + (group * S::kSlabs + slab) * 64, d[slab]);
 }

@@ -272,35 +272,23 @@ pub(crate) fn takes(operands: &Linear<'_>) -> bool {
         && out.address().is_multiple_of(16)
 }
 
-/// Whether both products are of the same rows, and one launch makes them.
-pub(super) fn takes_both(first: &Linear<'_>, second: &Linear<'_>) -> bool {
-    takes(first)
-        && takes(second)
-        && first.x.address() == second.x.address()
-        && (first.inputs, first.x_stride) == (second.inputs, second.x_stride)
-        && second.bias.is_none()
-        && first.out.dtype == second.out.dtype
-}
-
-/// The product, and another of the same rows; lengths are checked by the caller.
+/// The product; lengths are checked by the caller.
 pub(super) fn launch(
     tile: Tile,
     on: Queue<'_>,
     rows: Rows<'_>,
     operands: &Linear<'_>,
-    second: Option<&Linear<'_>>,
 ) -> Result<(), CudaError> {
     const OP: &str = "linear";
     let Linear { x, x_stride, w, bias, out, out_stride, inputs, outputs, .. } = *operands;
     let refused = || shape(OP, format!("{operands:?} as {tile:?}"));
-    let both = second.is_none_or(|second| takes_both(operands, second));
     let gate = operands.then == Then::Gate;
     let name = match operands.then {
         Then::Store => tile.kernel(out.dtype),
-        Then::Gate if gates(rows.padded, operands).is_some() && second.is_none() => tile.gate(),
+        Then::Gate if gates(rows.padded, operands).is_some() => tile.gate(),
         Then::Gate | Then::Add => None,
     };
-    let name = name.filter(|_| takes(operands) && both).ok_or_else(refused)?;
+    let name = name.filter(|_| takes(operands)).ok_or_else(refused)?;
     let shared = on.shared();
     let shape_of = tile.shape();
     let (w, lines_of) = if gate {
@@ -308,11 +296,9 @@ pub(super) fn launch(
     } else {
         (shape_of.w_map(w, 1, outputs, inputs)?, outputs)
     };
-    let more = second.map(|second| shape_of.w_map(second.w, 1, second.outputs, inputs));
     let params = Params {
         w,
         x: shape_of.x_map(x.slice, rows.padded, inputs, x_stride)?,
-        second: more.transpose()?.unwrap_or(w),
         bias: bias.map_or(0, DeviceSlice::address),
         out: out.address(),
         partial: shared.partial.address(),
@@ -323,12 +309,8 @@ pub(super) fn launch(
         rows: dim(OP, rows.padded)?,
         outputs: dim(OP, lines_of)?,
         inputs: dim(OP, inputs)?,
-        second_outputs: dim(OP, second.map_or(0, |second| second.outputs))?,
-        second_out: second.map_or(0, |second| second.out.address()),
-        second_stride: second.map_or(0, |second| second.out_stride as u64),
     };
-    let lines = second.map_or(0, |second| second.outputs.div_ceil(tile.outputs));
-    let tiles = [lines_of.div_ceil(tile.outputs) + lines, rows.padded.div_ceil(tile.rows)];
+    let tiles = [lines_of.div_ceil(tile.outputs), rows.padded.div_ceil(tile.rows)];
     let steps = bytes(OP, &[tiles[0], tiles[1], inputs.div_ceil(LINE * shape_of.boxes)])?;
     let blocks = steps.min(on.multiprocessors()).min(tiles[0] * tiles[1] * MOST_PARTS);
     // The kernel multiplies steps by blocks.
@@ -345,8 +327,6 @@ pub(super) fn launch(
 pub(crate) struct Params {
     pub(crate) w: TensorMap,
     pub(crate) x: TensorMap,
-    /// Weights of another product of the same rows; any map where there is none.
-    pub(crate) second: TensorMap,
     pub(crate) bias: u64,
     pub(crate) out: u64,
     pub(crate) partial: u64,
@@ -357,9 +337,6 @@ pub(crate) struct Params {
     pub(crate) rows: u32,
     pub(crate) outputs: u32,
     pub(crate) inputs: u32,
-    pub(crate) second_outputs: u32,
-    pub(crate) second_out: u64,
-    pub(crate) second_stride: u64,
 }
 // SAFETY: mirrors the kernel's struct; lengths are checked where it is filled in.
 unsafe impl Parameters for Params {}

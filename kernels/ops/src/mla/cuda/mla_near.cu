@@ -339,7 +339,6 @@ __device__ void attend(const Params& p) {
     if (warp >= kWarps) {
         cluster_arrive();
         __syncthreads();
-        allow_next();
         const uint32_t row = warp - kWarps;
         if (row < real) turn_row(p, s, rows[row], row, rank, head);
         cluster_wait();
@@ -367,7 +366,6 @@ __device__ void attend(const Params& p) {
     cluster_arrive();
     __syncthreads();
     wait_for_previous();
-    // Later than the warps that make keys, which let it begin before.
     allow_next();
 
     uint4 x[kNope / 32] = {};

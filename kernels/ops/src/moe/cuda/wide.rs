@@ -45,10 +45,8 @@ pub(super) struct Products<'a> {
 /// `y = down (silu(gate x) * up x)` by sorted place, after laying.
 pub(super) fn products(on: Queue<'_>, p: &Products<'_>) -> Result<(), CudaError> {
     let Products { held, hidden, intermediate, max_pairs, .. } = *p;
-    let w = SHAPE.pairs_map(p.gate_up, held, intermediate, hidden)?;
     let first = Params {
-        w,
-        second: w,
+        w: SHAPE.pairs_map(p.gate_up, held, intermediate, hidden)?,
         x: SHAPE.x_map(p.y, max_pairs, hidden, hidden)?,
         bias: 0,
         out: p.inner.address(),
@@ -60,9 +58,6 @@ pub(super) fn products(on: Queue<'_>, p: &Products<'_>) -> Result<(), CudaError>
         rows: 0,
         outputs: dim(OP, bytes(OP, &[2, intermediate])?)?,
         inputs: dim(OP, hidden)?,
-        second_outputs: 0,
-        second_out: 0,
-        second_stride: 0,
     };
     let second = Params {
         w: SHAPE.w_map(p.down, held, hidden, intermediate)?,

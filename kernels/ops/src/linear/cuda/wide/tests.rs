@@ -3,7 +3,7 @@
 use super::*;
 use crate::cuda::Tensor;
 use crate::cuda::testing::{Device, assert_near, device, rounded, rounding};
-use crate::linear::cuda::{Variant, check, linear_as};
+use crate::linear::cuda::{Variant, linear_as};
 use crate::linear::reference;
 use crate::testing::Random;
 use crate::{Matrix, WeightSlice};
@@ -189,61 +189,6 @@ fn selection_names_tiles_that_exist() {
         for (outputs, inputs) in [(8, 8), (2048, 2048), (6144, 4096), (102_400, 2048)] {
             let tile = Tile::select(rows, outputs, inputs);
             assert!(ALL.contains(&tile), "{tile:?}");
-        }
-    }
-}
-
-#[test]
-fn two_products_of_the_same_rows_are_those_apart() {
-    let Some(device) = device() else { return };
-    for (rows, inputs, outputs, others) in [
-        (9, 72, 8, 136),
-        (17, 1000, 576, 64),
-        (33, 2056, 264, 576),
-        (64, 136, 3000, 8),
-        (100, 512, 64, 72),
-    ] {
-        let (one, two) = (Case::new(rows, inputs, outputs), Case::new(rows, inputs, others));
-        let real = rows - rows / 5;
-        let x = device.send_as(&one.x, Dtype::Bf16);
-        let count = device.send(&[real as u32]);
-        let rows = Rows { padded: rows, count: Some(&count) };
-        let bias = device.send(&one.bias);
-        for output in [Dtype::F32, Dtype::Bf16] {
-            let [first, second] = [&one, &two].map(|of| {
-                let out = device.poisoned(of.rows * (of.outputs + OUT_GAP) * output.size());
-                (device.send_as(&of.w, Dtype::Bf16), out)
-            });
-            let (to, other_to) = (Tensor::new(&first.1, output), Tensor::new(&second.1, output));
-            let x = Tensor::new(&x, Dtype::Bf16);
-            let one_of = Linear {
-                bias: Some(&bias),
-                x_stride: inputs + X_GAP,
-                out_stride: outputs + OUT_GAP,
-                ..Linear::plain(x, &first.0, to, inputs, outputs)
-            };
-            let other_of = Linear {
-                x_stride: inputs + X_GAP,
-                out_stride: others + OUT_GAP,
-                ..Linear::plain(x, &second.0, other_to, inputs, others)
-            };
-            let unbiased =
-                Case { x: one.x.clone(), bias: vec![0.0; others], w: two.w.clone(), ..two };
-            let [one_expected, other_expected] = [&one, &unbiased].map(|of| of.expected(real));
-            assert!(takes_both(&one_of, &other_of));
-            check(rows, &one_of).expect("operands");
-            check(rows, &other_of).expect("operands");
-            for tile in ALL {
-                for memory in [&first, &second] {
-                    device.stream.fill(&memory.1, 0xFF).expect("a fill");
-                }
-                launch(tile, device.queue(), rows, &one_of, Some(&other_of)).expect("a launch");
-                let what = format!("{tile:?} of {rows:?} x {inputs} x {outputs} and {others}");
-                let got = device.fetch_as(&first.1, output);
-                assert_near(&what, &got, &one_expected, rounding(output));
-                let got = device.fetch_as(&second.1, output);
-                assert_near(&what, &got, &other_expected, rounding(output));
-            }
         }
     }
 }
