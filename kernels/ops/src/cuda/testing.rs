@@ -18,6 +18,12 @@ pub(crate) fn skip(why: &str) {
     });
 }
 
+/// Whether tests that take long do a part of what they do: fewer rows and shorter ones, all kinds of them.
+/// For tools under which a kernel takes a hundred times as long, and for kernels that sleep.
+pub(crate) fn small() -> bool {
+    std::env::var_os("TOKENMILL_TEST_SMALL").is_some()
+}
+
 /// A device with its kernels.
 pub(crate) struct Device {
     pub(crate) gpu: Gpu,

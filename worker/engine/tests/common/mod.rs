@@ -549,6 +549,11 @@ pub fn prompt(n: usize, seed: u32) -> Vec<u32> {
         .collect()
 }
 
+/// Whether tests that take long do a part of what they do: for tools, and for kernels that sleep.
+pub fn small() -> bool {
+    std::env::var_os("TOKENMILL_TEST_SMALL").is_some()
+}
+
 /// Past the test runner's capture.
 pub fn say(what: &str) {
     use std::io::Write;

@@ -413,6 +413,7 @@ __device__ void attend(const Params& p) {
             float y = 0.0f;
 #pragma unroll
             for (int i = 0; i < kSplits; i++) y += score[i][lane];
+            jitter();
             sum.add(lane < min(keys, boxes * kBox) ? y * scale : -INFINITY, at, boxes);
             multipliers_meet();
             if (threadIdx.x == 0) copies.next(p, s, kv_at, real);

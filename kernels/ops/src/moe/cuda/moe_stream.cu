@@ -262,6 +262,7 @@ struct Experts {
             if (mine) total[0] = d[0][0] + d[1][0], total[1] = d[0][1] + d[1][1];
             runs::gather(s.common, round, total, [&](uint32_t token, uint32_t row, float sum) {
                 const float up = __shfl_xor_sync(0xffffffff, sum, kOut);
+                jitter();
                 if (row >= kOut || token >= tokens) return;
                 const bf16 h = narrow<bf16>(sum / (1.0f + expf(-sum)) * up);
                 if (tile < of_all) {

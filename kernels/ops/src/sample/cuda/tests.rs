@@ -1,7 +1,7 @@
 //! The device draws the tokens that the processor draws, and describes rows as it does.
 
 use super::*;
-use crate::cuda::testing::{Device, device};
+use crate::cuda::testing::{Device, device, small};
 use crate::sample::{self as cpu, Fault, LogSoftmax, Params, Seen, Workspace};
 use crate::testing::Random;
 
@@ -34,6 +34,11 @@ fn row(vocab: usize, shape: usize, seed: u64) -> Vec<f32> {
 const SHAPES: usize = 9;
 const VOCABS: [usize; 12] =
     [1, 2, 7, 33, 1000, 1025, 16_385, 32_000, 102_400, 151_936, 151_937, 200_064];
+
+/// Where tests are small, rows of one block and of two.
+fn vocabs<const N: usize>(all: [usize; N]) -> impl Iterator<Item = usize> {
+    all.into_iter().filter(|vocab| *vocab < 20_000 || !small())
+}
 
 /// What rows ask for beside their own parameters.
 #[derive(Default)]
@@ -116,8 +121,14 @@ const SEEN: u32 = 1 << 31;
 fn every_mix_of_parameters_draws_what_the_processor_draws() {
     let Some(device) = device() else { return };
     let mut random = Random::new(77);
-    for vocab in VOCABS {
-        let count = if vocab > 10_000 { 54 } else { 200 };
+    for vocab in vocabs(VOCABS) {
+        let count = if small() {
+            20
+        } else if vocab > 10_000 {
+            54
+        } else {
+            200
+        };
         let mut logits = Vec::new();
         let mut rows = Vec::new();
         let mut lists = Lists { seen: vec![0; count * vocab], ..Lists::default() };
@@ -192,7 +203,7 @@ fn every_mix_of_parameters_draws_what_the_processor_draws() {
 fn the_likeliest_is_the_first_of_the_highest_by_either_kernel() {
     let Some(device) = device() else { return };
     let mut random = Random::new(5);
-    for vocab in VOCABS {
+    for vocab in vocabs(VOCABS) {
         let count = 2 * SHAPES;
         let rows: Vec<Vec<f32>> =
             (0..count).map(|i| row(vocab, i % SHAPES, random.next())).collect();
@@ -257,7 +268,7 @@ fn draws_follow_the_exact_distribution() {
     let few: Vec<f32> = Random::new(1).vector(20).iter().map(|x| x * 2.0).collect();
     let mut logits = vec![f32::NEG_INFINITY; vocab];
     (0..20).for_each(|i| logits[i * 2000 + 13] = few[i]);
-    let draws = 2000;
+    let (draws, at_once) = if small() { (75, 25) } else { (2000, 100) };
     for (top_k, top_p) in [(0, 1.0), (6, 1.0), (0, 0.8)] {
         let base = SampleRow { seed: 4, temperature: 1.0, top_k, top_p, ..SampleRow::GREEDY };
         let mut order: Vec<(usize, f64)> =
@@ -273,10 +284,11 @@ fn draws_follow_the_exact_distribution() {
         order.truncate(last.map_or(20, |last| last + 1));
         let whole: f64 = order.iter().map(|x| x.1).sum();
         let mut counts = [0_u32; 20];
-        for first in (0..draws).step_by(100) {
-            let how: Vec<SampleRow> =
-                (first..first + 100).map(|position| SampleRow { position, ..base }).collect();
-            let rows = logits.repeat(100);
+        for first in (0..draws).step_by(at_once) {
+            let how: Vec<SampleRow> = (first..first + at_once as u32)
+                .map(|position| SampleRow { position, ..base })
+                .collect();
+            let rows = logits.repeat(at_once);
             for (token, left) in draw(&device, &rows, vocab, &how, &mut Lists::default()) {
                 assert_eq!((left, token % 2000), (fault::NONE, 13));
                 counts[token as usize / 2000] += 1;
@@ -328,8 +340,7 @@ fn faults_are_named_wherever_they_lie() {
 fn log_probabilities_and_ranks_are_those_of_the_raw_row() {
     let Some(device) = device() else { return };
     let mut random = Random::new(7);
-    for (vocab, shape) in [1, 5, 257, 3000, 102_400, 151_937]
-        .into_iter()
+    for (vocab, shape) in vocabs([1, 5, 257, 3000, 16_385, 102_400, 151_937])
         .flat_map(|v| (0..SHAPES).map(move |s| (v, s)))
     {
         let (rows, most) = (3, [20, MOST_LISTED][shape % 2]);

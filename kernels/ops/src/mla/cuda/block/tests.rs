@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::cuda::testing::paged::{Cache, Sent};
-use crate::cuda::testing::{Device, assert_near, device, rounded};
+use crate::cuda::testing::{Device, assert_near, device, rounded, small};
 use crate::cuda::{Strided, Tensor};
 use crate::flash::cuda::cut;
 use crate::mla::cuda::{Core, absorb_weights, absorbed_len, near};
@@ -270,9 +270,10 @@ fn check(device: &Device, decodes: &Decodes, blocks: usize) {
 fn a_block_agrees_with_its_ops() {
     let Some(device) = device() else { return };
     let ragged = [1, 2, 15, 16, 17, 63, 64, 65, 129, 400, 513];
-    for heads in [1, 3, 16, 40, 128] {
+    let heads: &[usize] = if small() { &[3, 16] } else { &[1, 3, 16, 40, 128] };
+    for heads in heads {
         for pairing in [Pairing::Interleaved, Pairing::Halves] {
-            check(&device, &Decodes::new(heads, &ragged, pairing), 132);
+            check(&device, &Decodes::new(*heads, &ragged, pairing), 132);
         }
     }
     for contexts in [vec![1], vec![BLOCK], vec![256], vec![3001, 1], vec![65_539]] {
