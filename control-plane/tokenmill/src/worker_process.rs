@@ -74,7 +74,7 @@ impl Stepper for Model {
         if self.phases.is_empty() {
             self.phases.push((StartPhase::Memory, took));
         }
-        for note in self.engine.notes() {
+        for note in self.engine.take_notes() {
             tracing::info!("{note}");
         }
         Ok(())
@@ -109,6 +109,10 @@ impl Stepper for Model {
     }
 
     fn collect(&mut self) -> Result<Option<Outcome>, WorkerFault> {
+        // While steps run there is something to tell where something is not as wanted.
+        for note in self.engine.take_notes() {
+            tracing::warn!("{note}");
+        }
         self.engine.collect().map_err(|error| WorkerFault::from_error(&error))
     }
 }

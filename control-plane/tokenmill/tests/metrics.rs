@@ -13,12 +13,14 @@ use std::io::Read;
 use std::time::Duration;
 
 /// Not fed here; see above.
-const ELSEWHERE: [&str; 13] = [
+const ELSEWHERE: [&str; 15] = [
     "tokenmill_stalled_clients_total",
     "tokenmill_build_info",
     "tokenmill_device_info",
     "tokenmill_worker_idle_seconds_total",
     "tokenmill_worker_launches_total",
+    "tokenmill_worker_graphs",
+    "tokenmill_worker_uncaptured_steps_total",
     "tokenmill_gpu_memory_used_bytes",
     "tokenmill_gpu_memory_bytes",
     "tokenmill_gpu_utilization_ratio",
@@ -216,6 +218,8 @@ fn a_device_tells_how_it_is_doing() {
         assert!((1e8..1e10).contains(&hertz), "{clock}: {hertz}");
     }
     assert!(of("tokenmill_worker_launches_total") >= 30.0);
+    assert!(of("tokenmill_worker_graphs") > 2.0);
+    assert_eq!(of("tokenmill_worker_uncaptured_steps_total"), 0.0);
     let doctor = std::process::Command::new(program()).arg("doctor").output().expect("it starts");
     let told = String::from_utf8_lossy(&doctor.stdout).into_owned();
     assert!(doctor.status.success(), "{told}");

@@ -89,6 +89,10 @@ pub struct StepTiming {
     pub launches: u32,
     /// Whether the host drew tokens, so that no step could be enqueued behind this one.
     pub host_draws: bool,
+    /// Kinds of steps that the worker has captured until now; 0 where it captures none.
+    pub graphs: u32,
+    /// Whether the step was launched op by op though steps are captured.
+    pub uncaptured: bool,
     /// Tokens run through the model.
     pub tokens: u32,
     /// Prompt tokens among them.

@@ -110,6 +110,10 @@ pub struct Metrics {
     pub worker_launches: IntCounter,
     /// Steps whose tokens the worker's host drew, so that the next one waited for it.
     pub worker_host_draws: IntCounter,
+    /// Kinds of steps that the worker has captured.
+    pub worker_graphs: IntGauge,
+    /// Steps that the worker launched op by op though it captures steps.
+    pub worker_uncaptured: IntCounter,
     /// Time that the device ran steps.
     pub worker_busy: Counter,
     /// Time that the device ran nothing between two steps though there were requests.
@@ -205,6 +209,15 @@ impl Metrics {
             worker_host_draws: make.counter(
                 "worker_host_draw_steps_total",
                 "Steps whose tokens the worker's host drew, so that the next one waited.",
+            ),
+            worker_graphs: make.gauge(
+                "worker_graphs",
+                "Kinds of steps that the worker has captured, those made while serving included; 0 on the CPU.",
+            ),
+            worker_uncaptured: make.counter(
+                "worker_uncaptured_steps_total",
+                "Steps launched op by op though the worker captures steps: of a kind that is new, or for which \
+                 there is no memory; 0 on the CPU.",
             ),
             worker_busy: make.elapsed("worker_busy_seconds_total", "Time that steps ran."),
             worker_idle: make.elapsed(

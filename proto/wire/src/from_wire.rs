@@ -286,6 +286,8 @@ fn outcome(o: pb::Outcome) -> Result<Outcome, Malformed> {
             idle_ns: o.idle_ns,
             launches: o.launches,
             host_draws: o.host_draws,
+            graphs: o.graphs,
+            uncaptured: o.uncaptured,
         },
         digest: o.digest,
     })

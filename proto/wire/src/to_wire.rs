@@ -225,6 +225,8 @@ fn outcome(o: &Outcome) -> pb::Outcome {
         idle_ns: o.timing.idle_ns,
         launches: o.timing.launches,
         host_draws: o.timing.host_draws,
+        graphs: o.timing.graphs,
+        uncaptured: o.timing.uncaptured,
         digest: o.digest,
     }
 }

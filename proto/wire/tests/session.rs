@@ -168,6 +168,8 @@ fn reply() -> impl Strategy<Value = ToScheduler> {
                     idle_ns: 4,
                     launches: 5,
                     host_draws: true,
+                    graphs: 6,
+                    uncaptured: true,
                     tokens: 2,
                     prefill_tokens: 3,
                 },

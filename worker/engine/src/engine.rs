@@ -134,10 +134,11 @@ impl<'w> Engine<'w> {
         self.backend.captured()
     }
 
-    /// What was chosen at the start that an operator may want to know.
+    /// What an operator may want to know since the last call: what was chosen at the start, and what went
+    /// otherwise while steps ran.
     #[must_use]
-    pub fn notes(&self) -> Vec<String> {
-        self.backend.notes()
+    pub fn take_notes(&mut self) -> Vec<String> {
+        self.backend.take_notes()
     }
 
     /// What this engine offers.

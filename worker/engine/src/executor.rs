@@ -93,6 +93,10 @@ pub struct DeviceTime {
     pub idle_ns: u64,
     /// Kernels, graphs and copies that the host launched.
     pub launches: u32,
+    /// Kinds of steps that are captured.
+    pub graphs: u32,
+    /// Whether its body was launched op by op though steps are captured.
+    pub uncaptured: bool,
 }
 
 /// A step that is over.
@@ -193,11 +197,11 @@ impl Backend<'_> {
         }
     }
 
-    /// What was chosen at the start that an operator may want to know.
-    pub(crate) fn notes(&self) -> Vec<String> {
+    /// What an operator may want to know, once.
+    pub(crate) fn take_notes(&mut self) -> Vec<String> {
         match self {
             Self::Cpu(_) => Vec::new(),
-            Self::Cuda(cuda) => vec![cuda.statement()],
+            Self::Cuda(cuda) => cuda.take_notes(),
         }
     }
 

@@ -25,7 +25,9 @@ mod steps;
 mod tables;
 
 pub use batch::{Batch, Purpose, Run, Wanted};
-pub use cuda::{Captured, CudaBytes, CudaDevice, cuda_attention, cuda_bytes, cuda_device};
+pub use cuda::{
+    Captured, CudaBytes, CudaDevice, GRAPH_BYTES, cuda_attention, cuda_bytes, cuda_device,
+};
 pub use device::cuda::CudaError;
 pub use device::nvml::{GpuFigures, Nvml, NvmlError, Throttle};
 pub use engine::Engine;

@@ -158,6 +158,8 @@ impl Steps {
             outcome.timing.model_ns = collected.time.run_ns;
             outcome.timing.idle_ns = collected.time.idle_ns;
             outcome.timing.launches = collected.time.launches;
+            outcome.timing.graphs = collected.time.graphs;
+            outcome.timing.uncaptured = collected.time.uncaptured;
             if flight.ahead {
                 self.settle(&flight, &collected, &mut outcome);
             }

@@ -360,6 +360,12 @@ fn later_chunks_of_captured_steps_equal_launched_ones() {
 }
 
 #[test]
+fn steps_go_on_where_later_chunks_cannot_be_captured() {
+    let Some((setup, _turn)) = cuda() else { return };
+    later::a_failed_capture_is_said_and_steps_go_on(setup);
+}
+
+#[test]
 fn a_nan_behind_one_chunk_leaves_the_others_of_its_step() {
     let Some((setup, _turn)) = cuda() else { return };
     later::a_nan_ends_one_request(setup);

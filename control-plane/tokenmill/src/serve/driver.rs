@@ -173,6 +173,8 @@ impl Driver {
         metrics.worker_busy.inc_by(seconds(timing.model_ns));
         metrics.worker_launches.inc_by(u64::from(timing.launches));
         metrics.worker_host_draws.inc_by(u64::from(timing.host_draws));
+        metrics.worker_graphs.set(i64::from(timing.graphs));
+        metrics.worker_uncaptured.inc_by(u64::from(timing.uncaptured));
         // Without requests a device may rest.
         if self.pressed {
             metrics.worker_idle.inc_by(seconds(timing.idle_ns));

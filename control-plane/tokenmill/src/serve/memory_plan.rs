@@ -12,9 +12,6 @@ const USABLE: f64 = 0.9;
 /// KV cache where nobody says how large: enough for this many contexts of the longest kind, if that
 /// much is there.
 const CONTEXTS: u64 = 8;
-/// What captured graphs take on a CUDA device; kernels are there before free memory is read.
-const GRAPHS: u64 = 512 << 20;
-
 /// Bytes by what holds them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MemoryPlan {
@@ -150,9 +147,10 @@ fn needs(dir: &ModelDir, wanted: &Wanted, context: u32) -> (u64, u64) {
             (dir.weight_bytes(wanted.weight_element), steps.saturating_add(penalties))
         }
         Machine::Cuda { multiprocessors, .. } => {
+            // Kernels are there before free memory is read.
             let limits = (wanted.max_step_tokens, wanted.max_seqs, context);
             let bytes = dir.cuda_bytes(wanted.kv_element, limits, multiprocessors);
-            (bytes.weights, bytes.steps.saturating_add(GRAPHS))
+            (bytes.weights, bytes.steps.saturating_add(engine::GRAPH_BYTES))
         }
     }
 }

@@ -31,6 +31,17 @@ impl Graph {
         Ok(self)
     }
 
+    /// Sends it to the device, where that is not done when it was made or by its first launch, behind what the
+    /// stream holds. Memory of the device that it needs beyond what instantiating took is taken here, and so
+    /// that there is none is known now.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn upload(&self, stream: &Stream) -> Result<(), CudaError> {
+        // SAFETY: both handles are alive; one thread uses the graph at a time, as in `launch`.
+        check("cuGraphUpload", unsafe { sys::cuGraphUpload(self.exec, stream.raw()) })
+    }
+
     /// Enqueues all of it. The memory that was captured must be alive, as for a kernel.
     ///
     /// # Errors

@@ -250,7 +250,11 @@ impl Stream {
     }
 
     /// Records what `work` enqueues on this stream instead of running it, and makes it launchable.
-    /// Other threads may use other streams meanwhile.
+    ///
+    /// What the stream holds already goes on: nothing here waits for it or stops it. The mode is that of the
+    /// thread: other threads may use other streams and allocate meanwhile, while a call of this one that
+    /// could not be recorded (a wait, a query, an allocation) fails and spoils the capture instead of doing
+    /// something else than a launch of the graph would; see [`Self::beside_capture`].
     ///
     /// # Errors
     /// `work`'s own, or when what it enqueued cannot be captured.

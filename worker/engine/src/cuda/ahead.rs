@@ -27,6 +27,8 @@ struct Place {
     wanted: usize,
     rows: usize,
     launches: u32,
+    /// How many kinds of steps are captured, and whether this is of one; `None` where none are wanted.
+    graphs: Option<(usize, bool)>,
 }
 
 /// Steps between their launch and their collection.
@@ -75,6 +77,7 @@ impl Ahead {
                 wanted: 0,
                 rows: 0,
                 launches: 0,
+                graphs: None,
             })
         };
         let places = (0..PLACES).map(place).collect::<Result<_, CudaError>>()?;
@@ -111,10 +114,12 @@ impl Ahead {
         Ok(())
     }
 
-    /// Adds what the step at hand launched.
-    pub(super) fn launched(&mut self, launches: u64) {
-        let last = (self.enqueued + PLACES - 1) % PLACES;
-        self.places[last].launches = u32::try_from(launches).unwrap_or(u32::MAX);
+    /// Adds what the step at hand launched, beside how many graphs, and whether its body was one; `None`
+    /// where none are wanted.
+    pub(super) fn launched(&mut self, launches: u64, graphs: Option<(usize, bool)>) {
+        let last = &mut self.places[(self.enqueued + PLACES - 1) % PLACES];
+        last.launches = u32::try_from(launches).unwrap_or(u32::MAX);
+        last.graphs = graphs;
     }
 
     /// Enqueues draws of some of `all` rows.
@@ -181,6 +186,8 @@ impl Ahead {
                 _ => nanos(&place.began, &self.places[before].ended)?,
             },
             launches: place.launches,
+            graphs: place.graphs.map_or(0, |(count, _)| u32::try_from(count).unwrap_or(u32::MAX)),
+            uncaptured: place.graphs.is_some_and(|(_, captured)| !captured),
         };
         self.collected += 1;
         let place = &mut self.places[index];

@@ -1,6 +1,7 @@
 //! Captured bodies, one per kind of step. All but those with prompts behind a context are made before the
 //! first step, so that no step waits for one; those, whose kinds are many, when a step of the kind has
-//! been enqueued launch by launch, while the device runs that. Of these few are kept.
+//! been enqueued launch by launch, while the device runs that: making one takes the host some milliseconds
+//! and stops nothing there. Of these few are kept, and no more than fit what a plan of memory sets aside.
 //!
 //! A graph holds addresses: whoever keeps graphs keeps the memory behind them. Invariant: a step of a
 //! kind differs from another of that kind in what its inputs hold, never in its launches.
@@ -30,6 +31,10 @@ const MOST_LATER: usize = 64;
 const UNUSED: u64 = 1024;
 // Those that may still run stay.
 const _: () = assert!(UNUSED > MOST_FLIGHTS as u64);
+
+/// Bytes of device memory that graphs may take: a plan of memory sets them aside. Those made before the first
+/// step are there in any case; those made while serving are not kept beyond.
+pub const GRAPH_BYTES: u64 = 512 << 20;
 
 /// Passes over prompts behind a context: what the tokens of each are padded to, zeros behind the last.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -111,54 +116,144 @@ pub struct Captured {
     pub kernels: Vec<String>,
 }
 
-/// The graphs that there are.
-#[derive(Debug, Default)]
-pub(super) struct Graphs {
-    by_kind: BTreeMap<Kind, (Graph, Vec<String>)>,
-    /// Of kinds with passes, with the number of the step that used it last.
-    later: BTreeMap<Kind, (Graph, Vec<String>, u64)>,
-    /// Steps that asked until now.
-    steps: u64,
-    /// Whether one could not be made.
-    failed: bool,
+/// Most that a node is taken to need: 9 KiB were seen.
+const NODE_BYTES: u64 = 16 << 10;
+
+/// Bytes of device memory that went while graphs of so many nodes were made, as far as they can have taken them:
+/// what is free is free to other processes too.
+pub(super) fn gone(before: usize, after: usize, nodes: usize) -> u64 {
+    (before.saturating_sub(after) as u64).min(nodes as u64 * NODE_BYTES)
 }
 
-impl Graphs {
+/// A graph that is made while serving.
+#[derive(Debug)]
+pub(super) struct Made<G = Graph> {
+    pub(super) graph: G,
+    /// Names of its kernels.
+    pub(super) kernels: Vec<String>,
+    /// Of device memory.
+    pub(super) bytes: u64,
+}
+
+/// The graphs that there are.
+#[derive(Debug)]
+pub(super) struct Graphs<G = Graph> {
+    by_kind: BTreeMap<Kind, (G, Vec<String>)>,
+    /// Of kinds with passes, with the number of the step that used it last.
+    later: BTreeMap<Kind, (G, Vec<String>, u64)>,
+    /// Steps that asked until now.
+    steps: u64,
+    /// Bytes of device memory that all of them took, and the most that one with passes did. What one leaves
+    /// the driver keeps for the next.
+    taken: u64,
+    most: u64,
+    /// Whether it was told that memory is used up.
+    told: bool,
+    /// Whether no more are made.
+    closed: bool,
+    notes: Vec<String>,
+}
+
+impl<G> Graphs<G> {
+    pub(super) const fn new() -> Self {
+        Self {
+            by_kind: BTreeMap::new(),
+            later: BTreeMap::new(),
+            steps: 0,
+            taken: 0,
+            most: 0,
+            told: false,
+            closed: false,
+            notes: Vec::new(),
+        }
+    }
+
     /// With the names of the kernels in it.
-    pub(super) fn insert(&mut self, kind: Kind, graph: Graph, kernels: Vec<String>) {
+    pub(super) fn insert(&mut self, kind: Kind, graph: G, kernels: Vec<String>) {
         self.by_kind.insert(kind, (graph, kernels));
+    }
+
+    /// All that are made before the first step are there, in so many bytes of device memory.
+    pub(super) fn took(&mut self, bytes: u64) {
+        self.taken = bytes;
+        self.notes.push(format!(
+            "graphs of {} kinds of steps take {} MiB, {} MiB are set aside; up to {MOST_LATER} more are \
+             made while serving, of prompts behind a context",
+            self.by_kind.len(),
+            bytes >> 20,
+            GRAPH_BYTES >> 20,
+        ));
     }
 
     /// Whether there is room for one more with passes; one that nobody used for long makes room.
     pub(super) fn has_room(&mut self) -> bool {
-        if self.failed {
+        if self.closed {
             return false;
         }
-        if self.later.len() >= MOST_LATER {
-            let oldest = self.later.iter().min_by_key(|(_, (.., used))| *used);
-            let oldest = oldest.filter(|(_, (.., used))| used + UNUSED < self.steps);
-            if let Some(kind) = oldest.map(|(kind, _)| *kind) {
-                self.later.remove(&kind);
-            }
+        let short = self.taken.saturating_add(self.most) > GRAPH_BYTES;
+        if self.later.len() < MOST_LATER && !short {
+            return true;
         }
-        self.later.len() < MOST_LATER
+        let oldest = self.later.iter().min_by_key(|(_, (.., used))| *used);
+        let oldest = oldest.filter(|(_, (.., used))| used + UNUSED < self.steps);
+        if let Some(kind) = oldest.map(|(kind, _)| *kind) {
+            self.later.remove(&kind);
+            return true;
+        }
+        if short && !self.told {
+            self.told = true;
+            self.note_memory();
+        }
+        false
     }
 
-    /// Keeps one of a kind with passes. Where it could not be made, as when memory is short, steps go on
-    /// without, and none is tried again.
-    pub(super) fn insert_later(
-        &mut self,
-        kind: Kind,
-        made: Result<(Graph, Vec<String>), CudaError>,
-    ) {
+    /// Keeps one of a kind with passes. Where it could not be made, or took more memory than there was to
+    /// take, steps go on without, and none is tried again.
+    pub(super) fn insert_later(&mut self, kind: Kind, made: Result<Made<G>, CudaError>) {
         match made {
-            Ok((graph, kernels)) => drop(self.later.insert(kind, (graph, kernels, self.steps))),
-            Err(_) => self.failed = true,
+            Ok(made) => {
+                self.taken = self.taken.saturating_add(made.bytes);
+                self.most = self.most.max(made.bytes);
+                if self.taken > GRAPH_BYTES {
+                    self.closed = true;
+                    return self.note_memory();
+                }
+                self.later.insert(kind, (made.graph, made.kernels, self.steps));
+            }
+            Err(error) => {
+                self.closed = true;
+                self.notes.push(format!(
+                    "a step of {} rows with prompts behind a context cannot be captured ({error}): {} \
+                     graphs of such steps stay, others are launched op by op",
+                    kind.bucket,
+                    self.later.len(),
+                ));
+            }
         }
+    }
+
+    fn note_memory(&mut self) {
+        self.notes.push(format!(
+            "graphs take {} MiB of the {} MiB set aside: {} of steps with prompts behind a context stay, \
+             other such steps are launched op by op",
+            self.taken >> 20,
+            GRAPH_BYTES >> 20,
+            self.later.len(),
+        ));
+    }
+
+    /// What an operator may want to know, once.
+    pub(super) fn take_notes(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notes)
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.by_kind.len() + self.later.len()
     }
 
     /// The one of the step at hand; asked for once in every step.
-    pub(super) fn get(&mut self, kind: Kind) -> Option<&Graph> {
+    pub(super) fn get(&mut self, kind: Kind) -> Option<&G> {
         self.steps += 1;
         if kind.later == Later::NONE {
             return self.by_kind.get(&kind).map(|(graph, _)| graph);
@@ -212,5 +307,83 @@ mod tests {
         assert!(Later::of(&[1024; MOST_PASSES]).is_some_and(|of| of != later));
         assert_eq!(Later::of(&[1024; MOST_PASSES + 1]), None);
         assert!(kinds.len() < 60 && all.len() < 100, "{} and {}", kinds.len(), all.len());
+    }
+
+    fn kind(tokens: usize) -> Kind {
+        Kind {
+            bucket: 1024,
+            prompts: true,
+            absorbed: Absorbed::Decodes,
+            greedy: false,
+            near: false,
+            later: Later::of(&[tokens]).expect("one pass"),
+            whole: false,
+        }
+    }
+
+    fn made(bytes: u64) -> Result<Made<()>, CudaError> {
+        Ok(Made { graph: (), kernels: Vec::new(), bytes })
+    }
+
+    /// Makes graphs as steps do until there is no room; how many.
+    fn fill(graphs: &mut Graphs<()>, bytes: u64) -> usize {
+        let mut count = 0;
+        for tokens in 1..MOST_LATER + 9 {
+            assert!(graphs.get(kind(tokens)).is_none());
+            if !graphs.has_room() {
+                break;
+            }
+            graphs.insert_later(kind(tokens), made(bytes));
+            count += 1;
+        }
+        count
+    }
+
+    #[test]
+    fn graphs_made_while_serving_fit_what_is_set_aside() {
+        let mut graphs = Graphs::new();
+        graphs.took(GRAPH_BYTES / 2);
+        assert!(graphs.take_notes()[0].contains("256 MiB, 512 MiB are set aside"));
+        assert_eq!(fill(&mut graphs, 8 << 20), 32);
+        let notes = graphs.take_notes();
+        assert!(notes.len() == 1 && notes[0].contains("512 MiB of the 512 MiB"), "{notes:?}");
+        assert!(!graphs.has_room() && graphs.take_notes().is_empty(), "said once");
+        // One that nobody used makes room, in the memory that it leaves.
+        (0..=UNUSED).for_each(|_| assert!(graphs.get(kind(2)).is_some()));
+        assert!(graphs.get(kind(40)).is_none() && graphs.has_room());
+        graphs.insert_later(kind(40), made(0));
+        assert!(graphs.get(kind(1)).is_none() && graphs.get(kind(40)).is_some());
+        // Where it leaves less than the next one takes, that is the last.
+        assert!(graphs.has_room());
+        graphs.insert_later(kind(41), made(2 << 20));
+        assert!(graphs.get(kind(41)).is_none() && !graphs.has_room());
+        assert!(graphs.take_notes()[0].contains("514 MiB of the 512 MiB"));
+    }
+
+    #[test]
+    fn what_others_take_of_a_device_is_not_put_on_graphs() {
+        assert_eq!(gone(64 << 20, 60 << 20, 400), 4 << 20);
+        assert_eq!(gone(64 << 30, 60 << 30, 400), 400 * NODE_BYTES);
+        assert_eq!(gone(60 << 30, 64 << 30, 400), 0);
+    }
+
+    #[test]
+    fn small_graphs_are_as_many_as_are_kept() {
+        let mut graphs = Graphs::new();
+        graphs.took(0);
+        assert_eq!(fill(&mut graphs, 1 << 20), MOST_LATER);
+        assert_eq!((graphs.len(), graphs.take_notes().len()), (MOST_LATER, 1));
+    }
+
+    #[test]
+    fn a_failure_is_said_and_not_repeated() {
+        let mut graphs = Graphs::new();
+        assert!(graphs.has_room());
+        graphs.insert_later(kind(1), made(0));
+        let code = "CUDA_ERROR_OUT_OF_MEMORY".to_owned();
+        graphs.insert_later(kind(2), Err(CudaError::Call { call: "cuGraphInstantiate", code }));
+        assert!(!graphs.has_room() && graphs.get(kind(1)).is_some());
+        let notes = graphs.take_notes();
+        assert!(notes.len() == 1 && notes[0].contains("OUT_OF_MEMORY"), "{notes:?}");
     }
 }

@@ -27,7 +27,7 @@ mod units;
 mod weights;
 
 pub use facts::{CudaDevice, cuda_device};
-pub use graphs::Captured;
+pub use graphs::{Captured, GRAPH_BYTES};
 pub(crate) use sizes::alignment;
 pub use sizes::{CudaBytes, cuda_attention, cuda_bytes};
 
@@ -40,7 +40,7 @@ use asked::Asked;
 use core::ops::Range;
 use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Download, Graph, Stream};
 use draw::Draws;
-use graphs::{Absorbed, Graphs, Kind, Later};
+use graphs::{Absorbed, Graphs, Kind, Later, Made};
 use inputs::Inputs;
 use launch::{Activations, Launch, Place, Region, Resolver};
 use limits::Limits;
@@ -84,6 +84,8 @@ pub(crate) struct Cuda {
     failing_launch: Option<u64>,
     /// What took how long until now.
     phases: Phases,
+    /// What is to be told.
+    notes: Vec<String>,
     memory: Option<Memory>,
     gpu: Gpu,
     stream: Stream,
@@ -154,6 +156,7 @@ impl Cuda {
             capture: options.graphs,
             failing_launch: options.failing_launch,
             phases,
+            notes: Vec::new(),
             memory: None,
             sizes,
             gpu,
@@ -208,7 +211,7 @@ impl Cuda {
         let activations = Activations::take(arena, sizes, &limits)?;
         let mut memory = Memory {
             chosen: Chosen::take(arena, &self.stream, (sizes, &limits), &activations)?,
-            graphs: Graphs::default(),
+            graphs: Graphs::new(),
             inputs: Inputs::take(&self.context, arena, sizes, &limits)?,
             activations,
             scratch: Scratch { partials, mla, expanded, latent, grouped, moe, choices },
@@ -225,6 +228,7 @@ impl Cuda {
             self.capture(&mut memory)?;
         }
         self.phases.end(StartPhase::Graphs);
+        self.notes = vec![ops::linear::cuda::statement(&self.gpu)];
         self.memory = Some(memory);
         if let Some(launch) = self.failing_launch {
             self.stream.plant_failure(launch);
@@ -248,21 +252,42 @@ impl Cuda {
         self.phases.take()
     }
 
-    /// Which kernels products run on.
-    pub(crate) fn statement(&self) -> String {
-        ops::linear::cuda::statement(&self.gpu)
+    /// What an operator may want to know, once: what was chosen at the start, and what went otherwise since.
+    pub(crate) fn take_notes(&mut self) -> Vec<String> {
+        let graphs = self.memory.as_mut().map(|memory| memory.graphs.take_notes());
+        self.notes.drain(..).chain(graphs.into_iter().flatten()).collect()
     }
 
     /// Captures the body of every step there can be, with the draws where it only decodes.
     fn capture(&self, memory: &mut Memory) -> Result<(), CudaError> {
-        let mut graphs = Graphs::default();
+        let mut graphs = Graphs::new();
+        let (before, _) = self.context.memory()?;
+        let mut nodes = 0;
         for kind in graphs::kinds(&memory.limits, self.near_rows(), self.sizes.expands()) {
             memory.bucket = kind.bucket;
             let (graph, kernels) = self.capture_body(memory, kind, &[])?;
+            nodes += graph.nodes()?;
             graphs.insert(kind, graph, kernels);
         }
+        let (after, _) = self.context.memory()?;
+        graphs.took(graphs::gone(before, after, nodes));
         memory.graphs = graphs;
         self.plan_later(memory)
+    }
+
+    /// A graph that is made while steps run.
+    fn capture_later(
+        &self,
+        memory: &Memory,
+        kind: Kind,
+        passes: &[usize],
+    ) -> Result<Made, CudaError> {
+        let (before, _) = self.context.memory()?;
+        let (graph, kernels) = self.capture_body(memory, kind, passes)?;
+        graph.upload(&self.stream)?;
+        let (after, _) = self.context.memory()?;
+        let bytes = graphs::gone(before, after, graph.nodes()?);
+        Ok(Made { graph, kernels, bytes })
     }
 
     /// A step's body, and the names of the kernels in it.
@@ -467,12 +492,14 @@ impl Cuda {
         }
         let rows = if prompts { wanted } else { bucket };
         memory.ahead.end(&self.stream, wanted, rows)?;
-        memory.ahead.launched(self.launched() - before);
+        let graphs = self.capture.then(|| (memory.graphs.len(), captured));
+        memory.ahead.launched(self.launched() - before, graphs);
         let later = later.filter(|later| self.capture && !captured && *later != Later::NONE);
         if let Some(later) = later.filter(|_| memory.graphs.has_room()) {
-            // The device is busy with this step, which has prompts behind a context: it is long.
+            // The device is busy with this step, which has prompts behind a context: it is long, and neither
+            // capturing nor instantiating waits for it or stops it.
             let kind = kind(later);
-            let made = self.capture_body(memory, kind, memory.inputs.passes());
+            let made = self.capture_later(memory, kind, memory.inputs.passes());
             memory.graphs.insert_later(kind, made);
         }
         Ok(here)

@@ -5,11 +5,14 @@ use engine::KvDtype;
 use std::collections::BTreeMap;
 use step::SampleFault;
 
-/// What came back by request, and how many launches each step took.
+/// What came back by request; of each step how many launches it took, whether it was one of those that are not
+/// captured, and how many kinds are.
 struct Got {
     done: Vec<Completion>,
     faults: Vec<bool>,
     launches: Vec<u32>,
+    uncaptured: Vec<bool>,
+    graphs: Vec<u32>,
 }
 
 /// Runs steps of these chunks, by slot, over prompts that were admitted in the order of their slots.
@@ -22,10 +25,14 @@ fn run(session: &mut Session, prompts: &[Vec<u32>], steps: &[&[(u32, u32)]]) -> 
         done: prompts.iter().map(|_| Completion::default()).collect(),
         faults: vec![false; prompts.len()],
         launches: Vec::new(),
+        uncaptured: Vec::new(),
+        graphs: Vec::new(),
     };
     for chunks in steps {
         let outcome = session.step(chunks);
         got.launches.push(outcome.timing.launches);
+        got.uncaptured.push(outcome.timing.uncaptured);
+        got.graphs.push(outcome.timing.graphs);
         for part in outcome.prompt_logprobs {
             let done = &mut got.done[(part.request.0 - first) as usize];
             done.prompt.extend(part.entries.iter().map(|entry| entry.chosen.logprob));
@@ -92,6 +99,38 @@ pub fn captured_equal_launched(device: Setup) {
         for (step, (captured, launched)) in pairs.enumerate() {
             assert!(captured + 10 < *launched, "{name}, step {step}: {captured} of {launched}");
         }
+        let told = |got: &Got| got.uncaptured.iter().filter(|of| **of).count();
+        let made = second.graphs[0] - first.graphs[0];
+        assert_eq!((told(&launched), told(&second)), (0, 0), "{name}");
+        assert!(made > 1 && told(&first) == made as usize, "{name}: {made}, {}", told(&first));
+        assert!(launched.graphs.iter().all(|count| *count == 0), "{name}");
+    }
+}
+
+/// Where a kind cannot be captured, its steps and those of other such kinds go on launch by launch.
+pub fn a_failed_capture_is_said_and_steps_go_on(device: Setup) {
+    let setup = Setup { kv_dtype: KvDtype::Bf16, slots: 6, context: 1280, graphs: true, ..device };
+    let (name, model) = models().next().expect("a model");
+    let prompts: Vec<_> = (50..).zip(LENGTHS).map(|(seed, len)| prompt(len, seed)).collect();
+    let twice = |failing_launch| {
+        let mut session = model.session(Setup { failing_launch, ..setup });
+        session.prompt_logprobs = None;
+        let both = [0; 2].map(|_| run(&mut session, &prompts, &STEPS));
+        (both, session.engine.take_notes(), session.engine.captured())
+    };
+    let ([good, _], notes, _) = twice(None);
+    let start = notes.iter().any(|note| note.contains("are set aside"));
+    assert!(start && !notes.iter().any(|note| note.contains("cannot")), "{notes:?}");
+    // The second step is the first with prompts behind a context. Launches of the other stream are counted,
+    // and fewer than what is captured behind it.
+    let at = good.launches[..2].iter().map(|count| u64::from(*count)).sum::<u64>() + 3;
+    let (both, notes, captured) = twice(Some(at));
+    let said: Vec<_> = notes.iter().filter(|note| note.contains("cannot be captured")).collect();
+    assert!(said.len() == 1 && said[0].contains("LAUNCH_FAILED"), "{notes:?}");
+    assert!(captured.iter().all(|of| !of.later) && !captured.is_empty());
+    for got in both {
+        assert_eq!(got.done, good.done, "{name}");
+        assert!(!got.uncaptured[0] && got.uncaptured[1..5].iter().all(|of| *of), "{name}");
     }
 }
 

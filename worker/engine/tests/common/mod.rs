@@ -242,7 +242,7 @@ impl Model {
             cache_bytes: Bytes(1 << 30),
             graphs: options.graphs,
             mla_form: options.form,
-            failing_launch: None,
+            failing_launch: options.failing_launch,
         };
         let lowered = self.lowered.clone();
         let mut engine = Engine::new(&self.program, lowered, weights, engine_options)
@@ -296,6 +296,8 @@ pub struct Setup {
     pub form: MlaForm,
     pub scattered: bool,
     pub graphs: bool,
+    /// A launch of steps that fails.
+    pub failing_launch: Option<u64>,
     /// Requests at once, tokens of a step, tokens of a context, super-blocks of three blocks.
     pub slots: u32,
     pub tokens: u32,
@@ -311,6 +313,7 @@ impl Default for Setup {
             form: MlaForm::Auto,
             scattered: true,
             graphs: false,
+            failing_launch: None,
             slots: 40,
             tokens: 1024,
             context: 512,
