@@ -1,10 +1,12 @@
 //! Every form that steps run a program's units in, walked through without a device: what a launch writes lies
 //! apart from all that it reads and writes beside, and what a launch reads is still what was written there.
 //!
-//! Forms are described here as `run`, `fold` and `moe_layer` launch them; who adds one describes it, too.
+//! Which norms are left to other launches is asked of `fold` itself. What a launch reads and stores is described
+//! here as `run` and `moe_layer` launch it; who adds a form describes it, too.
 //! Memory that is no activation is not followed: the cache, choices of experts and scratch.
 
 use super::*;
+use crate::cuda::fold::{self, Walker};
 use crate::cuda::launch::{Place, Region};
 use crate::cuda::rest;
 use crate::cuda::weights::product;
@@ -12,6 +14,7 @@ use model::lower::{BufferId, lower};
 use model::mesh::{Mesh, Rank};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -154,45 +157,6 @@ impl Walk<'_> {
         })
     }
 
-    /// As `Step::run_all`.
-    fn run_all(&mut self, units: &[Unit<'_>]) {
-        let folds = self.form == Form::Few { folds: true };
-        let mut rest = units;
-        let mut norm: Option<Fold> = None;
-        while let [unit, after @ ..] = rest {
-            rest = after;
-            let made = norm.take();
-            self.seen.extend(made.map(|_| "folded"));
-            let takes = |next: Option<&Unit<'_>>, of: BufferId| {
-                folds && next.and_then(read_by_product).is_some_and(|x| x == of)
-            };
-            match (*unit, after) {
-                (Unit::One(Op::Norm { x, out, .. }), [next, ..])
-                    if made.is_none() && takes(Some(next), *out) =>
-                {
-                    norm = Some(Fold { x: *x, out: *out });
-                }
-                (
-                    Unit::One(Op::Linear { x, out: sum, .. }),
-                    [Unit::One(Op::AddNorm { delta, residual, out, .. }), next, ..],
-                ) if made.is_none() && sum == delta && takes(Some(next), *out) => {
-                    self.seen.insert("sum");
-                    self.launch(&[*x], &[*residual], &[]);
-                    norm = Some(Fold { x: *residual, out: *out });
-                    rest = &after[1..];
-                }
-                (Unit::Moe(found), _) => {
-                    let (residual, out) = behind(&found);
-                    let unnormed = takes(after.first(), out);
-                    self.moe(&found, made, unnormed);
-                    norm = unnormed.then_some(Fold { x: residual, out });
-                }
-                (unit, _) => self.unit(unit, made),
-            }
-        }
-        assert!(norm.is_none(), "a norm that nobody makes");
-    }
-
     fn unit(&mut self, unit: Unit<'_>, norm: Option<Fold>) {
         match unit {
             Unit::One(op) => match (self.op(op), norm) {
@@ -302,6 +266,58 @@ impl Walk<'_> {
     }
 }
 
+/// The way is that of steps; what each launch reads and stores is described above.
+impl<'a> Walker<Unit<'a>> for Walk<'_> {
+    type Norm<'u>
+        = Fold
+    where
+        'a: 'u;
+    type Error = Infallible;
+
+    fn norm(&self, unit: &Unit<'a>) -> Option<Fold> {
+        let Unit::One(Op::Norm { x, out, .. }) = unit else { return None };
+        Some(Fold { x: *x, out: *out })
+    }
+
+    fn sum(&self, product: &Unit<'a>, norm: &Unit<'a>) -> Option<Fold> {
+        let Unit::One(Op::Linear { out: sum, .. }) = product else { return None };
+        let Unit::One(Op::AddNorm { delta, residual, out, .. }) = norm else { return None };
+        (sum == delta).then_some(Fold { x: *residual, out: *out })
+    }
+
+    fn last(&self, unit: &Unit<'a>) -> Option<Fold> {
+        let Unit::Moe(found) = unit else { return None };
+        let (x, out) = behind(found);
+        Some(Fold { x, out })
+    }
+
+    fn folds(&self, unit: &Unit<'a>, norm: &Fold) -> bool {
+        let folds = self.form == Form::Few { folds: true };
+        folds && read_by_product(unit) == Some(norm.out)
+    }
+
+    fn add(&mut self, product: &Unit<'a>, norm: &Fold) -> Result<bool, Infallible> {
+        let Unit::One(Op::Linear { x, .. }) = product else { return Ok(false) };
+        self.seen.insert("sum");
+        self.launch(&[*x], &[norm.x], &[]);
+        Ok(true)
+    }
+
+    fn run_one(
+        &mut self,
+        unit: &Unit<'a>,
+        norm: Option<&Fold>,
+        unnormed: bool,
+    ) -> Result<(), Infallible> {
+        self.seen.extend(norm.map(|_| "folded"));
+        match unit {
+            Unit::Moe(found) => self.moe(found, norm.copied(), unnormed),
+            unit => self.unit(*unit, norm.copied()),
+        }
+        Ok(())
+    }
+}
+
 /// What a unit's product reads, where it can norm its rows.
 fn read_by_product(unit: &Unit<'_>) -> Option<BufferId> {
     match unit {
@@ -326,7 +342,7 @@ fn faults(lowered: &Lowered, dtype: Dtype, seen: &mut BTreeSet<&'static str>) ->
             let mut walk =
                 Walk { lowered, region, form, held, seen: BTreeSet::new(), faults: Vec::new() };
             walk.seen.extend((!lowered.pairs.is_empty()).then_some("pair"));
-            walk.run_all(units);
+            let Ok(()) = fold::walk(&mut walk, units);
             if !walk.held.contains(&result) {
                 walk.fault("is not there at the end", &[result]);
             }
