@@ -5,6 +5,7 @@
 //! run. Invariant: the first thing that is wrong ends the run with the seed that shows it.
 
 pub mod client;
+pub mod group;
 pub mod planner_bench;
 pub mod replica;
 pub mod rng;

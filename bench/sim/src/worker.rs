@@ -161,6 +161,18 @@ impl Worker {
         })
     }
 
+    /// Takes part in a step of a group in which its shard runs nothing.
+    ///
+    /// # Errors
+    /// When the section is not safe, or leaves a slot that would run.
+    pub fn stand_still(&mut self, section: &Section, retired: StepSeq) -> Check {
+        for op in &section.ops {
+            self.apply(op, retired)?;
+        }
+        let (sampled, _, timing) = self.run(section)?;
+        ensure(sampled.is_empty() && timing.tokens == 0, || "not still".into())
+    }
+
     fn apply(&mut self, op: &SlotOp, retired: StepSeq) -> Check {
         match op {
             SlotOp::Admit(admit) => self.admit(admit),

@@ -55,6 +55,10 @@ impl Scheduler {
         if !self.outbox.left(job.upload) {
             return Err(Waits::Upload);
         }
+        // Who must be alone is alone in every shard of the group.
+        if self.beside.barred || (job.suspect() && self.beside.running) {
+            return Err(Waits::Isolation);
+        }
         let alone = life.isolated || life.frugal || job.suspect();
         if alone && !life.running.is_empty() {
             return Err(Waits::Isolation);

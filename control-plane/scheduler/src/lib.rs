@@ -1,5 +1,8 @@
 //! The scheduler of one replica: a pure state machine from events to step plans.
 //!
+//! A [`Scheduler`] is one data-parallel shard's; [`Shards`] are those of a worker group in lockstep, and
+//! [`Join`] makes one outcome of what the group's ranks say.
+//!
 //! No clock, no I/O, no threads, no randomness: time is an argument and equal events give equal
 //! bytes. The driver calls, in this order, [`Scheduler::handle`] for each event, then
 //! [`Scheduler::poll_output`] until empty, then [`Scheduler::plan_step`] and again `poll_output`
@@ -24,6 +27,7 @@ mod prefill;
 mod report;
 pub mod request;
 mod scheduler;
+mod shards;
 mod slab;
 mod slots;
 mod tables;
@@ -36,5 +40,6 @@ pub use output::{FinishReason, Output, Refusal, Usage, WorkerFault};
 pub use policy::cost::{CostModel, Load};
 pub use report::{Gauges, PlanReport, Planned, Unfit, Waits};
 pub use scheduler::Scheduler;
+pub use shards::{Divergence, Join, Joined, Placement, Shards, Weighed, Why};
 pub use slots::SlotLease;
 pub use tables::Tables;

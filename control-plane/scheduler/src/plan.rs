@@ -49,16 +49,7 @@ impl Draft {
 
 impl Scheduler {
     pub(crate) fn plan(&mut self, life: &mut Life, now: Timestamp) -> Option<Planned> {
-        let ahead = match life.frugal {
-            true => 0,
-            // Behind a long step there is time to plan when the one in front of it has ended, and whoever
-            // comes until then is not late for it.
-            false if life.flights.iter().skip(1).any(|flight| flight.load.prefill >= LONG) => {
-                self.config.depth.min(1)
-            }
-            false => self.config.depth,
-        };
-        if life.condemned || count(life.flights.len()) > ahead {
+        if !has_room_ahead(life, self.config.depth) {
             return None;
         }
         life.slice = self.config.release_slice;
@@ -191,4 +182,18 @@ impl Scheduler {
         }
         Some(PrefillRun { slot: at.slot, tokens: chunk.tokens, sample })
     }
+}
+
+/// Whether a step may be planned behind those in flight.
+pub(crate) fn has_room_ahead(life: &Life, depth: u32) -> bool {
+    let ahead = match life.frugal {
+        true => 0,
+        // Behind a long step there is time to plan when the one in front of it has ended, and whoever
+        // comes until then is not late for it.
+        false if life.flights.iter().skip(1).any(|flight| flight.load.prefill >= LONG) => {
+            depth.min(1)
+        }
+        false => depth,
+    };
+    !life.condemned && count(life.flights.len()) <= ahead
 }

@@ -13,6 +13,7 @@ use crate::output::{FinishReason, Outbox, Output, Refusal};
 use crate::policy::cost::CostModel;
 use crate::report::{Gauges, Planned, Unfit, Waits};
 use crate::request::{Live, Request};
+use crate::shards::Beside;
 use crate::slab::{Key, Slab};
 use crate::tables::peak;
 use ids::{Incarnation, RequestId, Timestamp, Tokens};
@@ -43,6 +44,8 @@ pub struct Scheduler {
     pub(crate) blocked: Option<Blocked>,
     /// Set when planning changed something that another attempt may use once outputs have left.
     pub(crate) replan: bool,
+    /// The other shards of the group.
+    pub(crate) beside: Beside,
 }
 
 /// What a client or the clock does to one request.
@@ -89,6 +92,7 @@ impl Scheduler {
             stalls: Vec::new(),
             blocked: None,
             replan: false,
+            beside: Beside::default(),
         })
     }
 

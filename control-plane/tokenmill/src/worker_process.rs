@@ -3,7 +3,7 @@
 use crate::cli::WorkerArgs;
 use crate::model_dir::ModelDir;
 use crate::serve::worker_config::{
-    DeviceConfig, EngineConfig, KvDtype, LoadFormat, ModelConfig, WorkerConfig,
+    DeviceConfig, EngineConfig, KvDtype, LoadFormat, ModelConfig, PlantedArg, WorkerConfig,
 };
 use anyhow::{Context, Result};
 use engine::{Engine, MlaForm, Options, WeightSource};
@@ -14,7 +14,7 @@ use step::{Configure, Hello, LoadProgress, Outcome, StartPhase, StepPlan, Upload
 use weights::progress::{Progress, Stage};
 use weights::random::{Profile, RandomModel, RandomWeights, TensorSpec};
 use weights::{Checkpoint, Dtype, LoadOptions, Weights};
-use worker::{Fake, FakeCost, Stepper, WorkerFault};
+use worker::{Fake, FakeCost, Role, Stepper, WorkerFault};
 
 /// How often loading reports.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
@@ -32,6 +32,8 @@ pub(crate) fn run(args: WorkerArgs) -> Result<()> {
     runtime.block_on(async {
         worker::stop_with_parent();
         let threads = config.threads;
+        let seat = config.seat();
+        let role = Role { seat, planted: config.planted.map(PlantedArg::planted) };
         match config.engine {
             EngineConfig::Fake { base_us, decode_us, prefill_ns } => {
                 let cost = FakeCost {
@@ -40,10 +42,16 @@ pub(crate) fn run(args: WorkerArgs) -> Result<()> {
                     per_prefill: Duration::from_nanos(prefill_ns),
                 };
                 let vocab = config.fake_vocab;
-                worker::serve(&args.socket, move |_| Ok(Fake::new(vocab, cost))).await
+                let fake = move |_: &mut (dyn FnMut(LoadProgress) + Send)| {
+                    Ok(Fake::new(vocab, cost, seat))
+                };
+                worker::serve(&args.socket, role, fake).await
             }
             EngineConfig::Model(model) => {
-                worker::serve(&args.socket, move |report| load(&model, threads, report)).await
+                let load = move |report: &mut (dyn FnMut(LoadProgress) + Send)| {
+                    load(&model, threads, report)
+                };
+                worker::serve(&args.socket, role, load).await
             }
         }
     })?;
@@ -53,13 +61,15 @@ pub(crate) fn run(args: WorkerArgs) -> Result<()> {
 /// An engine, on weights that live as long as the process or on a device that has its own.
 struct Model {
     engine: Engine<'static>,
+    /// Of weights that this rank holds.
+    weight_bytes: Bytes,
     /// Parts of the start that are not the engine's, or were taken from it.
     phases: Vec<(StartPhase, Duration)>,
 }
 
 impl Stepper for Model {
     fn hello(&self) -> Hello {
-        self.engine.hello()
+        Hello { weight_bytes: self.weight_bytes, ..self.engine.hello() }
     }
 
     fn configure(&mut self, configure: &Configure) -> Result<(), WorkerFault> {
@@ -164,8 +174,9 @@ fn on_processor(
     };
     // One engine lives in this process, until it ends.
     let weights: &'static Weights = Box::leak(Box::new(weights));
+    let weight_bytes = weight_bytes(&dir, config);
     let engine = Engine::new(&dir.program, dir.lowered, weights, options)?;
-    Ok(Model { engine, phases: vec![(StartPhase::Weights, began.elapsed())] })
+    Ok(Model { engine, weight_bytes, phases: vec![(StartPhase::Weights, began.elapsed())] })
 }
 
 /// Weights go to the device, or are made there; nothing of them stays here.
@@ -187,13 +198,20 @@ fn on_device(
     };
     let prepared = began.elapsed();
     let report = |done, total| progress.report(Stage::Read, done, total);
+    let weight_bytes = weight_bytes(&dir, config);
     let (program, lowered) = (&dir.program, dir.lowered);
     let mut engine = Engine::on_device(program, lowered, &*source, ordinal, options, &report)?;
     let mut phases = engine.take_phases();
     for (_, took) in phases.iter_mut().filter(|(phase, _)| *phase == StartPhase::Weights) {
         *took += prepared;
     }
-    Ok(Model { engine, phases })
+    Ok(Model { engine, weight_bytes, phases })
+}
+
+/// Bytes of the weights in the type that they are stored in or made of.
+fn weight_bytes(dir: &ModelDir, config: &ModelConfig) -> Bytes {
+    let float32 = config.random_float32 || dir.matrix_dtype(None) == Dtype::F32;
+    Bytes(dir.weight_bytes(if float32 { 4 } else { 2 }))
 }
 
 fn stored(

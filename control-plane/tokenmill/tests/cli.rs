@@ -37,6 +37,8 @@ const COMMANDS: [(&[&str], &[&str]); 17] = [
             "--kv-cache-dtype",
             "--kv-cache-memory-bytes",
             "--tensor-parallel-size",
+            "--data-parallel-size",
+            "--enable-expert-parallel",
             "--threads",
             "--step-timeout",
         ],

@@ -64,6 +64,10 @@ id! {
     ShardId(u16)
 }
 id! {
+    /// A worker process of a group, counted from 0.
+    Rank(u32)
+}
+id! {
     /// A vocabulary entry.
     TokenId(u32)
 }

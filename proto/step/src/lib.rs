@@ -4,11 +4,15 @@
 //! This crate only holds the types (no wire format, no policy, no execution). Invariant: every
 //! message that changes a worker's state carries the [`ids::Incarnation`] it is meant for.
 
+mod digest;
+mod mesh;
 mod outcome;
 mod plan;
 mod sampling;
 mod session;
 
+pub use digest::Digest;
+pub use mesh::{Mesh, Seat};
 pub use outcome::{
     Logprobs, Outcome, PromptLogprobs, SampleFault, Sampled, StepTiming, TokenLogprob,
 };

@@ -15,7 +15,8 @@ pub struct Outcome {
     pub prompt_logprobs: Vec<PromptLogprobs>,
     /// Where the time went.
     pub timing: StepTiming,
-    /// Over the plan's bytes and the sampled ids; ranks of a group must agree.
+    /// A [`crate::Digest`] over every command of this life up to the plan, and the sampled ids; ranks
+    /// of a shard must agree. A rank that is not its shard's lead says nothing else of what it drew.
     pub digest: u64,
 }
 

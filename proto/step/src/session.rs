@@ -4,12 +4,13 @@
 //! one way, outcomes the other, until either side goes away. What a part of the start took is told by
 //! `Started` at any time before `Ready`.
 
-use crate::{Outcome, StepPlan};
+use crate::{Outcome, Seat, StepPlan};
 use ids::{Bytes, GroupId, Incarnation, RequestId, TokenId, Tokens};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// From the scheduler to one worker, in order.
+/// From the scheduler to one worker, in order. Steps and the configuration go to every rank of a group,
+/// what concerns one request to the ranks of its shard.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ToWorker {
     /// Once, in answer to `Hello`.
@@ -82,6 +83,10 @@ pub struct Hello {
     pub alignment: Bytes,
     /// What executes: `cpu`, later `cuda`.
     pub backend: String,
+    /// Which rank of which mesh this is.
+    pub seat: Seat,
+    /// Bytes of weights that this rank holds.
+    pub weight_bytes: Bytes,
 }
 
 /// Layers whose KV lives and dies together.

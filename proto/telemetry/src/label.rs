@@ -64,6 +64,18 @@ impl StatusClass {
 }
 
 label! {
+    /// What decided on which data-parallel shard a request runs.
+    PlacedBy {
+        /// The most of its prompt was cached there
+        Prefix = "prefix",
+        /// The least was to be done there, and no shard had more of its prompt cached
+        Load = "load",
+        /// Where more of its prompt was cached too much was to be done
+        LoadOverPrefix = "load_over_prefix",
+    }
+}
+
+label! {
     /// How a generation ended.
     FinishedBy {
         /// An end token, a stop token or a stop string

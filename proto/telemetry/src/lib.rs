@@ -11,7 +11,7 @@ mod reference;
 
 pub use gpu::GpuMetrics;
 pub use label::{
-    BlockState, Clock, Door, EccError, FinishedBy, RefusedBy, StartupPhase, StatusClass, StepKind,
-    StepsAhead, Throttling,
+    BlockState, Clock, Door, EccError, FinishedBy, PlacedBy, RefusedBy, StartupPhase, StatusClass,
+    StepKind, StepsAhead, Throttling,
 };
 pub use metrics::Metrics;

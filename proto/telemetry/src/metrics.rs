@@ -6,7 +6,8 @@
 
 use crate::gpu::GpuMetrics;
 use crate::label::{
-    BlockState, Door, FinishedBy, RefusedBy, StartupPhase, StatusClass, StepKind, StepsAhead,
+    BlockState, Door, FinishedBy, PlacedBy, RefusedBy, StartupPhase, StatusClass, StepKind,
+    StepsAhead,
 };
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
@@ -92,6 +93,8 @@ pub struct Metrics {
     pub preemptions: IntCounter,
     /// Times the worker group was started again.
     pub worker_restarts: IntCounter,
+    /// Times the ranks of a group did not agree about a step.
+    pub worker_divergences: IntCounter,
     /// From submission to the first token.
     pub time_to_first_token: Histogram,
     /// Between tokens of one generation.
@@ -128,6 +131,7 @@ pub struct Metrics {
     kv_blocks: IntGaugeVec,
     steps_planned: IntCounterVec,
     worker_steps: HistogramVec,
+    placements: IntCounterVec,
     replies: IntCounterVec,
     finished: IntCounterVec,
     refused: IntCounterVec,
@@ -165,6 +169,10 @@ impl Metrics {
             ),
             preemptions: make.counter("preemptions_total", "Running requests that gave way."),
             worker_restarts: make.counter("worker_restarts_total", "Starts after a death."),
+            worker_divergences: make.counter(
+                "worker_divergences_total",
+                "Worker groups ended because a rank carried out other commands or drew other tokens.",
+            ),
             time_to_first_token: make.histogram(
                 "time_to_first_token_seconds",
                 "From submission to the first token.",
@@ -249,6 +257,11 @@ impl Metrics {
                 "Steps planned, by how many others were in flight then.",
                 &["in_flight"],
             ),
+            placements: make.counters(
+                "placements_total",
+                "Requests placed on one of several data-parallel shards, by what decided.",
+                &["placed_by"],
+            ),
             replies: make.counters("http_replies_total", "Replies.", &["door", "status"]),
             finished: make.counters("generations_total", "Ends of generations.", &["finished_by"]),
             refused: make.counters("refused_total", "Requests not admitted.", &["refused_by"]),
@@ -273,6 +286,7 @@ impl Metrics {
             }
         }
         FinishedBy::ALL.iter().for_each(|by| drop(metrics.finished(*by)));
+        PlacedBy::ALL.iter().for_each(|by| drop(metrics.placements(*by)));
         RefusedBy::ALL.iter().for_each(|by| drop(metrics.refused(*by)));
         StartupPhase::ALL.iter().for_each(|phase| drop(metrics.startup(*phase)));
         BlockState::ALL.iter().for_each(|state| drop(metrics.kv_blocks(*state)));
@@ -310,6 +324,12 @@ impl Metrics {
     pub fn worker_step(&self, kind: StepKind, tokens: u32) -> Histogram {
         let tokens = tokens.checked_next_power_of_two().unwrap_or(u32::MAX).to_string();
         self.worker_steps.with_label_values(&[kind.as_str(), &tokens])
+    }
+
+    /// Requests placed on a data-parallel shard for this reason.
+    #[must_use]
+    pub fn placements(&self, by: PlacedBy) -> IntCounter {
+        self.placements.with_label_values(&[by.as_str()])
     }
 
     /// Replies sent through a door.

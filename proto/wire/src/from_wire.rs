@@ -3,16 +3,16 @@
 
 use crate::pb;
 use ids::{
-    BlockId, Bytes, GroupId, Incarnation, RequestId, SlotGeneration, SlotId, StepSeq, TokenId,
-    Tokens,
+    BlockId, Bytes, GroupId, Incarnation, Rank, RequestId, SlotGeneration, SlotId, StepSeq,
+    TokenId, Tokens,
 };
 use std::sync::Arc;
 use std::time::Duration;
 use step::{
     Admit, Carving, Configure, DecodeDelta, GroupKind, GroupSpec, GroupTable, Hello, LoadProgress,
-    Logprobs, Outcome, PrefillRun, PromptLogprobs, SampleFault, Sampled, Sampling, Section, SlotOp,
-    SlotRef, StartPhase, StepPlan, StepTiming, ToScheduler, ToWorker, TokenLogprob, Upload,
-    WriteSlot,
+    Logprobs, Mesh, Outcome, PrefillRun, PromptLogprobs, SampleFault, Sampled, Sampling, Seat,
+    Section, SlotOp, SlotRef, StartPhase, StepPlan, StepTiming, ToScheduler, ToWorker,
+    TokenLogprob, Upload, WriteSlot,
 };
 
 /// Why a message is refused. The peer speaks another protocol or is broken; the stream ends.
@@ -231,7 +231,18 @@ fn hello(h: pb::Hello) -> Result<Hello, Malformed> {
         cache_bytes: Bytes(h.cache_bytes),
         alignment: Bytes(h.alignment),
         backend: h.backend,
+        seat: seat(h.seat.ok_or(Malformed::Missing("Hello.seat"))?)?,
+        weight_bytes: Bytes(h.weight_bytes),
     })
+}
+
+fn seat(s: pb::Seat) -> Result<Seat, Malformed> {
+    let mesh = Mesh { dp: s.dp, tp: s.tp, expert_parallel: s.expert_parallel };
+    let world = mesh.world().ok_or(Malformed::Range { field: "dp", value: s.dp.into() })?;
+    if s.rank >= world {
+        return Err(Malformed::Range { field: "rank", value: s.rank.into() });
+    }
+    Ok(Seat { mesh, rank: Rank(s.rank) })
 }
 
 fn outcome(o: pb::Outcome) -> Result<Outcome, Malformed> {

@@ -191,6 +191,13 @@ fn hello(h: Hello) -> pb::Hello {
         cache_bytes: h.cache_bytes.0,
         alignment: h.alignment.0,
         backend: h.backend,
+        seat: Some(pb::Seat {
+            dp: h.seat.mesh.dp,
+            tp: h.seat.mesh.tp,
+            expert_parallel: h.seat.mesh.expert_parallel,
+            rank: h.seat.rank.0,
+        }),
+        weight_bytes: h.weight_bytes.0,
     }
 }
 

@@ -194,6 +194,11 @@ fn reply() -> impl Strategy<Value = ToScheduler> {
                 cache_bytes: Bytes(b),
                 alignment: Bytes(256),
                 backend: name,
+                seat: Seat {
+                    mesh: Mesh { dp: 2, tp: 1 + n % 7, expert_parallel: b % 2 == 1 },
+                    rank: Rank(1 + n % 7),
+                },
+                weight_bytes: Bytes(b / 3),
             })
         }),
         1 => (0_usize..5, any::<u64>()).prop_map(|(phase, nanos)| {

@@ -10,12 +10,12 @@ use crate::slots::{MAX_CONTEXT, Slots};
 use crate::steps::Steps;
 use crate::tables::Carver;
 use crate::{Device, EngineError, Options, PlanError, StepError, WeightSource};
-use ids::{Bytes, GroupId, Incarnation, RequestId, Tokens};
+use ids::{Bytes, GroupId, Incarnation, Rank, RequestId, Tokens};
 use model::lower::Lowered;
 use model::memory;
 use model::program::{CacheKind, Program};
 use std::time::Duration;
-use step::{Configure, GroupKind, GroupSpec, Hello, Outcome, StartPhase, StepPlan, Upload};
+use step::{Configure, GroupKind, GroupSpec, Hello, Outcome, Seat, StartPhase, StepPlan, Upload};
 
 /// Least alignment of super-blocks: two cache lines, which a device's copy engine takes as one.
 const ALIGNMENT: u64 = 128;
@@ -30,6 +30,7 @@ pub struct Engine<'w> {
     vocab: u32,
     max_context: Tokens,
     groups: Vec<GroupSpec>,
+    seat: Seat,
     options: Options,
     /// Of super-blocks, in bytes.
     alignment: u64,
@@ -101,6 +102,7 @@ impl<'w> Engine<'w> {
             block_bytes: memory::block_bytes(group, element),
         });
         let groups = groups.collect();
+        let seat = seat(&lowered);
         let of_rows = cuda::alignment(&lowered, options.kv_dtype, ALIGNMENT);
         let backend = backend(lowered, &options)?;
         Ok(Self {
@@ -109,6 +111,7 @@ impl<'w> Engine<'w> {
             vocab: program.vocab as u32,
             max_context: Tokens((program.max_context as u64).min(MAX_CONTEXT.into()) as u32),
             groups,
+            seat,
             backend,
             options,
             configured: None,
@@ -141,7 +144,7 @@ impl<'w> Engine<'w> {
         self.backend.take_notes()
     }
 
-    /// What this engine offers.
+    /// What this engine offers. How many bytes of weights there are, whoever holds them says.
     #[must_use]
     pub fn hello(&self) -> Hello {
         Hello {
@@ -152,6 +155,8 @@ impl<'w> Engine<'w> {
             cache_bytes: self.options.cache_bytes,
             alignment: Bytes(self.alignment),
             backend: self.backend.name().to_owned(),
+            seat: self.seat,
+            weight_bytes: Bytes::ZERO,
         }
     }
 
@@ -267,5 +272,14 @@ impl<'w> Engine<'w> {
             return Err(PlanError::Incarnation { got, lives });
         }
         Ok(configured)
+    }
+}
+
+/// The rank that a program was lowered for, as the protocol names it.
+fn seat(lowered: &Lowered) -> Seat {
+    let model::mesh::Mesh { dp, tp, expert_parallel } = lowered.mesh;
+    Seat {
+        mesh: step::Mesh { dp: dp as u32, tp: tp as u32, expert_parallel },
+        rank: Rank(lowered.rank.0 as u32),
     }
 }

@@ -5,7 +5,6 @@
 //! enqueued.
 
 use crate::batch::{Batch, Purpose, Wanted};
-use crate::digest::Digest;
 use crate::executor::RowDraw;
 use crate::sampler::Sampler;
 use crate::slots::Slots;
@@ -13,7 +12,7 @@ use crate::{PlanError, StepError};
 use device::cuda::CudaError;
 use ids::{Incarnation, SlotGeneration, StepSeq};
 use std::time::Instant;
-use step::StepPlan;
+use step::{Digest, StepPlan};
 
 /// Steps enqueued at once: one runs, and the next waits behind it on the device.
 pub(crate) const MOST_FLIGHTS: usize = 2;

@@ -9,7 +9,6 @@
 mod batch;
 mod cpu;
 mod cuda;
-mod digest;
 mod engine;
 mod error;
 mod executor;

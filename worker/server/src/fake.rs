@@ -1,16 +1,17 @@
 //! A worker without a model: follows plans faithfully, draws tokens from a hash, takes the time a
 //! cost model says. It lets everything above the engine be tested at any scale without weights.
 //!
-//! It keeps no KV and does not check block ownership (the simulator's worker does). Invariant: a
-//! token depends on (seed, choice, position) alone, so batches, chunks and restarts cannot change it.
+//! It keeps no KV and does not check block ownership (the simulator's worker does). As a rank of a group it
+//! follows its shard's sections and talks to no other rank. Invariant: a token depends on (seed, choice,
+//! position) alone, so batches, chunks, meshes and restarts cannot change it.
 
 use crate::{Stepper, WorkerFault};
 use ids::{Bytes, GroupId, RequestId, SlotGeneration, SlotId, TokenId, Tokens};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use step::{
-    Configure, GroupKind, GroupSpec, Hello, Logprobs, Outcome, Sampled, Section, SlotOp, StepPlan,
-    StepTiming, TokenLogprob, Upload,
+    Configure, GroupKind, GroupSpec, Hello, Logprobs, Outcome, Sampled, Seat, Section, SlotOp,
+    StepPlan, StepTiming, TokenLogprob, Upload,
 };
 
 /// Time a step takes: `base + per_decode * decodes + per_prefill * prompt tokens`.
@@ -29,6 +30,7 @@ pub struct FakeCost {
 pub struct Fake {
     cost: FakeCost,
     vocab: u32,
+    seat: Seat,
     uploads: BTreeMap<RequestId, u32>,
     slots: BTreeMap<SlotId, Slot>,
     /// The step that was enqueued last, which takes its time there.
@@ -47,10 +49,10 @@ struct Slot {
 }
 
 impl Fake {
-    /// A fake that draws from `vocab` tokens.
+    /// A fake that draws from `vocab` tokens, one rank of a mesh.
     #[must_use]
-    pub fn new(vocab: u32, cost: FakeCost) -> Self {
-        Self { cost, vocab, uploads: BTreeMap::new(), slots: BTreeMap::new(), done: None }
+    pub fn new(vocab: u32, cost: FakeCost, seat: Seat) -> Self {
+        Self { cost, vocab, seat, uploads: BTreeMap::new(), slots: BTreeMap::new(), done: None }
     }
 
     fn apply(&mut self, section: &Section) -> Result<(), WorkerFault> {
@@ -127,6 +129,8 @@ impl Stepper for Fake {
             cache_bytes: Bytes(64 << 16),
             alignment: Bytes(64),
             backend: "fake".into(),
+            seat: self.seat,
+            weight_bytes: Bytes(0),
         }
     }
 
@@ -181,32 +185,38 @@ impl Fake {
     fn step(&mut self, plan: &StepPlan) -> Result<Outcome, WorkerFault> {
         let started = Instant::now();
         let mut sampled = Vec::new();
-        let (mut tokens, mut prefill_tokens) = (0, 0);
-        for section in &plan.sections {
-            self.apply(section)?;
-            let in_prefill = |id: &SlotId| section.prefill.iter().any(|run| run.slot == *id);
-            let decoding: Vec<SlotId> = self
-                .slots
-                .iter()
-                .filter(|(id, slot)| slot.decoding && !in_prefill(id))
-                .map(|(id, _)| *id)
-                .collect();
-            for run in &section.prefill {
-                let slot = self.slot(run.slot)?;
-                slot.computed += run.tokens.0;
-                if slot.computed > slot.known || run.sample != (slot.computed == slot.known) {
-                    return Err(WorkerFault(format!("slot {}: chunk past its tokens", run.slot)));
-                }
-                prefill_tokens += run.tokens.0;
-                if run.sample {
-                    sampled.push(self.sample(run.slot)?);
-                }
+        let mut prefill_tokens = 0;
+        let shards = plan.sections.len();
+        if shards != self.seat.mesh.dp as usize {
+            return Err(WorkerFault(format!("{shards} sections for {}", self.seat.mesh)));
+        }
+        let section = &plan.sections[self.seat.shard().index()];
+        self.apply(section)?;
+        let in_prefill = |id: &SlotId| section.prefill.iter().any(|run| run.slot == *id);
+        let decoding: Vec<SlotId> = self
+            .slots
+            .iter()
+            .filter(|(id, slot)| slot.decoding && !in_prefill(id))
+            .map(|(id, _)| *id)
+            .collect();
+        for run in &section.prefill {
+            let slot = self.slot(run.slot)?;
+            slot.computed += run.tokens.0;
+            if slot.computed > slot.known || run.sample != (slot.computed == slot.known) {
+                return Err(WorkerFault(format!("slot {}: chunk past its tokens", run.slot)));
             }
-            for id in &decoding {
-                self.slot(*id)?.computed += 1;
-                sampled.push(self.sample(*id)?);
+            prefill_tokens += run.tokens.0;
+            if run.sample {
+                sampled.push(self.sample(run.slot)?);
             }
-            tokens += prefill_tokens + u32::try_from(decoding.len()).unwrap_or(u32::MAX);
+        }
+        for id in &decoding {
+            self.slot(*id)?.computed += 1;
+            sampled.push(self.sample(*id)?);
+        }
+        let tokens = prefill_tokens + u32::try_from(decoding.len()).unwrap_or(u32::MAX);
+        if plan.shard_tokens.get(self.seat.shard().index()) != Some(&Tokens(tokens)) {
+            return Err(WorkerFault(format!("{tokens} tokens run, not those announced")));
         }
         let cost = self.cost.base
             + self.cost.per_decode * (tokens - prefill_tokens)

@@ -5,10 +5,12 @@
 //! outlives the control plane that started it.
 
 mod fake;
+mod planted;
 mod session;
 
 pub use fake::{Fake, FakeCost};
-pub use session::{Stepper, WorkerFault, serve};
+pub use planted::{Planted, PlantedFault};
+pub use session::{Role, Stepper, WorkerFault, panic_text, serve};
 
 use std::io::Read;
 use tokio::signal::unix::{SignalKind, signal};

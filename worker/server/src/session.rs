@@ -1,12 +1,18 @@
 //! One session: load, hello, configure, then steps until either side ends.
+//!
+//! An outcome is sealed here with the digest of every command that came until its plan, so that it says
+//! what this rank was told as well as what it drew; a rank that does not lead its shard says only that.
 
+use crate::planted::{self, Planted};
 use ids::{Incarnation, RequestId};
 use std::any::Any;
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::Duration;
 use step::{
-    Configure, Hello, LoadProgress, Outcome, StartPhase, StepPlan, ToScheduler, ToWorker, Upload,
+    Configure, Digest, Hello, LoadProgress, Outcome, Seat, StartPhase, StepPlan, ToScheduler,
+    ToWorker, Upload,
 };
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::mpsc::error::TryRecvError;
@@ -72,19 +78,31 @@ impl WorkerFault {
     }
 }
 
+/// Which rank a session is of, and what is to go wrong in it.
+#[derive(Clone, Copy, Debug)]
+pub struct Role {
+    /// The rank.
+    pub seat: Seat,
+    /// A fault for tests.
+    pub planted: Option<Planted>,
+}
+
 /// Serves `socket` for one session. `load` runs on the engine thread and reports its progress.
 ///
 /// # Errors
 /// When the socket cannot be served; a fault of the engine is told to the scheduler instead.
-pub async fn serve<S, L>(socket: &Path, load: L) -> Result<(), ServeError>
+pub async fn serve<S, L>(socket: &Path, role: Role, load: L) -> Result<(), ServeError>
 where
     S: Stepper,
     L: FnOnce(&mut (dyn FnMut(LoadProgress) + Send)) -> Result<S, WorkerFault> + Send + 'static,
 {
-    wire::serve(socket, move |incoming| {
+    wire::serve(socket, move |mut incoming| {
+        if let Some(planted) = role.planted {
+            incoming.replies = planted::slowed(planted, incoming.replies);
+        }
         let replies = incoming.replies.clone();
         let engine = std::thread::Builder::new().name("engine".into());
-        if let Err(error) = engine.spawn(move || live(incoming, load)) {
+        if let Err(error) = engine.spawn(move || live(incoming, role, load)) {
             let _ = replies.send(ToScheduler::Fault(format!("cannot start a thread: {error}")));
         }
     })
@@ -94,12 +112,13 @@ where
 /// The engine thread: everything that goes wrong becomes the last reply.
 fn live<S: Stepper>(
     mut incoming: Incoming,
+    role: Role,
     load: impl FnOnce(&mut (dyn FnMut(LoadProgress) + Send)) -> Result<S, WorkerFault>,
 ) {
     let replies = incoming.replies.clone();
     // A panic is a bug in the engine; it must reach the operator through the scheduler's log and
     // end this life, not leave a thread dead and a stream open.
-    let lived = catch_unwind(AssertUnwindSafe(|| run(&mut incoming, load)));
+    let lived = catch_unwind(AssertUnwindSafe(|| run(&mut incoming, role, load)));
     let fault = match lived {
         Ok(Ok(())) => return,
         Ok(Err(fault)) => fault.0,
@@ -109,7 +128,9 @@ fn live<S: Stepper>(
     let _ = replies.send(ToScheduler::Fault(fault));
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
+/// What a panic said.
+#[must_use]
+pub fn panic_text(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<String>()
         .map(String::as_str)
@@ -117,8 +138,46 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
         .unwrap_or("no message")
 }
 
+/// What this rank was told, and what its outcomes say of it.
+struct Ledger {
+    role: Role,
+    told: Digest,
+    /// At each plan without an outcome, oldest first.
+    due: VecDeque<Digest>,
+}
+
+impl Ledger {
+    fn hear(&mut self, command: &ToWorker) {
+        if let (Some(planted), ToWorker::Step(plan)) = (self.role.planted, command) {
+            planted.before(plan.seq);
+        }
+        self.told.take(command);
+        if let ToWorker::Step(_) = command {
+            self.due.push_back(self.told);
+        }
+    }
+
+    /// Makes the engine's outcome what the scheduler hears.
+    fn seal(&mut self, mut outcome: Outcome) -> Outcome {
+        let told = self.due.pop_front().unwrap_or_default();
+        if let Some(planted) = self.role.planted {
+            planted.corrupt_token(&mut outcome);
+        }
+        outcome.digest = told.with_sampled(&outcome.sampled);
+        if let Some(planted) = self.role.planted {
+            planted.corrupt_digest(&mut outcome);
+        }
+        if !self.role.seat.is_lead() {
+            outcome.sampled.clear();
+            outcome.prompt_logprobs.clear();
+        }
+        outcome
+    }
+}
+
 fn run<S: Stepper>(
     incoming: &mut Incoming,
+    role: Role,
     load: impl FnOnce(&mut (dyn FnMut(LoadProgress) + Send)) -> Result<S, WorkerFault>,
 ) -> Result<(), WorkerFault> {
     let replies = incoming.replies.clone();
@@ -131,8 +190,10 @@ fn run<S: Stepper>(
     tell(&mut engine);
     say(&replies, ToScheduler::Hello(engine.hello()));
     let mut life: Option<Incarnation> = None;
-    while let Some(command) = next(&mut engine, incoming, &replies)? {
+    let mut ledger = Ledger { role, told: Digest::none(), due: VecDeque::new() };
+    while let Some(command) = next(&mut engine, incoming, &mut ledger, &replies)? {
         let command = command.map_err(|malformed| WorkerFault::from_error(&malformed))?;
+        ledger.hear(&command);
         match command {
             ToWorker::Configure(configure) => {
                 if life.is_some() {
@@ -166,6 +227,7 @@ fn run<S: Stepper>(
 fn next<S: Stepper>(
     engine: &mut S,
     incoming: &mut Incoming,
+    ledger: &mut Ledger,
     replies: &UnboundedSender<ToScheduler>,
 ) -> Result<Option<Result<ToWorker, Malformed>>, WorkerFault> {
     let mut in_flight = true;
@@ -183,7 +245,7 @@ fn next<S: Stepper>(
             }
         }
         match engine.collect()? {
-            Some(outcome) => say(replies, ToScheduler::Outcome(outcome)),
+            Some(outcome) => say(replies, ToScheduler::Outcome(ledger.seal(outcome))),
             None => in_flight = false,
         }
     }

@@ -1,7 +1,7 @@
 //! Flags of `serve`.
 
 use crate::serve::device::DeviceArg;
-use crate::serve::worker_config::{KvDtype, LoadFormat};
+use crate::serve::worker_config::{KvDtype, LoadFormat, PlantedArg};
 use clap::Args;
 use std::net::IpAddr;
 
@@ -94,9 +94,16 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value_t = 0.9, value_parser = share, help_heading = "Memory")]
     pub(crate) gpu_memory_utilization: f64,
 
-    /// Ranks that split each layer. This build runs one; more are refused.
+    /// Ranks that split each layer. Models run on one so far; more are refused.
     #[arg(long, short = 't', default_value_t = 1, help_heading = "Workers")]
     pub(crate) tensor_parallel_size: u32,
+    /// Shards with requests and a cache of their own; each is as many ranks as split a layer, and has
+    /// `--max-num-seqs` and `--max-num-batched-tokens` for itself. Models run on one so far.
+    #[arg(long, default_value_t = 1, help_heading = "Workers")]
+    pub(crate) data_parallel_size: u32,
+    /// Spread whole experts over all ranks instead of splitting each.
+    #[arg(long, help_heading = "Workers")]
+    pub(crate) enable_expert_parallel: bool,
     /// Threads of the CPU backend; all cores when left out.
     #[arg(long, help_heading = "Workers")]
     pub(crate) threads: Option<usize>,
@@ -109,6 +116,13 @@ pub(crate) struct ServeArgs {
     /// Make a launch of the first worker's steps fail, for tests: which one, from 1 on. CUDA only.
     #[arg(long, hide = true, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) fail_launch: Option<u64>,
+    /// Let something go wrong in a rank of the first group, for tests: RANK,STEP,digest or token, or
+    /// RANK,STEP,mute or deaf,MILLISECONDS.
+    #[arg(long, hide = true)]
+    pub(crate) plant_fault: Option<PlantedArg>,
+    /// Let the scheduler's thread panic when it has planned this step, for tests.
+    #[arg(long, hide = true)]
+    pub(crate) panic_at_step: Option<u64>,
 }
 
 /// A share: above 0, at most 1.

@@ -1,7 +1,7 @@
 //! The scheduler's thread: the edge that gives the pure core its events, clock and outputs.
 //!
 //! It makes no decision of its own. Messages come from the gateway and the supervisor; plans and
-//! uploads go to the worker's stream in the order the core says them; results go to each request's
+//! uploads go to the workers' streams in the order the core says them; results go to each request's
 //! channel once the plans of the turn have left. Invariants: an upload leaves before the plan that
 //! admits it; a request's channel is dropped right after its last event.
 
@@ -9,14 +9,14 @@ use super::life::{Life, Progress};
 use super::startup::Startup;
 use super::streams::Streams;
 use gateway::engine::GenerationEvent;
-use ids::{GroupId, RequestId, Timestamp, Tokens};
-use scheduler::{Event, Output, Scheduler, Submit};
+use ids::{GroupId, Rank, RequestId, Timestamp, Tokens};
+use scheduler::{Event, Joined, Output, Scheduler, Shards, Submit, Why};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 use step::{StepTiming, ToScheduler, ToWorker};
-use telemetry::{BlockState, Metrics, StepKind, StepsAhead};
+use telemetry::{BlockState, Metrics, PlacedBy, StepKind, StepsAhead};
 use tokio::sync::mpsc::UnboundedSender;
 
 /// How often gauges are refreshed while steps run.
@@ -30,12 +30,12 @@ pub(crate) enum Message {
     Abort(RequestId),
     /// A stop string ended after so many output tokens.
     Stop(RequestId, Tokens),
-    /// A worker's session is open.
-    WorkerUp(UnboundedSender<ToWorker>),
-    /// What the worker said.
-    Worker(ToScheduler),
-    /// The session ended, and why.
-    WorkerDown(String),
+    /// The sessions of a group are open, in the order of ranks.
+    GroupUp(Vec<UnboundedSender<ToWorker>>),
+    /// What a rank said.
+    Worker(Rank, ToScheduler),
+    /// The group ended, and why.
+    GroupDown(String),
     /// The server is stopping.
     Drain,
 }
@@ -59,7 +59,7 @@ pub(crate) fn inbox() -> (Inbox, Receiver<Message>) {
 
 /// The scheduler with everything around it.
 pub(crate) struct Driver {
-    pub(crate) scheduler: Scheduler,
+    pub(crate) scheduler: Shards,
     pub(crate) inbox: Receiver<Message>,
     pub(crate) life: Life,
     pub(crate) progress: Arc<Progress>,
@@ -68,6 +68,8 @@ pub(crate) struct Driver {
     pub(crate) origin: Instant,
     /// Whether there were requests after the last outcome.
     pub(crate) pressed: bool,
+    /// The step at which this thread is to panic, for tests.
+    pub(crate) planted_panic: Option<u64>,
 }
 
 impl Driver {
@@ -134,32 +136,42 @@ impl Driver {
             }
             Message::Abort(request) => Event::Abort(request),
             Message::Stop(request, keep) => Event::Stop { request, keep },
-            Message::WorkerUp(commands) => return self.life.begin(commands),
-            Message::WorkerDown(reason) => {
+            Message::GroupUp(sessions) => return self.life.begin(sessions),
+            Message::GroupDown(reason) => {
                 self.metrics.worker_restarts.inc();
                 match self.life.end(&reason) {
                     Some(incarnation) => Event::WorkerLost(incarnation),
                     None => return,
                 }
             }
-            Message::Worker(said) => match self.life.heard(said) {
+            Message::Worker(rank, said) => match self.life.heard(rank, said) {
                 Some(event) => event,
-                None => return,
+                None => return self.retire(now),
             },
             Message::Drain => return self.progress.drain(),
         };
-        if let Event::Outcome(outcome) = &event {
-            self.observe(&outcome.timing);
+        self.scheduler.handle(now, event);
+        while let Some(placement) = self.scheduler.poll_placement() {
+            self.metrics.placements(placed_by(placement.why)).inc();
+            tracing::debug!("{placement}");
+        }
+    }
+
+    /// Takes every step that all ranks have answered alike.
+    fn retire(&mut self, now: Timestamp) {
+        let diverged = self.life.has_diverged();
+        while let Some(joined) = self.life.joined() {
+            self.observe(&timing(&joined));
             self.progress.step_ended();
-            if !outcome.sampled.is_empty() {
+            if joined.outcomes.iter().any(|outcome| !outcome.sampled.is_empty()) {
                 self.startup.token();
             }
-        }
-        let stepped = matches!(event, Event::Outcome(_));
-        self.scheduler.handle(now, event);
-        if stepped {
+            self.scheduler.retire(now, joined);
             let gauges = self.scheduler.gauges();
             self.pressed = gauges.running + gauges.waiting > 0;
+        }
+        if !diverged && self.life.has_diverged() {
+            self.metrics.worker_divergences.inc();
         }
     }
 
@@ -189,7 +201,9 @@ impl Driver {
             let Some(planned) = self.scheduler.plan_step(self.now()) else { break };
             self.command(said);
             self.metrics.steps_planned(StepsAhead::of(planned.report.ahead)).inc();
-            self.life.command(ToWorker::Step(planned.plan));
+            let seq = planned.plan.seq;
+            assert!(self.planted_panic != Some(seq.0), "planted at step {seq}");
+            self.life.command_all(ToWorker::Step(planned.plan));
             any = true;
         }
         self.command(said);
@@ -201,15 +215,16 @@ impl Driver {
 
     /// Does what the scheduler asks for; what is for requests waits in `said`, in its order.
     fn command(&mut self, said: &mut VecDeque<Output>) {
-        while let Some(output) = self.scheduler.poll_output() {
+        while let Some((shard, output)) = self.scheduler.poll_output() {
             match output {
-                Output::Upload(upload) => self.life.command(ToWorker::Upload(upload)),
+                Output::Upload(upload) => self.life.command(shard, ToWorker::Upload(upload)),
                 Output::Forget(incarnation, request) => {
-                    self.life.command(ToWorker::Forget(incarnation, request));
+                    self.life.command(shard, ToWorker::Forget(incarnation, request));
                 }
                 Output::RestartWorker { incarnation, reason } => {
-                    tracing::error!(%incarnation, %reason, "the worker cannot be trusted");
-                    self.life.kill();
+                    let why = format!("{reason}; {}", self.life.unanswered());
+                    tracing::error!(%incarnation, why, "the workers cannot be trusted");
+                    self.life.kill(why);
                 }
                 for_a_request => said.push_back(for_a_request),
             }
@@ -246,19 +261,24 @@ impl Driver {
         ] {
             counter.inc_by(to.saturating_sub(counter.get()));
         }
-        let Some(cache) = self.scheduler.cache() else { return };
         let mut blocks = [0_u64; 4];
-        for group in 0..cache.groups() {
-            let counts = cache.counts(GroupId(group as u8));
-            let held = counts.owned + counts.shared;
-            for (sum, count) in
-                blocks.iter_mut().zip([held, counts.cached, counts.limbo, counts.total()])
-            {
-                *sum += u64::from(count.0);
+        let mut unbound = 0;
+        for cache in self.scheduler.schedulers().iter().filter_map(Scheduler::cache) {
+            for group in 0..cache.groups() {
+                let counts = cache.counts(GroupId(group as u8));
+                let held = counts.owned + counts.shared;
+                for (sum, count) in
+                    blocks.iter_mut().zip([held, counts.cached, counts.limbo, counts.total()])
+                {
+                    *sum += u64::from(count.0);
+                }
             }
+            // Super-blocks that no group holds count as free in units of the first group's blocks.
+            unbound += u64::from(cache.unbound()) * self.life.blocks_per_super();
         }
-        // Super-blocks that no group holds count as free in units of the first group's blocks.
-        let unbound = u64::from(cache.unbound()) * self.life.blocks_per_super();
+        if self.scheduler.schedulers().iter().all(|shard| shard.cache().is_none()) {
+            return;
+        }
         let [used, cached, limbo, bound] = blocks;
         let free = (bound + unbound).saturating_sub(used + cached + limbo);
         for (state, count) in [
@@ -269,5 +289,30 @@ impl Driver {
         ] {
             self.metrics.kv_blocks(state).set(i64::try_from(count).unwrap_or(i64::MAX));
         }
+    }
+}
+
+/// A step of a group in numbers: it took as long as its slowest shard, and did what all did.
+fn timing(joined: &Joined) -> StepTiming {
+    let mut whole = StepTiming::default();
+    for timing in joined.outcomes.iter().map(|outcome| outcome.timing) {
+        whole.total_ns = whole.total_ns.max(timing.total_ns);
+        whole.model_ns = whole.model_ns.max(timing.model_ns);
+        whole.idle_ns = whole.idle_ns.max(timing.idle_ns);
+        whole.launches += timing.launches;
+        whole.host_draws |= timing.host_draws;
+        whole.graphs = whole.graphs.max(timing.graphs);
+        whole.uncaptured |= timing.uncaptured;
+        whole.tokens += timing.tokens;
+        whole.prefill_tokens += timing.prefill_tokens;
+    }
+    whole
+}
+
+const fn placed_by(why: Why) -> PlacedBy {
+    match why {
+        Why::Prefix => PlacedBy::Prefix,
+        Why::Load => PlacedBy::Load,
+        Why::LoadOverPrefix => PlacedBy::LoadOverPrefix,
     }
 }

@@ -1,16 +1,19 @@
-//! The worker's life as the driver sees it: loading, hello, configured, ready, gone.
+//! The worker group's life as the driver sees it: loading, hellos, configured, ready, gone.
 //!
-//! [`Life`] belongs to the driver's thread, [`Progress`] is what other threads may read. Invariants:
-//! a plan only goes to the session of the life it names; readiness means that steps end while there
-//! is work.
+//! [`Life`] belongs to the driver's thread, [`Progress`] is what other threads may read. Every rank has a
+//! stream of its own: steps and the configuration go to all of them, what concerns a request to the ranks
+//! of its shard. Invariants: a plan only goes to the sessions of the life it names; nothing of a step is
+//! handed on that a rank disagrees about, nor anything after it; readiness means that steps end while
+//! there is work.
 
+use super::offers::{Offers, agree};
 use super::startup::Startup;
-use ids::{Bytes, Incarnation, Tokens};
-use scheduler::{Event, WorkerReady};
+use ids::{Bytes, Incarnation, Rank, ShardId, Tokens};
+use scheduler::{Divergence, Event, Join, Joined, WorkerReady};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use step::{Carving, Configure, Hello, ToScheduler, ToWorker};
+use step::{Configure, Digest, Mesh, Outcome, ToScheduler, ToWorker};
 use tokio::sync::mpsc::{Sender, UnboundedSender};
 
 /// Limits that a worker is configured with.
@@ -21,37 +24,52 @@ pub(crate) struct WorkerLimits {
     pub(crate) max_context: Tokens,
 }
 
-/// One worker after another.
+/// One worker group after another.
 pub(crate) struct Life {
+    mesh: Mesh,
     limits: WorkerLimits,
     progress: Arc<Progress>,
     startup: Arc<Startup>,
-    /// Asks the supervisor to kill the process.
-    kill: Sender<()>,
+    /// Asks the supervisor to kill the group, and says why.
+    kill: Sender<String>,
     incarnation: Incarnation,
-    session: Option<UnboundedSender<ToWorker>>,
-    offer: Option<(Hello, Carving)>,
+    /// By rank; empty while there is no group.
+    sessions: Vec<UnboundedSender<ToWorker>>,
+    /// What each shard was told in this life.
+    told: Vec<Digest>,
+    join: Join,
+    offers: Offers,
+    /// Loaded and to load, by rank.
+    loading: Vec<(Bytes, Bytes)>,
     blocks_per_super: u32,
     ready: bool,
+    /// Set when a rank disagreed: nothing the group says counts any more.
+    diverged: bool,
 }
 
 impl Life {
     pub(crate) fn new(
+        mesh: Mesh,
         limits: WorkerLimits,
         progress: Arc<Progress>,
         startup: Arc<Startup>,
-        kill: Sender<()>,
+        kill: Sender<String>,
     ) -> Self {
         Self {
+            mesh,
             limits,
             progress,
             startup,
             kill,
             incarnation: Incarnation(0),
-            session: None,
-            offer: None,
+            sessions: Vec::new(),
+            told: Vec::new(),
+            join: Join::new(mesh),
+            offers: Offers::default(),
+            loading: Vec::new(),
             blocks_per_super: 1,
             ready: false,
+            diverged: false,
         }
     }
 
@@ -60,66 +78,146 @@ impl Life {
         self.blocks_per_super.into()
     }
 
-    /// A session is open.
-    pub(crate) fn begin(&mut self, session: UnboundedSender<ToWorker>) {
+    /// The sessions of every rank are open.
+    pub(crate) fn begin(&mut self, sessions: Vec<UnboundedSender<ToWorker>>) {
         self.incarnation = self.incarnation.next();
-        self.session = Some(session);
-        self.offer = None;
+        self.offers = Offers::new(sessions.len());
+        self.loading = vec![(Bytes::ZERO, Bytes::ZERO); sessions.len()];
+        self.sessions = sessions;
+        self.told = self.mesh.shards().map(|_| Digest::none()).collect();
+        self.join.begin(self.incarnation);
+        self.diverged = false;
     }
 
-    /// Sends to the worker, if there is one.
-    pub(crate) fn command(&self, command: ToWorker) {
-        if let Some(session) = &self.session {
-            // A session that broke says so through the supervisor.
-            let _ = session.send(command);
+    /// Sends what concerns a request to its shard's ranks, if there are any.
+    pub(crate) fn command(&mut self, shard: ShardId, command: ToWorker) {
+        if self.sessions.is_empty() {
+            return;
         }
+        if let Some(told) = self.told.get_mut(shard.index()) {
+            told.take(&command);
+        }
+        let ranks = self.mesh.members(shard);
+        send(ranks.filter_map(|rank| self.sessions.get(rank.index())), command);
+    }
+
+    /// Sends a step or the configuration to every rank, if there are any.
+    pub(crate) fn command_all(&mut self, command: ToWorker) {
+        if self.sessions.is_empty() {
+            return;
+        }
+        self.told.iter_mut().for_each(|told| told.take(&command));
+        if let ToWorker::Step(plan) = &command {
+            self.join.sent(plan.seq, &self.told);
+        }
+        send(self.sessions.iter(), command);
     }
 
     /// Asks for the end of this life.
-    pub(crate) fn kill(&self) {
+    pub(crate) fn kill(&self, why: String) {
         // A full channel already holds the same wish.
-        let _ = self.kill.try_send(());
+        let _ = self.kill.try_send(why);
     }
 
-    /// What the worker said, as an event for the scheduler where it is one.
-    pub(crate) fn heard(&mut self, said: ToScheduler) -> Option<Event> {
+    /// Why a group is to be killed that does not answer: who owes what.
+    pub(crate) fn unanswered(&self) -> String {
+        let Some((seq, ranks)) = self.join.missing() else { return "no step is open".to_owned() };
+        let names: Vec<String> = ranks.iter().map(|rank| format!("rank {rank}")).collect();
+        format!("step {seq} was not answered by {} of {}", names.join(", "), self.mesh)
+    }
+
+    /// What a rank said, as an event for the scheduler where it is one.
+    pub(crate) fn heard(&mut self, rank: Rank, said: ToScheduler) -> Option<Event> {
         match said {
             ToScheduler::Loading(progress) => {
-                self.progress.loading(progress.done, progress.total);
+                *self.loading.get_mut(rank.index())? = (progress.done, progress.total);
+                let sum = |of: fn(&(Bytes, Bytes)) -> Bytes| self.loading.iter().map(of).sum();
+                self.progress.loading(sum(|(done, _)| *done), sum(|(_, total)| *total));
                 None
             }
             ToScheduler::Started(phase, took) => {
-                self.startup.worker_took(phase, took);
+                // Ranks start together; one stands for all.
+                if rank == Rank(0) {
+                    self.startup.worker_took(phase, took);
+                }
                 None
             }
             ToScheduler::Hello(hello) => {
-                self.configure(hello);
+                self.offers.hello(rank, hello);
+                self.configure();
                 None
             }
             ToScheduler::Ready(incarnation) if incarnation == self.incarnation => {
-                let (hello, carving) = self.offer.take()?;
+                let (groups, carving) = self.offers.ready(rank)?;
                 self.ready = true;
                 self.progress.ready();
                 self.startup.ready();
-                tracing::info!(%incarnation, backend = hello.backend, "the worker is ready");
-                let groups = hello.groups;
                 Some(Event::WorkerReady(Box::new(WorkerReady { incarnation, groups, carving })))
             }
-            ToScheduler::Outcome(outcome) => Some(Event::Outcome(outcome)),
+            ToScheduler::Outcome(outcome) => {
+                self.answered(rank, outcome);
+                None
+            }
             // A stale `Ready` names a life that is over; a fault is the supervisor's to report.
             ToScheduler::Ready(_) | ToScheduler::Fault(_) => None,
         }
     }
 
-    fn configure(&mut self, hello: Hello) {
-        let carving = match kv_cache::carve(&hello.groups, hello.cache_bytes, hello.alignment) {
-            Ok(carving) => carving,
-            Err(error) => {
-                tracing::error!(%error, "the worker's cache cannot be divided");
-                return self.kill();
+    fn answered(&mut self, rank: Rank, outcome: Outcome) {
+        if !self.diverged
+            && let Err(divergence) = self.join.heard(rank, outcome)
+        {
+            self.diverge(&divergence);
+        }
+    }
+
+    /// The next step that every rank has answered alike.
+    pub(crate) fn joined(&mut self) -> Option<Joined> {
+        if self.diverged {
+            return None;
+        }
+        match self.join.next() {
+            Ok(joined) => joined,
+            Err(divergence) => {
+                self.diverge(&divergence);
+                None
+            }
+        }
+    }
+
+    fn diverge(&mut self, divergence: &Divergence) {
+        self.diverged = true;
+        tracing::error!(incarnation = %self.incarnation, %divergence, "ranks disagree");
+        self.kill(divergence.to_string());
+    }
+
+    /// Whether the ranks of this life disagreed.
+    pub(crate) const fn has_diverged(&self) -> bool {
+        self.diverged
+    }
+
+    /// Configures every rank alike, once all have said what they are.
+    fn configure(&mut self) {
+        let Some(hellos) = self.offers.complete() else { return };
+        let (groups, carving) = match agree(self.mesh, &hellos) {
+            Ok(agreed) => agreed,
+            Err(why) => {
+                tracing::error!("{why}");
+                return self.kill(why);
             }
         };
-        self.command(ToWorker::Configure(Configure {
+        for (rank, hello) in self.mesh.ranks().zip(&hellos) {
+            tracing::info!(
+                incarnation = %self.incarnation,
+                %rank,
+                mesh = %hello.seat.mesh,
+                backend = hello.backend,
+                weight_bytes = hello.weight_bytes.0,
+                cache_bytes = hello.cache_bytes.0,
+                "a rank is loaded"
+            );
+        }
+        self.command_all(ToWorker::Configure(Configure {
             incarnation: self.incarnation,
             max_slots: self.limits.max_slots,
             max_step_tokens: self.limits.max_step_tokens,
@@ -127,15 +225,26 @@ impl Life {
             carving: carving.clone(),
         }));
         self.blocks_per_super = carving.per_super.first().copied().unwrap_or(1);
-        self.offer = Some((hello, carving));
+        self.offers.configured(groups, carving);
     }
 
-    /// The session ended; the incarnation that was lost, if it had begun to work.
+    /// The sessions ended; the incarnation that was lost, if it had begun to work.
     pub(crate) fn end(&mut self, reason: &str) -> Option<Incarnation> {
-        self.session = None;
-        self.offer = None;
+        self.sessions.clear();
         self.progress.restarting(reason);
         std::mem::take(&mut self.ready).then_some(self.incarnation)
+    }
+}
+
+/// The last one gets the command itself. A session that broke says so through the supervisor.
+fn send<'a>(sessions: impl Iterator<Item = &'a UnboundedSender<ToWorker>>, command: ToWorker) {
+    let mut sessions = sessions.peekable();
+    while let Some(session) = sessions.next() {
+        if sessions.peek().is_none() {
+            let _ = session.send(command);
+            return;
+        }
+        let _ = session.send(command.clone());
     }
 }
 

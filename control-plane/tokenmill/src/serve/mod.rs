@@ -10,8 +10,10 @@ mod driver;
 mod gpu_state;
 mod handle;
 mod life;
+mod member;
 pub(crate) mod memory;
 pub(crate) mod memory_plan;
+mod offers;
 mod settings;
 pub(crate) mod source;
 mod startup;
@@ -30,10 +32,11 @@ use gateway::{AppState, Gateway, GatewayLimits, ServedModel};
 use handle::Handle;
 use ids::{HashKey, Tokens};
 use life::{Life, Progress, WorkerLimits};
-use scheduler::Scheduler;
+use scheduler::Shards;
 use settings::Settings;
 use startup::Startup;
 use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -41,7 +44,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use supervise::Supervisor;
 use telemetry::{Metrics, StartupPhase};
 use text::TextFolder;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Work without an ended step for this share (1/4) of the step time-out is a stall.
 const PATIENCE_DIVISOR: u64 = 4;
@@ -93,6 +96,10 @@ async fn serve(settings: Settings, command: Instant) -> Result<()> {
             Ok(result) => result,
             Err(panic) => Err(anyhow::anyhow!("the supervisor failed: {panic}")),
         },
+        Ok(panic) = engine.panic => Err(anyhow::anyhow!(
+            "the scheduler panicked: {panic}; this is a defect, and whatever starts this server may start \
+             it again"
+        )),
     };
     let _ = stop.send(true);
     // The supervisor ends its worker before this process ends.
@@ -106,6 +113,8 @@ struct Started {
     inbox: driver::Inbox,
     metrics: Arc<Metrics>,
     startup: Arc<Startup>,
+    /// Hears what the scheduler's thread panicked with.
+    panic: oneshot::Receiver<String>,
 }
 
 /// The driver's thread, and what the gateway and the supervisor need of it.
@@ -117,7 +126,7 @@ fn start_engine(
     let secret: [u8; 32] = rand_bytes()?;
     let hash_key = HashKey::derive(&settings.identity, &secret);
     let config = settings.scheduler(hash_key.clone());
-    let scheduler = Scheduler::new(config).context("set the scheduler up")?;
+    let scheduler = Shards::new(&config, settings.mesh.dp).context("set the scheduler up")?;
     let metrics = Arc::new(Metrics::new(&settings.names[0], crate::cli::VERSION));
     if let Some(device) = &settings.device {
         tracing::info!(device = device.name(), "serving on {device}");
@@ -139,17 +148,30 @@ fn start_engine(
     };
     let driver = Driver {
         pressed: false,
+        planted_panic: settings.args.panic_at_step,
         scheduler,
         inbox: messages,
-        life: Life::new(limits, Arc::clone(&progress), Arc::clone(&startup), kill_in),
+        life: Life::new(
+            settings.mesh,
+            limits,
+            Arc::clone(&progress),
+            Arc::clone(&startup),
+            kill_in,
+        ),
         progress: Arc::clone(&progress),
         metrics: Arc::clone(&metrics),
         startup: Arc::clone(&startup),
         origin,
     };
+    let (panicked, panic) = oneshot::channel();
     std::thread::Builder::new()
         .name("scheduler".into())
-        .spawn(move || driver.run())
+        .spawn(move || {
+            // Nothing of it is used after a panic; without it nothing can be served.
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| driver.run())) {
+                let _ = panicked.send(worker::panic_text(panic.as_ref()).to_owned());
+            }
+        })
         .context("start the scheduler's thread")?;
     let handle = Handle {
         inbox: inbox.clone(),
@@ -161,6 +183,7 @@ fn start_engine(
         next: AtomicU64::new(1),
     };
     let supervisor = Supervisor {
+        mesh: settings.mesh,
         config: settings.worker(),
         program: std::env::current_exe().context("find this program")?,
         inbox: inbox.clone(),
@@ -168,7 +191,7 @@ fn start_engine(
         kill,
         stop,
     };
-    Ok(Started { supervisor, handle, inbox, metrics, startup })
+    Ok(Started { supervisor, handle, inbox, metrics, startup, panic })
 }
 
 /// Bytes nobody can guess, from the operating system.

@@ -17,9 +17,12 @@ use recipe::Recipe;
 use scheduler::Config;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use step::Mesh;
 
 /// Vocabulary of the fake engine.
 const FAKE_VOCAB: u32 = 32_000;
+/// The most worker processes of one server.
+const MOST_RANKS: u32 = 256;
 /// A decode budget where nobody sets one: no bound in practice.
 const UNBOUNDED: Duration = Duration::from_secs(3600);
 
@@ -41,6 +44,8 @@ pub(crate) struct Settings {
     pub(crate) max_context: Tokens,
     /// What cached KV depends on.
     pub(crate) identity: String,
+    /// The ranks that run it.
+    pub(crate) mesh: Mesh,
     threads: usize,
     kv: KvDtype,
     demo: bool,
@@ -52,12 +57,7 @@ impl Settings {
     /// # Errors
     /// When the model, a flag or the memory plan is refused.
     pub(crate) fn decide(mut args: ServeArgs) -> Result<Self> {
-        ensure!(
-            args.tensor_parallel_size == 1,
-            "--tensor-parallel-size {}: this build runs one rank; `tokenmill model explain --tp` \
-             shows what several would do",
-            args.tensor_parallel_size
-        );
+        let mesh = mesh(&args)?;
         ensure!(
             args.max_num_seqs > 0 && args.max_num_batched_tokens > args.max_num_seqs,
             "--max-num-batched-tokens {} must be above --max-num-seqs {}, so that a prompt can \
@@ -70,7 +70,7 @@ impl Settings {
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
         ensure!(threads > 0, "--threads must be at least 1");
         if args.fake_engine.is_some() {
-            return Ok(Self::fake(args, threads));
+            return Ok(Self::fake(args, mesh, threads));
         }
         let mut source =
             source::resolve(args.model.as_deref(), |name| recipe::builtin(name).is_some())?;
@@ -79,6 +79,15 @@ impl Settings {
             apply(&recipe, &mut args);
             source = model;
         }
+        let mesh = self::mesh(&args)?;
+        ensure!(
+            mesh == Mesh::SINGLE,
+            "--tensor-parallel-size {} and --data-parallel-size {}: this build executes models on one \
+             rank; what several ranks hold and exchange is lowered (`tokenmill model explain --tp --dp \
+             --ep` prints it) and not executed yet",
+            mesh.tp,
+            mesh.dp
+        );
         let demo = source == Source::Bundled;
         let name = name_of(&source);
         let folder = if args.load_format == LoadFormat::Random && matches!(source, Source::Hub(_)) {
@@ -128,13 +137,14 @@ impl Settings {
             device: Some(device),
             names,
             args,
+            mesh,
             threads,
             kv,
             demo,
         })
     }
 
-    fn fake(args: ServeArgs, threads: usize) -> Self {
+    fn fake(args: ServeArgs, mesh: Mesh, threads: usize) -> Self {
         let names = if args.served_model_name.is_empty() {
             vec!["fake".to_owned()]
         } else {
@@ -149,6 +159,7 @@ impl Settings {
             max_context: Tokens(args.max_model_len.unwrap_or(1 << 16)),
             identity: "fake".to_owned(),
             args,
+            mesh,
             threads,
             kv: KvDtype::Float32,
             demo: false,
@@ -182,7 +193,17 @@ impl Settings {
                 EngineConfig::Fake { base_us: at(0), decode_us: at(1), prefill_ns: at(2) }
             }
         };
-        WorkerConfig { engine, threads: self.threads, fake_vocab: self.vocab }
+        let Mesh { dp, tp, expert_parallel } = self.mesh;
+        WorkerConfig {
+            engine,
+            threads: self.threads,
+            fake_vocab: self.vocab,
+            dp,
+            tp,
+            expert_parallel,
+            rank: 0,
+            planted: self.args.plant_fault,
+        }
     }
 
     /// The scheduler's limits.
@@ -205,6 +226,24 @@ impl Settings {
             ..Config::with_key(hash_key)
         }
     }
+}
+
+/// The ranks that flags ask for.
+fn mesh(args: &ServeArgs) -> Result<Mesh> {
+    let mesh = Mesh {
+        dp: args.data_parallel_size,
+        tp: args.tensor_parallel_size,
+        expert_parallel: args.enable_expert_parallel,
+    };
+    ensure!(
+        mesh.world().is_some_and(|world| world <= MOST_RANKS),
+        "--data-parallel-size {} times --tensor-parallel-size {} must be from 1 to {MOST_RANKS} ranks",
+        mesh.dp,
+        mesh.tp
+    );
+    // One rank has all experts anyway.
+    let expert_parallel = mesh.expert_parallel && mesh.world() != Some(1);
+    Ok(Mesh { expert_parallel, ..mesh })
 }
 
 /// The matrix type a flag asks for.
@@ -256,6 +295,8 @@ fn apply(recipe: &Recipe, args: &mut ServeArgs) {
     args.max_num_seqs = recipe.limits.max_num_seqs;
     args.max_num_batched_tokens = recipe.limits.max_num_batched_tokens;
     args.tensor_parallel_size = recipe.mesh.tp.into();
+    args.data_parallel_size = recipe.mesh.dp.into();
+    args.enable_expert_parallel |= recipe.mesh.ep;
     args.no_enable_prefix_caching |= !recipe.cache.prefix_caching;
     if args.threads.is_none() {
         args.threads = recipe.hardware.threads.map(usize::from);

@@ -1,21 +1,22 @@
-//! Keeps one worker process alive: starts it, opens its session, forwards what it says, restarts
-//! it when it dies.
+//! Keeps one worker group alive: starts a process for each rank, opens their sessions, forwards what they
+//! say, and when one of them ends, ends all and starts anew.
 //!
-//! It does not understand steps and holds no request. Invariants: the driver hears `Up` before and
-//! `Down` after everything else of a life; at most one worker process exists at a time; the child
-//! dies with this process (it watches its standard input).
+//! It does not understand steps and holds no request. Invariants: the driver hears `GroupUp` before and
+//! `GroupDown` after everything else of a life; at most one process of a rank exists at a time, and none of
+//! an earlier life beside one of a later; children die with this process (they watch their standard input).
 
 use super::driver::{Inbox, Message};
+use super::member::{Member, Reply};
 use super::startup::Startup;
 use super::worker_config::WorkerConfig;
 use anyhow::{Context, Result, anyhow};
-use std::path::PathBuf;
-use std::process::Stdio;
+use ids::Rank;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use step::ToScheduler;
+use step::{Mesh, ToScheduler};
 use telemetry::StartupPhase;
-use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 
 /// First wait before a restart; doubles up to [`BACKOFF_MAX`].
@@ -24,23 +25,23 @@ const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// A life this long starts the backoff anew.
 const HEALTHY_LIFE: Duration = Duration::from_secs(30);
-/// How often a starting worker's socket is tried.
-const CONNECT_RETRY: Duration = Duration::from_millis(10);
-/// How long a worker process may take to listen (it listens before it loads anything).
-const LISTEN_DEADLINE: Duration = Duration::from_secs(30);
+/// How long ranks that live have to say why they end, or to end, once the first is gone.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
-/// Supervises the worker of one rank.
+/// Supervises the workers of a group.
 pub(crate) struct Supervisor {
-    /// What the worker is to do.
+    /// The ranks.
+    pub(crate) mesh: Mesh,
+    /// What each worker is to do; its rank is put in.
     pub(crate) config: WorkerConfig,
     /// The program to start; this one, outside of tests.
     pub(crate) program: PathBuf,
     /// Where the scheduler's thread listens.
     pub(crate) inbox: Inbox,
-    /// Hears how long a worker took to listen.
+    /// Hears how long workers took to listen.
     pub(crate) startup: Arc<Startup>,
-    /// Requests to kill the current process (a step past its deadline).
-    pub(crate) kill: mpsc::Receiver<()>,
+    /// Requests to kill the present group (a step past its deadline, ranks that disagree), and why.
+    pub(crate) kill: mpsc::Receiver<String>,
     /// Turns true when the server ends.
     pub(crate) stop: watch::Receiver<bool>,
 }
@@ -49,8 +50,17 @@ pub(crate) struct Supervisor {
 enum End {
     /// The server is stopping.
     Stopped,
-    /// The worker is gone; whether it was ever ready, and why it ended.
+    /// The group is gone; whether it was ever ready, and why it ended.
     Died { was_ready: bool, reason: String },
+}
+
+/// Why a life is over, while its processes may still live.
+enum Over {
+    Stopped,
+    /// A rank said why, or its stream ended.
+    Rank(Rank, Option<String>),
+    /// It was to be killed.
+    Killed(String),
 }
 
 impl Supervisor {
@@ -63,7 +73,7 @@ impl Supervisor {
         let sockets = tempfile::Builder::new()
             .prefix("tokenmill-")
             .tempdir()
-            .context("create a folder for the worker's socket; set TMPDIR to a writable folder")?;
+            .context("create a folder for the workers' sockets; set TMPDIR to a writable folder")?;
         let mut backoff = BACKOFF_MIN;
         let mut ever_ready = false;
         for life in 0_u64.. {
@@ -71,15 +81,14 @@ impl Supervisor {
                 self.config.heal();
             }
             let started = Instant::now();
-            let socket = sockets.path().join(format!("worker-{life}.sock"));
-            match self.live(socket).await? {
+            match self.live(sockets.path(), life).await? {
                 End::Stopped => return Ok(()),
                 End::Died { was_ready, reason } => {
                     ever_ready |= was_ready;
                     if !ever_ready {
                         return Err(anyhow!("the worker could not start: {reason}"));
                     }
-                    tracing::error!(reason, life, "the worker died; restarting it");
+                    tracing::error!(reason, life, "the workers died; restarting them");
                 }
             }
             backoff = if started.elapsed() >= HEALTHY_LIFE {
@@ -95,98 +104,138 @@ impl Supervisor {
         Ok(())
     }
 
-    async fn live(&mut self, socket: PathBuf) -> Result<End> {
+    async fn live(&mut self, sockets: &Path, life: u64) -> Result<End> {
         let started = Instant::now();
-        let mut child = self.start(&socket)?;
-        let session = match self.open(&socket, &mut child).await {
-            Ok(session) => session,
-            Err(reason) => {
-                end(&mut child).await;
-                return Ok(End::Died { was_ready: false, reason });
+        let mut members = Vec::new();
+        for rank in self.mesh.ranks() {
+            let socket = sockets.join(format!("worker-{life}-{rank}.sock"));
+            let config = self.config.of_rank(rank);
+            members.push(Member::start(&self.program, rank, &socket, &config)?);
+        }
+        let (replies_in, mut replies) = mpsc::unbounded_channel();
+        let mut sessions = Vec::new();
+        for member in &mut members {
+            match member.open(replies_in.clone()).await {
+                Ok(commands) => sessions.push(commands),
+                Err(reason) => {
+                    let reason = self.of_rank(member.rank, &reason);
+                    end(&mut members, Duration::ZERO).await;
+                    return Ok(End::Died { was_ready: false, reason });
+                }
             }
-        };
+        }
+        drop(replies_in);
         self.startup.took(StartupPhase::Worker, started.elapsed());
         // Kill requests meant for an earlier life are void.
         while self.kill.try_recv().is_ok() {}
-        self.inbox.send(Message::WorkerUp(session.commands));
-        let mut replies = session.replies;
+        self.inbox.send(Message::GroupUp(sessions));
         let mut was_ready = false;
-        let mut reason: Option<String> = None;
-        let stopped = loop {
+        let over = loop {
             tokio::select! {
                 reply = replies.recv() => match reply {
-                    Some(Ok(ToScheduler::Fault(fault))) => reason = Some(fault),
-                    Some(Ok(reply)) => {
+                    Some((rank, Ok(ToScheduler::Fault(fault)))) => {
+                        break Over::Rank(rank, Some(fault));
+                    }
+                    Some((rank, Ok(reply))) => {
                         was_ready |= matches!(reply, ToScheduler::Ready(_));
-                        self.inbox.send(Message::Worker(reply));
+                        self.inbox.send(Message::Worker(rank, reply));
                     }
-                    Some(Err(error)) => {
-                        reason.get_or_insert(error.to_string());
-                        break false;
-                    }
-                    None => break false,
+                    Some((rank, Err(error))) => break Over::Rank(rank, error),
+                    // Each stream ends with an error before.
+                    None => break Over::Killed("no worker is left".to_owned()),
                 },
-                Some(()) = self.kill.recv() => {
-                    reason = Some("a step passed its deadline; the process was killed".into());
-                    break false;
-                }
-                _ = self.stop.wait_for(|stop| *stop) => break true,
+                Some(why) = self.kill.recv() => break Over::Killed(why),
+                _ = self.stop.wait_for(|stop| *stop) => break Over::Stopped,
             }
         };
-        let status = end(&mut child).await;
-        if stopped {
-            return Ok(End::Stopped);
-        }
-        let reason = reason.map_or_else(|| status.clone(), |reason| format!("{reason} ({status})"));
-        self.inbox.send(Message::WorkerDown(reason.clone()));
+        let reason = match over {
+            Over::Stopped => {
+                end(&mut members, LAST_WORDS).await;
+                return Ok(End::Stopped);
+            }
+            // Who hangs or disagrees has nothing to say, and the others wait for it.
+            Over::Killed(why) => {
+                end(&mut members, Duration::ZERO).await;
+                format!("{why}; all ranks were killed")
+            }
+            Over::Rank(first, said) => {
+                let mut said = BTreeMap::from([(first, said)]);
+                let until = Instant::now() + LAST_WORDS;
+                hear_out(&mut replies, &mut said, until).await;
+                let statuses =
+                    end(&mut members, until.saturating_duration_since(Instant::now())).await;
+                self.account(first, &said, &statuses)
+            }
+        };
+        self.inbox.send(Message::GroupDown(reason.clone()));
         Ok(End::Died { was_ready, reason })
     }
 
-    fn start(&self, socket: &std::path::Path) -> Result<Child> {
-        Command::new(&self.program)
-            .arg("worker")
-            .arg("--socket")
-            .arg(socket)
-            .arg("--config")
-            .arg(serde_json::to_string(&self.config).context("encode the worker's configuration")?)
-            // Held open for as long as this process lives; its end tells the worker to exit.
-            .stdin(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .with_context(|| format!("start the worker process {}", self.program.display()))
+    /// Why a group ended: what the first rank to go said and how it ended, then what others said.
+    fn account(
+        &self,
+        first: Rank,
+        said: &BTreeMap<Rank, Option<String>>,
+        statuses: &BTreeMap<Rank, String>,
+    ) -> String {
+        let one = |rank: Rank| {
+            let status = statuses.get(&rank).map_or("its status is unknown", String::as_str);
+            let words = said.get(&rank).and_then(Option::as_ref);
+            let text =
+                words.map_or_else(|| status.to_owned(), |words| format!("{words} ({status})"));
+            self.of_rank(rank, &text)
+        };
+        let others = said.iter().filter(|(rank, words)| **rank != first && words.is_some());
+        let all = std::iter::once(one(first)).chain(others.map(|(rank, _)| one(*rank)));
+        all.collect::<Vec<_>>().join("; ")
     }
 
-    async fn open(
-        &mut self,
-        socket: &std::path::Path,
-        child: &mut Child,
-    ) -> Result<wire::Session, String> {
-        let deadline = Instant::now() + LISTEN_DEADLINE;
-        loop {
-            match wire::connect(socket).await {
-                Ok(session) => return Ok(session),
-                Err(refused @ wire::ConnectError::Refused(_)) => return Err(refused.to_string()),
-                Err(wire::ConnectError::Unreachable { .. }) if Instant::now() < deadline => {}
-                Err(unreachable) => return Err(unreachable.to_string()),
+    /// Names the rank where there are several.
+    fn of_rank(&self, rank: Rank, text: &str) -> String {
+        if self.mesh == Mesh::SINGLE { text.to_owned() } else { format!("rank {rank}: {text}") }
+    }
+}
+
+/// What the other ranks say until all streams have ended, but not for long. Outcomes among it are void.
+async fn hear_out(
+    replies: &mut mpsc::UnboundedReceiver<Reply>,
+    said: &mut BTreeMap<Rank, Option<String>>,
+    until: Instant,
+) {
+    let patience = tokio::time::sleep_until(until.into());
+    tokio::pin!(patience);
+    loop {
+        let reply = tokio::select! {
+            reply = replies.recv() => reply,
+            () = &mut patience => return,
+        };
+        match reply {
+            Some((rank, Ok(ToScheduler::Fault(fault)))) => {
+                let words = said.entry(rank).or_default();
+                words.get_or_insert(fault);
             }
-            if let Ok(Some(status)) = child.try_wait() {
-                return Err(format!("the process ended before it listened ({status})"));
+            Some((rank, Err(words))) => {
+                said.entry(rank).or_insert(words);
             }
-            tokio::time::sleep(CONNECT_RETRY).await;
+            Some(_) => {}
+            None => return,
         }
     }
 }
 
-/// Kills the process if it still runs; says how it ended.
-async fn end(child: &mut Child) -> String {
-    // A worker that faulted is exiting by itself; its own status says more than our signal.
-    let exited = tokio::time::timeout(Duration::from_millis(200), child.wait()).await;
-    let status = match exited {
-        Ok(status) => status,
-        Err(_) => {
-            let _ = child.start_kill();
-            child.wait().await
+/// Ends every process, those that do not end by themselves by force; how each ended.
+async fn end(members: &mut [Member], patience: Duration) -> BTreeMap<Rank, String> {
+    let deadline = Instant::now() + patience;
+    let mut statuses = BTreeMap::new();
+    for member in members.iter_mut() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if !member.ended_within(left).await {
+            // The rest has no more time than this one had.
+            member.kill();
         }
-    };
-    status.map_or_else(|error| format!("its status is unknown: {error}"), |s| s.to_string())
+    }
+    for member in members {
+        statuses.insert(member.rank, member.status().await);
+    }
+    statuses
 }

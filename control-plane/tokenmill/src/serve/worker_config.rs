@@ -1,8 +1,12 @@
 //! What a worker process is told at its start. Internal: written by this binary, read by the same
 //! binary, so unknown fields are refused.
 
+use ids::{Rank, StepSeq};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use std::time::Duration;
+use step::{Mesh, Seat};
+use worker::{Planted, PlantedFault};
 
 /// A worker's whole configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -14,11 +18,34 @@ pub(crate) struct WorkerConfig {
     pub(crate) threads: usize,
     /// Vocabulary of the fake engine.
     pub(crate) fake_vocab: u32,
+    /// Data-parallel shards of the group.
+    pub(crate) dp: u32,
+    /// Ranks of a shard.
+    pub(crate) tp: u32,
+    /// Whether experts are spread over all ranks.
+    pub(crate) expert_parallel: bool,
+    /// Which rank this is.
+    pub(crate) rank: u32,
+    /// What goes wrong in one rank, for tests; in the first life alone.
+    pub(crate) planted: Option<PlantedArg>,
 }
 
 impl WorkerConfig {
+    /// The configuration of one rank.
+    pub(crate) fn of_rank(&self, rank: Rank) -> Self {
+        let planted = self.planted.filter(|planted| planted.rank == rank.0);
+        Self { rank: rank.0, planted, ..self.clone() }
+    }
+
+    /// Where this worker is.
+    pub(crate) const fn seat(&self) -> Seat {
+        let mesh = Mesh { dp: self.dp, tp: self.tp, expert_parallel: self.expert_parallel };
+        Seat { mesh, rank: Rank(self.rank) }
+    }
+
     /// What the next life is told: faults are planted once.
     pub(crate) fn heal(&mut self) {
+        self.planted = None;
         if let EngineConfig::Model(model) = &mut self.engine {
             model.failing_launch = None;
         }
@@ -97,4 +124,66 @@ pub(crate) enum KvDtype {
     Float32,
     /// 2 bytes an element.
     Bfloat16,
+}
+
+/// A fault of one rank, as the command line gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PlantedArg {
+    /// Whose.
+    pub(crate) rank: u32,
+    /// The step that it begins with.
+    pub(crate) step: u64,
+    /// What goes wrong.
+    pub(crate) kind: PlantedKind,
+    /// For how long, where it is for a while.
+    pub(crate) millis: u64,
+}
+
+/// Kinds of planted faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum PlantedKind {
+    /// A digest of something else.
+    Digest,
+    /// Another token.
+    Token,
+    /// Nothing said.
+    Mute,
+    /// Nothing heard.
+    Deaf,
+}
+
+impl PlantedArg {
+    /// As the worker takes it.
+    pub(crate) const fn planted(self) -> Planted {
+        let pause = Duration::from_millis(self.millis);
+        let fault = match self.kind {
+            PlantedKind::Digest => PlantedFault::Digest,
+            PlantedKind::Token => PlantedFault::Token,
+            PlantedKind::Mute => PlantedFault::Mute(pause),
+            PlantedKind::Deaf => PlantedFault::Deaf(pause),
+        };
+        Planted { step: StepSeq(self.step), fault }
+    }
+}
+
+impl std::str::FromStr for PlantedArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const FORM: &str = "RANK,STEP,digest|token or RANK,STEP,mute|deaf,MILLISECONDS";
+        let bad = || format!("{text} is not {FORM}");
+        let parts: Vec<&str> = text.split(',').collect();
+        let number = |text: &str| text.parse::<u64>().map_err(|_| bad());
+        let (rank, step, kind, millis) = match parts.as_slice() {
+            [rank, step, "digest"] => (rank, step, PlantedKind::Digest, 0),
+            [rank, step, "token"] => (rank, step, PlantedKind::Token, 0),
+            [rank, step, "mute", millis] => (rank, step, PlantedKind::Mute, number(millis)?),
+            [rank, step, "deaf", millis] => (rank, step, PlantedKind::Deaf, number(millis)?),
+            _ => return Err(bad()),
+        };
+        let rank = u32::try_from(number(rank)?).map_err(|_| bad())?;
+        Ok(Self { rank, step: number(step)?, kind, millis })
+    }
 }

@@ -3,10 +3,11 @@
 #![allow(dead_code, reason = "each test file uses its part of this module")]
 
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 /// How long a server may take until it is ready.
@@ -54,6 +55,24 @@ impl Server {
     /// The same with variables of the environment.
     pub(crate) fn start_in(environment: &[(&str, &str)], args: &[&str]) -> Self {
         Self::start_as(Command::new(program()), environment, args)
+    }
+
+    /// The same, with what it logs.
+    pub(crate) fn start_logged(args: &[&str]) -> (Self, Arc<Mutex<String>>) {
+        let mut command = Command::new(program());
+        command.stderr(Stdio::piped());
+        let mut server = Self::start_as(command, &[], args);
+        let log = Arc::new(Mutex::new(String::new()));
+        let (stderr, into) = (server.child.stderr.take().expect("piped"), Arc::clone(&log));
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                eprintln!("{line}");
+                let mut log = into.lock().expect("no panic");
+                log.push_str(&line);
+                log.push('\n');
+            }
+        });
+        (server, log)
     }
 
     fn start_as(mut command: Command, environment: &[(&str, &str)], args: &[&str]) -> Self {
@@ -175,6 +194,21 @@ impl Server {
 
     /// The worker's process id: the only child of the server.
     pub(crate) fn worker_pid(&self) -> Option<u32> {
+        self.children().first().copied()
+    }
+
+    /// The process ids of a group's workers, by rank.
+    pub(crate) fn workers(&self) -> BTreeMap<u32, u32> {
+        let rank = |pid: u32| {
+            let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
+            let (_, after) = line.split_once("\"rank\":")?;
+            let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
+            digits.parse::<u32>().ok()
+        };
+        self.children().into_iter().filter_map(|pid| Some((rank(pid)?, pid))).collect()
+    }
+
+    fn children(&self) -> Vec<u32> {
         let server = self.child.id();
         let children = std::fs::read_to_string(format!("/proc/{server}/task/{server}/children"));
         let mut found: Vec<u32> = Vec::new();
@@ -182,12 +216,13 @@ impl Server {
             found.extend(list.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
         }
         // The child may belong to any thread of the server.
-        for task in std::fs::read_dir(format!("/proc/{server}/task")).ok()?.flatten() {
+        let tasks = std::fs::read_dir(format!("/proc/{server}/task"));
+        for task in tasks.into_iter().flatten().flatten() {
             if let Ok(list) = std::fs::read_to_string(task.path().join("children")) {
                 found.extend(list.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
             }
         }
-        found.first().copied()
+        found
     }
 
     /// Resident bytes of the server process.
