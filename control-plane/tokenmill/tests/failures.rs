@@ -6,7 +6,6 @@ mod common;
 
 use common::{Server, checkpoint, config, program, signal, signal_group, wait_until};
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -52,25 +51,14 @@ fn a_killed_worker_ends_in_a_resumed_stream_and_a_ready_server() {
 
 /// Streams an answer; `each` hears how many tokens have arrived. Tokens with log-probabilities.
 fn follow(server: &Server, body: &Value, mut each: impl FnMut(usize)) -> Vec<(u64, f64)> {
-    let client = reqwest::blocking::Client::new();
-    let sent = client.post(format!("{}/v1/completions", server.url)).json(body).send();
     let mut got = Vec::new();
-    for line in BufReader::new(sent.expect("accepted")).lines() {
-        let line = line.expect("an unbroken stream");
-        let Some(data) = line.strip_prefix("data:").map(str::trim) else { continue };
-        if data == "[DONE]" {
-            return got;
-        }
-        let event: Value = serde_json::from_str(data).expect("JSON");
-        let choice = &event["choices"][0];
-        let Some(tokens) = choice["token_ids"].as_array() else { continue };
-        for (i, token) in tokens.iter().enumerate() {
-            let logprob = &choice["logprobs"]["token_logprobs"][i];
-            got.push((token.as_u64().expect("a token"), logprob.as_f64().expect("a number")));
+    common::follow(&server.url, body, |choice| {
+        for (token, logprob) in common::tokens(choice) {
+            got.push((token, logprob.expect("a number")));
             each(got.len());
         }
-    }
-    panic!("the stream ended after {} tokens without [DONE]", got.len());
+    });
+    got
 }
 
 /// The fake engine needs only seed and position to go on; a model needs its whole context back.

@@ -43,23 +43,14 @@ fn body(seed: u64, tokens: u32) -> Value {
 
 /// Streams an answer to its end; `each` hears of every token.
 fn follow(url: &str, seed: u64, mut each: impl FnMut()) -> Vec<u64> {
-    let client = reqwest::blocking::Client::new();
-    let sent = client.post(format!("{url}/v1/completions")).json(&body(seed, TOKENS)).send();
     let mut got = Vec::new();
-    for line in BufReader::new(sent.expect("accepted")).lines() {
-        let line = line.expect("an unbroken stream");
-        let Some(data) = line.strip_prefix("data:").map(str::trim) else { continue };
-        if data == "[DONE]" {
-            return got;
-        }
-        let event: Value = serde_json::from_str(data).expect("JSON");
-        assert!(event.get("error").is_none(), "{event}");
-        for token in event["choices"][0]["token_ids"].as_array().into_iter().flatten() {
-            got.push(token.as_u64().expect("a token"));
+    common::follow(url, &body(seed, TOKENS), |choice| {
+        for (token, _) in common::tokens(choice) {
+            got.push(token);
             each();
         }
-    }
-    panic!("the stream ended after {} tokens without [DONE]", got.len());
+    });
+    got
 }
 
 /// Every stream at once; `disturb` runs when `after` tokens have come in all. Tokens by stream.

@@ -4,6 +4,10 @@
 
 use crate::report::{Gauges, PlanReport};
 
+macro_rules! add {
+    ($all:ident: $($field:ident),+) => { $($all.$field += *$field;)+ };
+}
+
 /// Adds a shard's figures. Shares of caches are added too; whoever adds divides them.
 pub(super) fn gauges(all: &mut Gauges, one: &Gauges) {
     let Gauges {
@@ -20,16 +24,8 @@ pub(super) fn gauges(all: &mut Gauges, one: &Gauges) {
         deaths,
         refused,
     } = one;
-    all.running += running;
-    all.waiting += waiting;
-    all.queued_tokens += queued_tokens;
-    all.cache_usage += cache_usage;
-    all.prefix_query_tokens += prefix_query_tokens;
-    all.prefix_hit_tokens += prefix_hit_tokens;
-    all.preemptions += preemptions;
-    all.dropped_tokens += dropped_tokens;
-    all.purges += purges;
-    all.steps += steps;
+    add!(all: running, waiting, queued_tokens, cache_usage, prefix_query_tokens);
+    add!(all: prefix_hit_tokens, preemptions, dropped_tokens, purges, steps);
     // A death is the whole group's.
     all.deaths = all.deaths.max(*deaths);
     for (sum, count) in all.refused.iter_mut().zip(refused) {
@@ -54,14 +50,7 @@ pub(super) fn reports(all: &mut PlanReport, one: &PlanReport) {
         predicted,
         cache_usage,
     } = one;
-    all.decode += decode;
-    all.chunks += chunks;
-    all.prefill_tokens += *prefill_tokens;
-    all.admitted += admitted;
-    all.preempted += preempted;
-    all.stalled += stalled;
-    all.running += running;
-    all.waiting += waiting;
+    add!(all: decode, chunks, prefill_tokens, admitted, preempted, stalled, running, waiting);
     all.head = all.head.or(*head);
     // The slowest shard is what the others wait for.
     all.predicted = all.predicted.max(*predicted);

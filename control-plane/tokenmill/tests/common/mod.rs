@@ -254,6 +254,34 @@ impl Drop for Server {
     }
 }
 
+/// Streams a completion to its `[DONE]`; `each` gets every choice that has tokens.
+pub(crate) fn follow(url: &str, body: &Value, mut each: impl FnMut(&Value)) {
+    let sent = client().post(format!("{url}/v1/completions")).json(body).send();
+    for line in BufReader::new(sent.expect("accepted")).lines() {
+        let line = line.expect("an unbroken stream");
+        let Some(data) = line.strip_prefix("data:").map(str::trim) else { continue };
+        if data == "[DONE]" {
+            return;
+        }
+        let event: Value = serde_json::from_str(data).expect("JSON");
+        assert!(event.get("error").is_none(), "{event}");
+        let choice = &event["choices"][0];
+        if choice["token_ids"].is_array() {
+            each(choice);
+        }
+    }
+    panic!("the stream ended without [DONE]");
+}
+
+/// The tokens of a choice, each with its log-probability where there is one.
+pub(crate) fn tokens(choice: &Value) -> impl Iterator<Item = (u64, Option<f64>)> {
+    let tokens = choice["token_ids"].as_array().into_iter().flatten().enumerate();
+    tokens.map(|(at, token)| {
+        let logprob = choice["logprobs"]["token_logprobs"][at].as_f64();
+        (token.as_u64().expect("a token"), logprob)
+    })
+}
+
 fn client() -> reqwest::blocking::Client {
     reqwest::blocking::Client::builder()
         .timeout(Duration::from_secs(120))
