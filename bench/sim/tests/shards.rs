@@ -83,6 +83,42 @@ fn what_comes_late_joins_the_steps_of_others() {
     assert!(group.steps.len() <= 200 + 12, "{} steps", group.steps.len());
 }
 
+/// Behind a long chunk nobody is planned ahead, in no shard: alone, a shard would be a step ahead for ever.
+#[test]
+fn a_long_prompt_in_one_shard_does_not_part_the_others_steps_from_its_own() {
+    let config = Config { max_chunk: Tokens(600), ..limits() };
+    let mut group = Group::new(mesh(2, 1), &config, 128).expect("a group");
+    fine(group.submit(own(1, 3600, 20)));
+    fine(group.submit(own(2, 30, 40)));
+    fine(group.drive(|_| Ok(())));
+    assert_ne!(placed(&group, 1).shard, placed(&group, 2).shard);
+    // Six chunks and twenty tokens beside forty tokens; the first step came before the second request.
+    let prompt = placed(&group, 1).shard.index();
+    let busy = group.steps.iter().filter(|tokens| !tokens[prompt].is_zero()).count();
+    let apart = group.steps[1..].iter().take_while(|tokens| !tokens[prompt].is_zero()).count();
+    assert_eq!(busy, apart + 1, "the prompt's shard is in every step until it is done");
+}
+
+#[test]
+fn a_prompt_weighs_until_it_is_computed_and_not_longer() {
+    let mut group = Group::new(mesh(2, 1), &limits(), 128).expect("a group");
+    fine(group.submit(own(1, 3000, 400)));
+    let long = placed(&group, 1).shard;
+    fine(group.submit(own(2, 30, 400)));
+    assert_ne!(placed(&group, 2).shard, long, "three thousand tokens are to be computed there");
+    for _ in 0..40 {
+        for rank in mesh(2, 1).ranks() {
+            group.arrive(rank, |_| ()).expect("right").expect("agreed");
+        }
+    }
+    for id in 3..=8 {
+        fine(group.submit(own(id, 30, 100)));
+    }
+    let there = (3..=8).filter(|id| placed(&group, *id).shard == long).count();
+    assert_eq!(there, 3, "every other one");
+    fine(group.drive(|_| Ok(())));
+}
+
 #[test]
 fn a_conversation_stays_where_its_prefix_is_until_that_is_too_busy() {
     let config = Config { max_running: 64, ..limits() };
