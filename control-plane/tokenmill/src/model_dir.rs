@@ -10,10 +10,11 @@ use model::lower::{Lowered, lower};
 use model::mesh::{Mesh, Rank};
 use model::program::Program;
 use std::path::{Path, PathBuf};
+use step::Seat;
 use weights::Dtype;
 use weights::random::TensorSpec;
 
-/// A parsed configuration with its program for one rank.
+/// A parsed configuration with its program, lowered for one rank of a mesh.
 pub(crate) struct ModelDir {
     /// The folder.
     pub(crate) path: PathBuf,
@@ -21,7 +22,7 @@ pub(crate) struct ModelDir {
     pub(crate) config: ModelConfig,
     /// Its program.
     pub(crate) program: Program,
-    /// The program for a single rank.
+    /// The program for a single rank, or the rank asked for.
     pub(crate) lowered: Lowered,
 }
 
@@ -44,6 +45,23 @@ impl ModelDir {
         let lowered = lower(&program, Mesh::SINGLE, Rank(0), 1).context("lower the model")?;
         let folder = file.parent().unwrap_or(Path::new(".")).to_owned();
         Ok(Self { path: folder, config: parsed.config, program, lowered })
+    }
+
+    /// The same for a rank of a mesh.
+    ///
+    /// # Errors
+    /// When the mesh does not divide the model; says what would.
+    pub(crate) fn of_rank(self, seat: Seat) -> Result<Self> {
+        if seat == Seat::SINGLE {
+            return Ok(self);
+        }
+        let step::Mesh { dp, tp, expert_parallel } = seat.mesh;
+        let mesh = Mesh { dp: dp as usize, tp: tp as usize, expert_parallel };
+        let program = families::program(&self.config, expert_parallel);
+        let lowered = lower(&program, mesh, Rank(seat.rank.index()), 1).with_context(|| {
+            format!("--tensor-parallel-size {tp}, --data-parallel-size {dp}: divide the model")
+        })?;
+        Ok(Self { program, lowered, ..self })
     }
 
     /// Element type of the matrices: what is asked for, or what the configuration declares.

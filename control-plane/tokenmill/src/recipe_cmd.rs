@@ -115,6 +115,7 @@ fn memory_plan(recipe: &Recipe) -> Result<MemoryPlan> {
                 threads: recipe.hardware.threads.map_or(1, usize::from),
                 available: Some(u64::from(recipe.hardware.memory_gib) << 30),
             },
+            ranks: 1,
         },
     )
 }

@@ -3,14 +3,16 @@
 use crate::cli::WorkerArgs;
 use crate::model_dir::ModelDir;
 use crate::serve::worker_config::{
-    DeviceConfig, EngineConfig, KvDtype, LoadFormat, ModelConfig, PlantedArg, WorkerConfig,
+    DeviceConfig, EngineConfig, KvDtype, LoadFormat, Meeting, ModelConfig, PlantedArg, WorkerConfig,
 };
 use anyhow::{Context, Result};
+use engine::collectives::SharedMemory;
 use engine::{Engine, MlaForm, Options, WeightSource};
 use ids::{Bytes, RequestId};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
-use step::{Configure, Hello, LoadProgress, Outcome, StartPhase, StepPlan, Upload};
+use step::{Configure, Hello, LoadProgress, Outcome, Seat, StartPhase, StepPlan, Upload};
 use weights::progress::{Progress, Stage};
 use weights::random::{Profile, RandomModel, RandomWeights, TensorSpec};
 use weights::{Checkpoint, Dtype, LoadOptions, Weights};
@@ -33,6 +35,7 @@ pub(crate) fn run(args: WorkerArgs) -> Result<()> {
         worker::stop_with_parent();
         let threads = config.threads;
         let seat = config.seat();
+        let meeting = config.meeting;
         let role = Role { seat, planted: config.planted.map(PlantedArg::planted) };
         match config.engine {
             EngineConfig::Fake { base_us, decode_us, prefill_ns } => {
@@ -49,7 +52,7 @@ pub(crate) fn run(args: WorkerArgs) -> Result<()> {
             }
             EngineConfig::Model(model) => {
                 let load = move |report: &mut (dyn FnMut(LoadProgress) + Send)| {
-                    load(&model, threads, report)
+                    load(&model, threads, (seat, meeting.as_ref()), report)
                 };
                 worker::serve(&args.socket, role, load).await
             }
@@ -130,10 +133,11 @@ impl Stepper for Model {
 fn load(
     config: &ModelConfig,
     threads: usize,
+    (seat, meeting): (Seat, Option<&Meeting>),
     report: &mut (dyn FnMut(LoadProgress) + Send),
 ) -> Result<Model, WorkerFault> {
     let fault = |error: anyhow::Error| WorkerFault(format!("{error:#}"));
-    let dir = ModelDir::read(&config.path).map_err(fault)?;
+    let dir = ModelDir::read(&config.path).and_then(|dir| dir.of_rank(seat)).map_err(fault)?;
     let reporter = Reporter { state: Mutex::new((Instant::now(), report)) };
     let options = Options {
         device: match config.device {
@@ -151,7 +155,10 @@ fn load(
         failing_launch: config.failing_launch,
     };
     match config.device {
-        DeviceConfig::Cpu => on_processor(dir, config, options, &reporter),
+        DeviceConfig::Cpu => match meeting {
+            Some(meeting) => of_group(dir, config, options, (seat, meeting), &reporter),
+            None => on_processor(dir, config, options, &reporter),
+        },
         DeviceConfig::Cuda { ordinal } => on_device(dir, config, ordinal, options, &reporter),
     }
     .map_err(fault)
@@ -174,8 +181,50 @@ fn on_processor(
     };
     // One engine lives in this process, until it ends.
     let weights: &'static Weights = Box::leak(Box::new(weights));
-    let weight_bytes = weight_bytes(&dir, config);
+    let weight_bytes = Bytes(weights.held_bytes());
     let engine = Engine::new(&dir.program, dir.lowered, weights, options)?;
+    Ok(Model { engine, weight_bytes, phases: vec![(StartPhase::Weights, began.elapsed())] })
+}
+
+/// One rank of several: it reads and keeps its part of the weights alone, for as long as the process lives.
+fn of_group(
+    dir: ModelDir,
+    config: &ModelConfig,
+    options: Options,
+    (seat, meeting): (Seat, &Meeting),
+    progress: &Reporter<'_>,
+) -> Result<Model> {
+    let began = Instant::now();
+    let parts = engine::parts(&dir.lowered);
+    let weights = match config.load_format {
+        LoadFormat::Random => {
+            let (model, specs) = random(&dir, config);
+            let types: BTreeMap<&str, Dtype> =
+                specs.iter().map(|spec| (spec.name.as_str(), spec.dtype)).collect();
+            let typed = parts.into_iter().filter_map(|part| {
+                let dtype = *types.get(part.name.as_str())?;
+                Some((part, dtype))
+            });
+            let parts: Vec<_> = typed.collect();
+            Weights::random_parts(&model, &parts, options.threads, progress)?
+        }
+        LoadFormat::Auto => {
+            let (checkpoint, how) = checkpoint(&dir, config, options.threads, true)?;
+            let weights = Weights::load_parts(&checkpoint, &parts, &how, progress)?;
+            // What other ranks keep is not this one's to use.
+            let others: BTreeSet<&str> =
+                dir.program.weights.iter().map(|weight| weight.name.as_str()).collect();
+            warn_of_unused(weights.unused().iter().filter(|name| !others.contains(name.as_str())));
+            weights
+        }
+    };
+    let weight_bytes = Bytes(weights.held_bytes());
+    let weights: &'static Weights = Box::leak(Box::new(weights));
+    let patience = Duration::from_millis(meeting.patience_ms);
+    let meeting = SharedMemory::join(&meeting.path, seat.rank.index(), patience)
+        .context("meet the other ranks in shared memory")?;
+    let (program, lowered) = (&dir.program, dir.lowered);
+    let engine = Engine::of_rank(program, lowered, weights, Box::new(meeting), options)?;
     Ok(Model { engine, weight_bytes, phases: vec![(StartPhase::Weights, began.elapsed())] })
 }
 
@@ -221,21 +270,35 @@ fn stored(
     read_ahead: bool,
     progress: &Reporter<'_>,
 ) -> Result<Weights> {
-    let checkpoint = Checkpoint::open(&config.path)?;
+    let (checkpoint, options) = checkpoint(dir, config, threads, read_ahead)?;
+    let wanted: Vec<(&str, Vec<usize>)> = dir.lowered.tensors().collect();
+    let wanted = wanted.iter().map(|(name, shape)| (*name, shape.as_slice()));
+    let weights = Weights::load(&checkpoint, wanted, &options, progress)?;
+    warn_of_unused(weights.unused().iter());
+    Ok(weights)
+}
+
+fn warn_of_unused<'a>(mut unused: impl Iterator<Item = &'a String>) {
+    if let Some(first) = unused.next() {
+        let count = 1 + unused.count();
+        tracing::warn!(count, first, "the checkpoint holds tensors that the model does not use");
+    }
+}
+
+/// The model's files, and how they are read.
+fn checkpoint(
+    dir: &ModelDir,
+    config: &ModelConfig,
+    threads: usize,
+    read_ahead: bool,
+) -> Result<(Checkpoint, LoadOptions)> {
     let options = LoadOptions {
         matrices: None,
         fp8_block: dir.config.decoder().quantization.as_ref().map(|q| q.block),
         read_ahead,
         threads,
     };
-    let wanted: Vec<(&str, Vec<usize>)> = dir.lowered.tensors().collect();
-    let wanted = wanted.iter().map(|(name, shape)| (*name, shape.as_slice()));
-    let weights = Weights::load(&checkpoint, wanted, &options, progress)?;
-    if let Some(first) = weights.unused().first() {
-        let count = weights.unused().len();
-        tracing::warn!(count, first, "the checkpoint holds tensors that the model does not use");
-    }
-    Ok(weights)
+    Ok((Checkpoint::open(&config.path)?, options))
 }
 
 /// What random weights are made of.

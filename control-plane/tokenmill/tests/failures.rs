@@ -213,7 +213,7 @@ fn what_cannot_be_served_says_why() {
         &["--max-num-seqs", "9", "--max-num-batched-tokens", "9"],
         &["--max-num-batched-tokens"],
     );
-    refused(&["--tensor-parallel-size", "2"], &["--tensor-parallel-size"]);
+    refused(&["--device", "cpu", "--tensor-parallel-size", "3"], &["--tensor-parallel-size 3"]);
     refused(&["--max-model-len", "999999"], &["--max-model-len"]);
     refused(&["--no-such-flag"], &["--no-such-flag"]);
     let config = config("llama/native_tied");

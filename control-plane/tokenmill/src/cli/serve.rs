@@ -94,17 +94,17 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value_t = 0.9, value_parser = share, help_heading = "Memory")]
     pub(crate) gpu_memory_utilization: f64,
 
-    /// Ranks that split each layer. Models run on one so far; more are refused.
+    /// Ranks that split each layer, one process each; more than one on the CPU alone.
     #[arg(long, short = 't', default_value_t = 1, help_heading = "Workers")]
     pub(crate) tensor_parallel_size: u32,
     /// Shards with requests and a cache of their own; each is as many ranks as split a layer, and has
-    /// `--max-num-seqs` and `--max-num-batched-tokens` for itself. Models run on one so far.
+    /// `--max-num-seqs` and `--max-num-batched-tokens` for itself.
     #[arg(long, default_value_t = 1, help_heading = "Workers")]
     pub(crate) data_parallel_size: u32,
     /// Spread whole experts over all ranks instead of splitting each.
     #[arg(long, help_heading = "Workers")]
     pub(crate) enable_expert_parallel: bool,
-    /// Threads of the CPU backend; all cores when left out.
+    /// Threads of each rank of the CPU backend; all cores, shared among ranks, when left out.
     #[arg(long, help_heading = "Workers")]
     pub(crate) threads: Option<usize>,
     /// Seconds a step may take before its worker is killed and restarted.

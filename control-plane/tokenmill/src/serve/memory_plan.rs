@@ -12,7 +12,7 @@ const USABLE: f64 = 0.9;
 /// KV cache where nobody says how large: enough for this many contexts of the longest kind, if that
 /// much is there.
 const CONTEXTS: u64 = 8;
-/// Bytes by what holds them.
+/// Bytes of one rank by what holds them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MemoryPlan {
     /// Matrices and vectors; mapped from the page cache where files are used as they lie.
@@ -27,6 +27,8 @@ pub(crate) struct MemoryPlan {
     pub(crate) kv_tokens: u64,
     /// Longest context served.
     pub(crate) max_context: u32,
+    /// Ranks that each take as much of the same memory.
+    pub(crate) ranks: u32,
 }
 
 /// What a plan is made for.
@@ -45,6 +47,8 @@ pub(crate) struct Wanted {
     pub(crate) kv_bytes: Option<u64>,
     /// What serves.
     pub(crate) machine: Machine,
+    /// Ranks that share the machine's memory.
+    pub(crate) ranks: u32,
 }
 
 /// What memory is there.
@@ -87,7 +91,8 @@ pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
         Machine::Cpu { available, .. } => (available, USABLE),
         Machine::Cuda { free, share, .. } => (Some(free), share),
     };
-    let budget = available.map(|bytes| (bytes as f64 * share) as u64);
+    let ranks = u64::from(wanted.ranks.max(1));
+    let budget = available.map(|bytes| (bytes as f64 * share) as u64 / ranks);
     let left = budget.map(|budget| budget.saturating_sub(weights.saturating_add(activations)));
     let one = dir.kv_bytes(context, wanted.kv_element);
     let kv = match (wanted.kv_bytes, left, wanted.machine) {
@@ -103,9 +108,14 @@ pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
         && (left == 0 || kv > left)
     {
         bail!(
-            "this needs {} for weights, {} for activations and {} for the KV cache, and {} are \
+            "{} {} for weights, {} for activations and {} for the KV cache, and {} are \
              usable{}; give --kv-cache-memory-bytes at most {left}, lower --max-num-batched-tokens, \
              or free memory",
+            if ranks > 1 {
+                format!("each of {ranks} ranks needs")
+            } else {
+                "this needs".to_owned()
+            },
             Size(weights),
             Size(activations),
             Size(kv),
@@ -135,6 +145,7 @@ pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
         available,
         kv_tokens: kv / per_token,
         max_context: context,
+        ranks: wanted.ranks.max(1),
     })
 }
 
@@ -173,7 +184,11 @@ impl fmt::Display for Size {
 
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "memory plan")?;
+        if self.ranks > 1 {
+            writeln!(f, "memory plan of each of {} ranks", self.ranks)?;
+        } else {
+            writeln!(f, "memory plan")?;
+        }
         writeln!(f, "  weights      {:>12}", Size(self.weights).to_string())?;
         writeln!(f, "  activations  {:>12}", Size(self.activations).to_string())?;
         writeln!(
@@ -183,11 +198,8 @@ impl fmt::Display for MemoryPlan {
             self.kv_tokens,
             self.max_context
         )?;
-        write!(
-            f,
-            "  in all       {:>12}",
-            Size(self.weights + self.activations + self.kv).to_string()
-        )?;
+        let one = self.weights + self.activations + self.kv;
+        write!(f, "  in all       {:>12}", Size(one * u64::from(self.ranks)).to_string())?;
         match self.available {
             Some(bytes) => write!(f, "   of {} available", Size(bytes)),
             None => write!(f, "   (what is available is unknown)"),
@@ -213,6 +225,7 @@ mod tests {
                 max_step_tokens: 512,
                 kv_bytes,
                 machine: Machine::Cuda { multiprocessors: 132, free, share },
+                ranks: 1,
             },
         )
     }
@@ -234,5 +247,30 @@ mod tests {
         assert!(error.contains("--gpu-memory-utilization 0.9"), "{error}");
         let error = on_device(8 << 30, 0.9, Some(8 << 30)).expect_err("more than its share");
         assert!(error.to_string().contains("8.0 GiB for the KV cache"), "{error}");
+    }
+
+    #[test]
+    fn ranks_share_what_the_machine_has() {
+        let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/bundled");
+        let dir = ModelDir::read(&bundled).expect("the bundled model");
+        let of = |ranks, kv_bytes| {
+            let wanted = Wanted {
+                weight_element: 4,
+                kv_element: 4,
+                max_context: None,
+                max_seqs: 4,
+                max_step_tokens: 64,
+                kv_bytes,
+                machine: Machine::Cpu { threads: 1, available: Some(1 << 30) },
+                ranks,
+            };
+            plan(&dir, &wanted)
+        };
+        let (one, four) = (of(1, None).expect("fits"), of(4, None).expect("fits"));
+        assert_eq!(one.weights, four.weights, "figures are of one rank");
+        assert!(four.to_string().contains("of each of 4 ranks"), "{four}");
+        let most = (1 << 30) / 4 - four.weights;
+        let error = of(4, Some(most)).expect_err("more than a quarter").to_string();
+        assert!(error.contains("each of 4 ranks needs"), "{error}");
     }
 }

@@ -12,12 +12,12 @@ use super::worker_config::{
 use crate::cli::{Dtype, ServeArgs};
 use crate::model_dir::ModelDir;
 use anyhow::{Result, bail, ensure};
-use ids::{HashKey, Tokens};
+use ids::{HashKey, Rank, Tokens};
 use recipe::Recipe;
 use scheduler::Config;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use step::Mesh;
+use step::{Mesh, Seat};
 
 /// Vocabulary of the fake engine.
 const FAKE_VOCAB: u32 = 32_000;
@@ -65,11 +65,8 @@ impl Settings {
             args.max_num_batched_tokens,
             args.max_num_seqs
         );
-        let threads = args
-            .threads
-            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-        ensure!(threads > 0, "--threads must be at least 1");
         if args.fake_engine.is_some() {
+            let threads = threads(&args, mesh)?;
             return Ok(Self::fake(args, mesh, threads));
         }
         let mut source =
@@ -80,14 +77,7 @@ impl Settings {
             source = model;
         }
         let mesh = self::mesh(&args)?;
-        ensure!(
-            mesh == Mesh::SINGLE,
-            "--tensor-parallel-size {} and --data-parallel-size {}: this build executes models on one \
-             rank; what several ranks hold and exchange is lowered (`tokenmill model explain --tp --dp \
-             --ep` prints it) and not executed yet",
-            mesh.tp,
-            mesh.dp
-        );
+        let threads = threads(&args, mesh)?;
         let demo = source == Source::Bundled;
         let name = name_of(&source);
         let folder = if args.load_format == LoadFormat::Random && matches!(source, Source::Hub(_)) {
@@ -96,8 +86,12 @@ impl Settings {
         } else {
             super::folder_of(&source, &args.revision)?
         };
-        let dir = super::read_dir(&folder)?;
+        let dir = super::read_dir(&folder)?.of_rank(Seat { mesh, rank: Rank(0) })?;
         let device = choose(args.device)?;
+        ensure!(
+            mesh == Mesh::SINGLE || device.cuda.is_none(),
+            "{mesh}: this build runs several ranks on the CPU alone; give --device cpu, or one rank"
+        );
         ensure!(
             args.fail_launch.is_none() || device.cuda.is_some(),
             "--fail-launch is for a CUDA device; here it would change nothing"
@@ -121,6 +115,7 @@ impl Settings {
                     },
                     None => Machine::Cpu { threads, available: super::memory::available() },
                 },
+                ranks: mesh.world().unwrap_or(1),
             },
         )?;
         let names = if args.served_model_name.is_empty() {
@@ -202,6 +197,9 @@ impl Settings {
             tp,
             expert_parallel,
             rank: 0,
+            // Sooner than the step's time is up, so that whoever waits can say for whom.
+            patience_ms: self.args.step_timeout.saturating_mul(750),
+            meeting: None,
             planted: self.args.plant_fault,
         }
     }
@@ -226,6 +224,15 @@ impl Settings {
             ..Config::with_key(hash_key)
         }
     }
+}
+
+/// Threads of each rank: what is asked for, or a share of all cores.
+fn threads(args: &ServeArgs, mesh: Mesh) -> Result<usize> {
+    let ranks = mesh.world().unwrap_or(1) as usize;
+    let share = || std::thread::available_parallelism().map_or(1, usize::from) / ranks;
+    let threads = args.threads.unwrap_or_else(|| share().max(1));
+    ensure!(threads > 0, "--threads must be at least 1");
+    Ok(threads)
 }
 
 /// The ranks that flags ask for.
@@ -294,8 +301,12 @@ fn apply(recipe: &Recipe, args: &mut ServeArgs) {
     args.max_model_len.get_or_insert(recipe.limits.max_model_len);
     args.max_num_seqs = recipe.limits.max_num_seqs;
     args.max_num_batched_tokens = recipe.limits.max_num_batched_tokens;
-    args.tensor_parallel_size = recipe.mesh.tp.into();
-    args.data_parallel_size = recipe.mesh.dp.into();
+    for (flag, own) in [
+        (&mut args.tensor_parallel_size, recipe.mesh.tp),
+        (&mut args.data_parallel_size, recipe.mesh.dp),
+    ] {
+        *flag = if *flag == 1 { own.into() } else { *flag };
+    }
     args.enable_expert_parallel |= recipe.mesh.ep;
     args.no_enable_prefix_caching |= !recipe.cache.prefix_caching;
     if args.threads.is_none() {

@@ -10,6 +10,7 @@ use super::member::{Member, Reply};
 use super::startup::Startup;
 use super::worker_config::WorkerConfig;
 use anyhow::{Context, Result, anyhow};
+use engine::collectives::{DEFAULT_STAGE, SharedRegion};
 use ids::Rank;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,8 @@ const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// A life this long starts the backoff anew.
 const HEALTHY_LIFE: Duration = Duration::from_secs(30);
+/// A folder in memory, where the system has one.
+const MEMORY: &str = "/dev/shm";
 /// How long ranks that live have to say why they end, or to end, once the first is gone.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
@@ -70,10 +73,13 @@ impl Supervisor {
     /// When the very first life ends before it was ready: then the cause is the configuration, and
     /// starting again would only repeat it.
     pub(crate) async fn run(mut self) -> Result<()> {
-        let sockets = tempfile::Builder::new()
-            .prefix("tokenmill-")
-            .tempdir()
+        let folder = |at: &Path| tempfile::Builder::new().prefix("tokenmill-").tempdir_in(at);
+        let sockets = folder(&std::env::temp_dir())
             .context("create a folder for the workers' sockets; set TMPDIR to a writable folder")?;
+        // What ranks exchange should not go to a disk. Nobody promises that this folder is there.
+        let several = self.mesh != Mesh::SINGLE && self.config.has_model();
+        let meetings = several.then(|| folder(Path::new(MEMORY)).ok()).flatten();
+        let meetings = meetings.as_ref().unwrap_or(&sockets).path();
         let mut backoff = BACKOFF_MIN;
         let mut ever_ready = false;
         for life in 0_u64.. {
@@ -81,7 +87,7 @@ impl Supervisor {
                 self.config.heal();
             }
             let started = Instant::now();
-            match self.live(sockets.path(), life).await? {
+            match self.live((sockets.path(), meetings), life).await? {
                 End::Stopped => return Ok(()),
                 End::Died { was_ready, reason } => {
                     ever_ready |= was_ready;
@@ -104,12 +110,13 @@ impl Supervisor {
         Ok(())
     }
 
-    async fn live(&mut self, sockets: &Path, life: u64) -> Result<End> {
+    async fn live(&mut self, (sockets, meetings): (&Path, &Path), life: u64) -> Result<End> {
         let started = Instant::now();
+        let meeting = self.meeting(meetings, life)?;
         let mut members = Vec::new();
         for rank in self.mesh.ranks() {
             let socket = sockets.join(format!("worker-{life}-{rank}.sock"));
-            let config = self.config.of_rank(rank);
+            let config = self.config.of_rank(rank, meeting.as_ref().map(SharedRegion::path));
             members.push(Member::start(&self.program, rank, &socket, &config)?);
         }
         let (replies_in, mut replies) = mpsc::unbounded_channel();
@@ -137,7 +144,10 @@ impl Supervisor {
                         break Over::Rank(rank, Some(fault));
                     }
                     Some((rank, Ok(reply))) => {
-                        was_ready |= matches!(reply, ToScheduler::Ready(_));
+                        if let ToScheduler::Ready(_) = reply {
+                            was_ready = true;
+                            meeting.iter().for_each(|meeting| hide(meeting, self.mesh));
+                        }
                         self.inbox.send(Message::Worker(rank, reply));
                     }
                     Some((rank, Err(error))) => break Over::Rank(rank, error),
@@ -155,10 +165,12 @@ impl Supervisor {
             }
             // Who hangs or disagrees has nothing to say, and the others wait for it.
             Over::Killed(why) => {
+                stop(meeting.as_ref(), &why);
                 end(&mut members, Duration::ZERO).await;
                 format!("{why}; all ranks were killed")
             }
             Over::Rank(first, said) => {
+                stop(meeting.as_ref(), &format!("rank {first} ended"));
                 let mut said = BTreeMap::from([(first, said)]);
                 let until = Instant::now() + LAST_WORDS;
                 hear_out(&mut replies, &mut said, until).await;
@@ -169,6 +181,19 @@ impl Supervisor {
         };
         self.inbox.send(Message::GroupDown(reason.clone()));
         Ok(End::Died { was_ready, reason })
+    }
+
+    /// Where the ranks of a model meet in this life; nowhere where there is one rank, or no model.
+    fn meeting(&self, folder: &Path, life: u64) -> Result<Option<SharedRegion>> {
+        if self.mesh == Mesh::SINGLE || !self.config.has_model() {
+            return Ok(None);
+        }
+        let ranks = self.mesh.ranks().count();
+        let path = folder.join(format!("meeting-{life}"));
+        let region = SharedRegion::create(&path, ranks, DEFAULT_STAGE).with_context(|| {
+            format!("make memory that {ranks} ranks share in {}", path.display())
+        })?;
+        Ok(Some(region))
     }
 
     /// Why a group ended: what the first rank to go said and how it ended, then what others said.
@@ -193,6 +218,20 @@ impl Supervisor {
     /// Names the rank where there are several.
     fn of_rank(&self, rank: Rank, text: &str) -> String {
         if self.mesh == Mesh::SINGLE { text.to_owned() } else { format!("rank {rank}: {text}") }
+    }
+}
+
+/// Takes away the name of memory that every rank has found, so that no end of this process leaves it.
+fn hide(meeting: &SharedRegion, mesh: Mesh) {
+    if meeting.joined().len() == mesh.ranks().count() {
+        let _ = std::fs::remove_file(meeting.path());
+    }
+}
+
+/// Wakes ranks that wait for each other; they end with an error that says why.
+fn stop(meeting: Option<&SharedRegion>, why: &str) {
+    if let Some(meeting) = meeting {
+        meeting.abort(why);
     }
 }
 

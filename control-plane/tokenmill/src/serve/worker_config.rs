@@ -3,7 +3,7 @@
 
 use ids::{Rank, StepSeq};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use step::{Mesh, Seat};
 use worker::{Planted, PlantedFault};
@@ -26,15 +26,26 @@ pub(crate) struct WorkerConfig {
     pub(crate) expert_parallel: bool,
     /// Which rank this is.
     pub(crate) rank: u32,
+    /// Milliseconds that a rank waits for the others inside of one collective.
+    pub(crate) patience_ms: u64,
+    /// Where ranks of a model meet in this life.
+    pub(crate) meeting: Option<Meeting>,
     /// What goes wrong in one rank, for tests; in the first life alone.
     pub(crate) planted: Option<PlantedArg>,
 }
 
 impl WorkerConfig {
     /// The configuration of one rank.
-    pub(crate) fn of_rank(&self, rank: Rank) -> Self {
+    pub(crate) fn of_rank(&self, rank: Rank, meeting: Option<&Path>) -> Self {
         let planted = self.planted.filter(|planted| planted.rank == rank.0);
-        Self { rank: rank.0, planted, ..self.clone() }
+        let patience_ms = self.patience_ms;
+        let meeting = meeting.map(|path| Meeting { path: path.to_owned(), patience_ms });
+        Self { rank: rank.0, planted, meeting, ..self.clone() }
+    }
+
+    /// Whether a model is run.
+    pub(crate) const fn has_model(&self) -> bool {
+        matches!(self.engine, EngineConfig::Model(_))
     }
 
     /// Where this worker is.
@@ -50,6 +61,16 @@ impl WorkerConfig {
             model.failing_launch = None;
         }
     }
+}
+
+/// Where the ranks of a group exchange what collectives move.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Meeting {
+    /// The shared memory.
+    pub(crate) path: PathBuf,
+    /// How long a rank waits for the others inside of one collective.
+    pub(crate) patience_ms: u64,
 }
 
 /// What executes steps.

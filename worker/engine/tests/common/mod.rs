@@ -15,6 +15,7 @@ pub mod naive;
 pub mod origins;
 pub mod poison;
 pub mod prompts;
+pub mod ranks;
 pub mod roundings;
 
 use engine::{Device, Engine, EngineError, KvDtype, MlaForm, Options, WeightSource};
@@ -27,17 +28,18 @@ use model::lower::lower;
 use model::mesh::{Mesh, Rank};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use step::{
-    Admit, Carving, Configure, DecodeDelta, GroupTable, Outcome, PrefillRun, Sampling, Section,
-    SlotOp, SlotRef, StepPlan, Upload, WriteSlot,
+    Admit, Carving, Configure, DecodeDelta, GroupTable, Hello, Outcome, PrefillRun, Sampling,
+    Section, SlotOp, SlotRef, StepPlan, Upload, WriteSlot,
 };
 use weights::Weights;
 use weights::progress::Silent;
 use weights::random::{Profile, RandomModel, TensorSpec};
 
 /// A base with the fields given laid over it.
-fn over(mut base: Value, fields: Value) -> Value {
+pub fn over(mut base: Value, fields: Value) -> Value {
     for (key, value) in fields.as_object().expect("an object") {
         base[key] = value.clone();
     }
@@ -153,7 +155,7 @@ pub struct Model {
     /// What the weights are made of.
     pub random: RandomModel,
     pub specs: Vec<TensorSpec>,
-    program: model::program::Program,
+    pub program: model::program::Program,
     lowered: model::lower::Lowered,
 }
 
@@ -247,44 +249,47 @@ impl Model {
         let lowered = self.lowered.clone();
         let mut engine = Engine::new(&self.program, lowered, weights, engine_options)
             .expect("weights as the program wants them");
-        let hello = engine.hello();
-        let largest = hello.groups.iter().map(|g| g.block_bytes.0).max().expect("a group");
-        let super_bytes = (largest * 3 + 64).next_multiple_of(hello.alignment.0);
-        let supers = options.supers;
-        let per_super: Vec<u32> =
-            hello.groups.iter().map(|g| (super_bytes / g.block_bytes.0) as u32).collect();
-        // Super-blocks go round the groups; within a group, blocks come in a scattered order.
-        let groups = hello.groups.len() as u32;
-        let free = (0..groups).map(|g| {
-            let of = per_super[g as usize];
-            let mut ids: Vec<u32> = (0..supers)
-                .filter(|s| s % groups == g)
-                .flat_map(|s| s * of..(s + 1) * of)
-                .collect();
-            if options.scattered {
-                ids.sort_by_key(|id| id.wrapping_mul(2_654_435_761));
-            }
-            ids
-        });
-        let free = free.collect();
-        let configure = Configure {
-            incarnation: LIFE,
-            max_slots: options.slots,
-            max_step_tokens: Tokens(options.tokens),
-            max_context: Tokens(options.context),
-            carving: Carving { super_bytes: Bytes(super_bytes), supers, per_super },
-        };
+        let (configure, hand) = begin(&engine.hello(), &options);
         engine.configure(&configure).expect("a carving that fits");
-        Session {
-            engine,
-            prompt_logprobs: Some(2),
-            seq: StepSeq::ZERO,
-            free,
-            slots: BTreeMap::new(),
-            ops: Vec::new(),
-            generations: 0,
-        }
+        Session { engine, hand }
     }
+}
+
+/// How what an engine offers is carved, and a hand that writes plans for it.
+pub fn begin(hello: &Hello, options: &Setup) -> (Configure, Hand) {
+    let largest = hello.groups.iter().map(|g| g.block_bytes.0).max().expect("a group");
+    let super_bytes = (largest * 3 + 64).next_multiple_of(hello.alignment.0);
+    let supers = options.supers;
+    let per_super: Vec<u32> =
+        hello.groups.iter().map(|g| (super_bytes / g.block_bytes.0) as u32).collect();
+    // Super-blocks go round the groups; within a group, blocks come in a scattered order.
+    let groups = hello.groups.len() as u32;
+    let free = (0..groups).map(|g| {
+        let of = per_super[g as usize];
+        let mut ids: Vec<u32> =
+            (0..supers).filter(|s| s % groups == g).flat_map(|s| s * of..(s + 1) * of).collect();
+        if options.scattered {
+            ids.sort_by_key(|id| id.wrapping_mul(2_654_435_761));
+        }
+        ids
+    });
+    let hand = Hand {
+        prompt_logprobs: Some(2),
+        seq: StepSeq::ZERO,
+        free: free.collect(),
+        slots: BTreeMap::new(),
+        ops: Vec::new(),
+        uploads: Vec::new(),
+        generations: 0,
+    };
+    let configure = Configure {
+        incarnation: LIFE,
+        max_slots: options.slots,
+        max_step_tokens: Tokens(options.tokens),
+        max_context: Tokens(options.context),
+        carving: Carving { super_bytes: Bytes(super_bytes), supers, per_super },
+    };
+    (configure, hand)
 }
 
 pub const LIFE: Incarnation = Incarnation(7);
@@ -333,10 +338,11 @@ struct Known {
     tables: Vec<Vec<BlockId>>,
 }
 
-pub struct Session {
-    pub engine: Engine<'static>,
+/// Writes plans; what it says of tokens is in `uploads` until somebody passes it on.
+pub struct Hand {
     /// How many likeliest tokens are listed with each one of a prompt.
     pub prompt_logprobs: Option<u8>,
+    pub uploads: Vec<Upload>,
     seq: StepSeq,
     free: Vec<Vec<u32>>,
     slots: BTreeMap<u32, Known>,
@@ -344,10 +350,36 @@ pub struct Session {
     generations: u32,
 }
 
-impl Session {
+/// A hand and the engine that it writes for.
+pub struct Session {
+    pub engine: Engine<'static>,
+    hand: Hand,
+}
+
+impl Deref for Session {
+    type Target = Hand;
+
+    fn deref(&self) -> &Hand {
+        &self.hand
+    }
+}
+
+impl DerefMut for Session {
+    fn deref_mut(&mut self) -> &mut Hand {
+        &mut self.hand
+    }
+}
+
+impl Hand {
     /// Known and computed tokens of a slot.
     pub fn progress(&self, slot: u32) -> (u32, u32) {
         (self.slots[&slot].known, self.slots[&slot].computed)
+    }
+
+    /// How many slots decode in a step that ends the lives of these first.
+    pub fn decoding(&self, retired: &[u32]) -> u32 {
+        let decodes = |(slot, known): &(&u32, &Known)| known.decodes && !retired.contains(slot);
+        self.slots.iter().filter(decodes).count() as u32
     }
 
     /// Blocks of a slot as its tables have them, per group.
@@ -355,7 +387,7 @@ impl Session {
         self.slots[&slot].tables.clone()
     }
 
-    /// Uploads and admits with the next step.
+    /// Says the tokens, and admits with the next step.
     pub fn admit(&mut self, slot: u32, tokens: &[u32], prompt: usize, sampling: Sampling) {
         let groups = self.free.len();
         self.admit_shared(slot, tokens, prompt, sampling, vec![vec![]; groups], 0);
@@ -380,8 +412,7 @@ impl Session {
             tokens: tokens.iter().copied().map(TokenId).collect(),
         };
         let (first, rest) = tokens.split_at(tokens.len() / 2);
-        self.engine.upload(&upload(0, first)).expect("first part");
-        self.engine.upload(&upload(first.len(), rest)).expect("second part");
+        self.uploads.extend([upload(0, first), upload(first.len(), rest)]);
         self.ops.push(SlotOp::Admit(Box::new(Admit {
             slot: SlotRef { slot: SlotId(slot), generation: SlotGeneration(self.generations) },
             request,
@@ -418,11 +449,6 @@ impl Session {
 
     /// One step: chunks of these lengths, and everything that decodes. A chunk that ends the known
     /// tokens samples and joins the decode set.
-    pub fn step(&mut self, chunks: &[(u32, u32)]) -> Outcome {
-        let plan = self.plan(chunks);
-        self.engine.step(&plan).expect("a plan that fits")
-    }
-
     pub fn plan(&mut self, chunks: &[(u32, u32)]) -> StepPlan {
         let mut prefill = Vec::new();
         let mut join = Vec::new();
@@ -473,6 +499,22 @@ impl Session {
                 decode: DecodeDelta { join, leave: vec![] },
             }],
         }
+    }
+}
+
+impl Session {
+    /// As the hand's, after the engine was told the tokens.
+    pub fn plan(&mut self, chunks: &[(u32, u32)]) -> StepPlan {
+        for upload in self.hand.uploads.drain(..) {
+            self.engine.upload(&upload).expect("tokens in order");
+        }
+        self.hand.plan(chunks)
+    }
+
+    /// A planned step, executed.
+    pub fn step(&mut self, chunks: &[(u32, u32)]) -> Outcome {
+        let plan = self.plan(chunks);
+        self.engine.step(&plan).expect("a plan that fits")
     }
 
     /// A request alone: its prompt in chunks of `chunk`, then decodes until `output` tokens.
