@@ -51,7 +51,7 @@ fn families() -> Vec<(&'static str, Value)> {
         ("llama", family("llama", json!({"attention_bias": true, "mlp_bias": true}))),
         ("qwen3, windows", family("qwen3", windows)),
         ("qwen3_moe", family("qwen3_moe", experts)),
-        ("deepseek_v2", family("deepseek_v2", latent.clone())),
+        ("deepseek_v2", family("deepseek_v2", over(latent.clone(), json!({"q_lora_rank": null})))),
         ("deepseek_v3", over(family("deepseek_v3", latent), groups)),
     ]
 }
@@ -181,7 +181,7 @@ struct Planted {
 }
 
 impl Planted {
-    fn new(memory: SharedMemory, fault: Fault) -> Box<dyn Collectives> {
+    fn over(memory: SharedMemory, fault: Fault) -> Box<dyn Collectives> {
         Box::new(Self { memory: Some(memory), fault, done: 0 })
     }
 
@@ -235,7 +235,7 @@ fn a_collective_that_does_nothing_is_seen() {
     let (mesh, script) = (mesh(2, 2, true), script(2));
     let alone: Vec<Completions> = script.iter().map(|turns| ranks::alone(&model, turns)).collect();
     for fault in [Fault::None, Fault::NoSums, Fault::Behind, Fault::NoScatteredSums] {
-        let wrap = |memory| Planted::new(memory, fault);
+        let wrap = |memory| Planted::over(memory, fault);
         let runs = ranks::run(&model, mesh, &script, &wrap);
         let got = ranks::completions(&runs, &script, mesh);
         let off = |(got, alone): (&Completions, &Completions)| {
@@ -257,7 +257,7 @@ fn a_rank_that_ends_in_a_step_ends_all_and_is_named() {
     // A step has seven sums in its body and a part of logits in its head: in the second one's third sum.
     let wrap = |memory: SharedMemory| {
         let fault = if memory.rank() == 2 { Fault::Ends(11) } else { Fault::None };
-        Planted::new(memory, fault)
+        Planted::over(memory, fault)
     };
     let runs = ranks::run(&model, mesh(1, 4, false), &script(1), &wrap);
     for run in &runs {

@@ -224,14 +224,23 @@ impl Executor for Cpu<'_> {
     ) -> Result<bool, CollectiveError> {
         let began = Instant::now();
         let Self { pool, body, rotations, memory, mla_form, exchange, moved, .. } = self;
-        let (ids, shard_rows) = (&batch.ids[..], &batch.shard_rows[..]);
-        let step = Step { pool, rotations, form: *mla_form, ids, shard_rows };
+        let own = batch.ids.len();
         let rows = match exchange {
             Some(exchange) => {
                 exchange.begin_step(batch.step);
-                Rows { own: ids.len(), padded: batch.bucket }
+                Rows { own, padded: batch.bucket }
             }
-            None => Rows::exactly(ids.len()),
+            None => Rows::exactly(own),
+        };
+        let step = Step {
+            pool,
+            rotations,
+            form: *mla_form,
+            ids: &batch.ids,
+            positions: &batch.positions,
+            rows,
+            in_head: false,
+            shard_rows: &batch.shard_rows,
         };
         memory.rows = rows;
         moved.fill(0);
@@ -250,9 +259,7 @@ impl Executor for Cpu<'_> {
                     table: tables.offsets(run.slot, group),
                 }));
             }
-            let positions = &batch.positions;
-            *moved =
-                step.run(launch, rows, positions, &segments, memory, false, exchange.as_mut())?;
+            *moved = step.run(launch, &segments, memory, exchange.as_mut())?;
         }
         memory.segments = recycle(segments);
         self.spent = began.elapsed();
@@ -276,9 +283,18 @@ impl Executor for Cpu<'_> {
             let at = wanted.row as usize * from.width;
             out.copy_from_slice(&hidden[at..at + from.width]);
         }
-        let step = Step { pool, rotations, form: *mla_form, ids: &[], shard_rows: &[] };
+        let step = Step {
+            pool,
+            rotations,
+            form: *mla_form,
+            ids: &[],
+            positions: &[],
+            rows,
+            in_head: true,
+            shard_rows: &[],
+        };
         for (launch, moved) in head.iter().zip(&mut moved[body.len()..]) {
-            *moved += step.run(launch, rows, &[], &[], memory, true, exchange.as_mut())?;
+            *moved += step.run(launch, &[], memory, exchange.as_mut())?;
         }
         self.spent += began.elapsed();
         let logits = memory.head_arena.one(self.logits, rows);

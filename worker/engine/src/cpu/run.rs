@@ -24,6 +24,10 @@ pub(super) struct Step<'a> {
     pub(super) rotations: &'a [Rotation],
     pub(super) form: MlaForm,
     pub(super) ids: &'a [u32],
+    pub(super) positions: &'a [u32],
+    pub(super) rows: Rows,
+    /// Whether buffers are the head's.
+    pub(super) in_head: bool,
     /// Tokens of every shard; empty where there is one.
     pub(super) shard_rows: &'a [usize],
 }
@@ -36,13 +40,11 @@ impl Step<'_> {
     pub(super) fn run(
         &self,
         launch: &Launch<'_>,
-        rows: Rows,
-        positions: &[u32],
         segments: &[Segment<'_>],
         memory: &mut Memory,
-        in_head: bool,
         exchange: Option<&mut Exchange>,
     ) -> Result<u64, CollectiveError> {
+        let Self { rows, positions, in_head, .. } = *self;
         if launch.place().is_some_and(|place| rows.of(place) == 0) {
             return Ok(0);
         }

@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use step::{
-    Admit, Carving, Configure, DecodeDelta, GroupTable, Hello, Outcome, PrefillRun, Sampling,
+    Admit, Carving, Configure, DecodeDelta, GroupSpec, GroupTable, Outcome, PrefillRun, Sampling,
     Section, SlotOp, SlotRef, StepPlan, Upload, WriteSlot,
 };
 use weights::Weights;
@@ -249,21 +249,22 @@ impl Model {
         let lowered = self.lowered.clone();
         let mut engine = Engine::new(&self.program, lowered, weights, engine_options)
             .expect("weights as the program wants them");
-        let (configure, hand) = begin(&engine.hello(), &options);
+        let hello = engine.hello();
+        let (configure, hand) = begin(&hello.groups, hello.alignment.0, &options);
         engine.configure(&configure).expect("a carving that fits");
         Session { engine, hand }
     }
 }
 
-/// How what an engine offers is carved, and a hand that writes plans for it.
-pub fn begin(hello: &Hello, options: &Setup) -> (Configure, Hand) {
-    let largest = hello.groups.iter().map(|g| g.block_bytes.0).max().expect("a group");
-    let super_bytes = (largest * 3 + 64).next_multiple_of(hello.alignment.0);
+/// How the cache of these groups is carved, and a hand that writes plans for it.
+pub fn begin(groups: &[GroupSpec], alignment: u64, options: &Setup) -> (Configure, Hand) {
+    let largest = groups.iter().map(|g| g.block_bytes.0).max().expect("a group");
+    let super_bytes = (largest * 3 + 64).next_multiple_of(alignment);
     let supers = options.supers;
     let per_super: Vec<u32> =
-        hello.groups.iter().map(|g| (super_bytes / g.block_bytes.0) as u32).collect();
+        groups.iter().map(|g| (super_bytes / g.block_bytes.0) as u32).collect();
     // Super-blocks go round the groups; within a group, blocks come in a scattered order.
-    let groups = hello.groups.len() as u32;
+    let groups = groups.len() as u32;
     let free = (0..groups).map(|g| {
         let of = per_super[g as usize];
         let mut ids: Vec<u32> =

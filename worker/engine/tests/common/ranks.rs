@@ -10,9 +10,12 @@ use model::lower::{Lowered, lower};
 use model::mesh::{Axis, Mesh, Rank};
 use std::collections::BTreeMap;
 use std::thread;
-use step::{GroupSpec, Hello, Outcome, StepPlan, Upload};
+use step::{GroupSpec, Outcome, StepPlan, Upload};
 use weights::progress::Silent;
 use weights::{Dtype, Weights};
+
+/// Of super-blocks on the processor.
+const ALIGNMENT: u64 = 128;
 
 /// What a shard is asked, one entry a step: requests that come, chunks that run, requests that go.
 #[derive(Clone, Default)]
@@ -129,8 +132,12 @@ pub struct Planned {
 }
 
 /// The plans of a script, and whose requests are whose in each shard.
-pub fn plans(hello: &Hello, script: &[Vec<Turn>]) -> (Vec<Planned>, Vec<BTreeMap<u64, u32>>) {
-    let mut hands: Vec<Hand> = script.iter().map(|_| begin(hello, &setup()).1).collect();
+pub fn plans(
+    groups: &[GroupSpec],
+    script: &[Vec<Turn>],
+) -> (Vec<Planned>, Vec<BTreeMap<u64, u32>>) {
+    let mut hands: Vec<Hand> =
+        script.iter().map(|_| begin(groups, ALIGNMENT, &setup()).1).collect();
     let mut owners = vec![BTreeMap::new(); script.len()];
     let steps = script.iter().map(Vec::len).max().unwrap_or(0);
     let planned = (0..steps).map(|step| {
@@ -194,22 +201,14 @@ pub fn run(model: &Model, mesh: Mesh, script: &[Vec<Turn>], wrap: Wrap<'_>) -> V
     })
 }
 
-/// What the hello of a rank will offer.
-pub fn offered(lowered: &Lowered) -> Hello {
+/// Groups that a rank will offer, as far as a hand needs them.
+pub fn offered(lowered: &Lowered) -> Vec<GroupSpec> {
     let groups = lowered.groups.iter().enumerate().map(|(number, group)| GroupSpec {
         group: ids::GroupId(number as u8),
         kind: step::GroupKind::Full,
         block_bytes: model::memory::block_bytes(group, 4),
     });
-    Hello {
-        architecture: String::new(),
-        vocab: 0,
-        max_context: Tokens(0),
-        groups: groups.collect(),
-        cache_bytes: Bytes(0),
-        alignment: Bytes(128),
-        backend: String::new(),
-    }
+    groups.collect()
 }
 
 pub fn options() -> Options {
@@ -243,7 +242,8 @@ fn live(
     let mut engine = Engine::of_rank(program, lowered.clone(), &weights, collectives, options())
         .expect("parts as the program wants them");
     let hello = engine.hello();
-    engine.configure(&begin(&hello, &setup()).0).expect("a carving that fits");
+    assert_eq!(hello.alignment, Bytes(ALIGNMENT));
+    engine.configure(&begin(&hello.groups, ALIGNMENT, &setup()).0).expect("a carving that fits");
     let mut run = RankRun {
         lowered,
         groups: hello.groups,

@@ -28,13 +28,13 @@ fn memory(elements: usize) -> Memory {
 #[test]
 fn padding_of_no_shard_has_an_expert() {
     let router = Router {
-        experts: EXPERTS,
-        top_k: TOP_K,
-        scoring: Scoring::Softmax,
-        limit: None,
         correction: None,
+        scoring: Scoring::Softmax,
         norm_topk: false,
+        limit: None,
         scale: 1.0,
+        top_k: TOP_K,
+        experts: EXPERTS,
     };
     let logits = Place { offset: 0, width: EXPERTS, shards: 2 };
     let router = crate::cpu::launch::local_router(&router);
@@ -42,9 +42,17 @@ fn padding_of_no_shard_has_an_expert() {
     let pool = ThreadPool::new(1);
     let mut memory = memory(2 * ROWS.padded * EXPERTS);
     // One token here, three in the other shard; the step's rows are four of each.
-    let step =
-        Step { pool: &pool, rotations: &[], form: MlaForm::Auto, ids: &[], shard_rows: &[1, 3] };
-    step.run(&route, ROWS, &[], &[], &mut memory, false, None).expect("nothing is exchanged");
+    let step = Step {
+        pool: &pool,
+        rotations: &[],
+        form: MlaForm::Auto,
+        ids: &[],
+        positions: &[],
+        rows: ROWS,
+        in_head: false,
+        shard_rows: &[1, 3],
+    };
+    step.run(&route, &[], &mut memory, None).expect("nothing is exchanged");
     let chosen = memory.routing.experts.chunks_exact(TOP_K);
     let routed: Vec<bool> = chosen.map(|experts| experts != [NOBODY; TOP_K]).collect();
     assert_eq!(routed, [true, false, false, false, true, true, true, false]);
