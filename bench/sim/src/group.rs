@@ -187,7 +187,7 @@ impl Group {
             return Ok(Err(divergence));
         }
         loop {
-            match self.join.next() {
+            match self.join.whole() {
                 Ok(Some(joined)) => {
                     whole = true;
                     for (retired, outcome) in self.retired.iter_mut().zip(&joined.outcomes) {

@@ -137,7 +137,7 @@ impl Join {
     ///
     /// # Errors
     /// When the ranks do not agree about it; it stays, and nothing of it may be told.
-    pub fn next(&mut self) -> Result<Option<Joined>, Divergence> {
+    pub fn whole(&mut self) -> Result<Option<Joined>, Divergence> {
         let Some(step) = self.steps.front() else { return Ok(None) };
         if !step.answers.iter().all(Option::is_some) {
             return Ok(None);
@@ -235,22 +235,22 @@ mod tests {
         let mut join = group(2, 2);
         for (rank, shard, lead) in [(1, 0, false), (3, 1, false), (0, 0, true)] {
             join.heard(Rank(rank), said(1, shard, 5 + shard as u32, lead)).expect("asked");
-            assert_eq!(join.next(), Ok(None));
+            assert_eq!(join.whole(), Ok(None));
         }
         for (rank, shard, lead) in [(0, 0, true), (1, 0, false), (2, 1, true), (3, 1, false)] {
             if rank != 2 {
                 join.heard(Rank(rank), said(2, shard, 7, lead)).expect("asked");
             }
         }
-        assert_eq!(join.next(), Ok(None), "rank 2 owes the first");
+        assert_eq!(join.whole(), Ok(None), "rank 2 owes the first");
         assert_eq!(join.missing(), Some((StepSeq(1), vec![Rank(2)])));
         join.heard(Rank(2), said(1, 1, 6, true)).expect("asked");
-        let joined = join.next().expect("agreed").expect("complete");
+        let joined = join.whole().expect("agreed").expect("complete");
         let tokens: Vec<u32> = joined.outcomes.iter().map(|o| o.sampled[0].token.0).collect();
         assert_eq!((joined.seq, tokens), (StepSeq(1), vec![5, 6]));
-        assert_eq!(join.next(), Ok(None));
+        assert_eq!(join.whole(), Ok(None));
         join.heard(Rank(2), said(2, 1, 7, true)).expect("asked");
-        assert_eq!(join.next().expect("agreed").map(|joined| joined.seq), Some(StepSeq(2)));
+        assert_eq!(join.whole().expect("agreed").map(|joined| joined.seq), Some(StepSeq(2)));
         assert_eq!(join.missing(), None);
     }
 
@@ -263,11 +263,11 @@ mod tests {
                 answer.digest ^= u64::from(rank == wrong);
                 join.heard(Rank(rank), answer).expect("asked");
             }
-            let Err(Divergence::Digest { ranks, seq, .. }) = join.next() else {
+            let Err(Divergence::Digest { ranks, seq, .. }) = join.whole() else {
                 panic!("tp {tp}, rank {wrong} unnoticed");
             };
             assert_eq!((ranks, seq), (vec![Rank(wrong)], StepSeq(1)), "tp {tp}");
-            assert!(join.next().is_err(), "it stays so");
+            assert!(join.whole().is_err(), "it stays so");
         }
     }
 
@@ -278,7 +278,7 @@ mod tests {
             join.heard(Rank(rank), said(1, 0, if rank == 0 { 6 } else { 5 }, rank == 0))
                 .expect("asked");
         }
-        let error = join.next().expect_err("they differ");
+        let error = join.whole().expect_err("they differ");
         assert!(
             matches!(&error, Divergence::Digest { ranks, .. } if *ranks == [Rank(0)]),
             "{error}"
@@ -288,7 +288,7 @@ mod tests {
         for rank in 0..2 {
             join.heard(Rank(rank), said(1, 0, 5 + rank, rank == 0)).expect("asked");
         }
-        let text = join.next().expect_err("they differ").to_string();
+        let text = join.whole().expect_err("they differ").to_string();
         assert!(text.contains("rank 1 of shard 0 (its lead is rank 0)"), "{text}");
     }
 
@@ -298,7 +298,7 @@ mod tests {
         let mut answer = said(1, 0, 5, true);
         answer.sampled[0].token = TokenId(6);
         join.heard(Rank(0), answer).expect("asked");
-        assert!(join.next().is_err(), "another token than the one it vouched for");
+        assert!(join.whole().is_err(), "another token than the one it vouched for");
     }
 
     #[test]

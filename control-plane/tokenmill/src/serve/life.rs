@@ -176,7 +176,7 @@ impl Life {
         if self.diverged {
             return None;
         }
-        match self.join.next() {
+        match self.join.whole() {
             Ok(joined) => joined,
             Err(divergence) => {
                 self.diverge(&divergence);
