@@ -205,6 +205,65 @@ fn a_request_longer_than_the_journal_is_told_from_where_that_begins() {
     assert_eq!(history.end, rig.ended.get(&RequestId(1)).copied());
 }
 
+/// Numbers that look drawn, the same in every run.
+fn draws(seed: u64) -> impl FnMut(u64) -> u64 {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    move |below| {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    }
+}
+
+#[test]
+fn whatever_happens_parts_add_up_and_every_token_has_its_step() {
+    for seed in 0..40 {
+        let (mut rig, mut draw) = (Rig::new(3, ROOM), draws(seed));
+        rig.ready(24);
+        for request in 1..60 {
+            rig.submit(request, 1 + draw(300) as u32, 1 + draw(60) as u32);
+            let before = RequestId(1 + draw(request));
+            for _ in 0..draw(6) {
+                rig.step();
+            }
+            match draw(12) {
+                0 => rig.turn(Some(Event::Abort(before))),
+                1 => rig.turn(Some(Event::ForcePreempt(before))),
+                2 => rig.turn(Some(Event::Stop { request: before, keep: Tokens(1) })),
+                3 => {
+                    rig.lose();
+                    rig.now = rig.now.after(STEP);
+                    rig.ready(24);
+                }
+                // Somewhere within a step.
+                _ => rig.now = rig.now.after(STEP / 3),
+            }
+        }
+        rig.settle();
+        for request in 1..60 {
+            let history = rig.history(request);
+            parts(&history);
+            assert_eq!(
+                history.end,
+                rig.ended.get(&RequestId(request)).copied(),
+                "{seed} {request}"
+            );
+            let (ending, _) = history.ending.expect("all have ended");
+            let ran = history.steps.iter().filter(|step| !step.lost);
+            let draws =
+                ran.filter(|step| !matches!(step.role, Role::Prefill { sample: false, .. }));
+            let tokens = rig.tokens.get(&RequestId(request)).copied().unwrap_or(0);
+            // Samples of a request that lost its seat or was ended meanwhile are dropped.
+            let dropped = history.preemptions > 0 || ending != Ending::Length;
+            let (draws, tokens) = (draws.count(), tokens as usize);
+            assert!(
+                draws == tokens || draws > tokens && dropped,
+                "{seed} {request}: {draws} {tokens}"
+            );
+        }
+    }
+}
+
 /// A plan and its outcome without a scheduler: 256 slots decode, and now and then one comes and goes.
 fn plan(seq: u64) -> (Planned, Outcome) {
     let slot = ids::SlotId((seq % 256) as u32);
