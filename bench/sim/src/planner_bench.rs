@@ -1,8 +1,7 @@
 //! How long the scheduler takes for a step, measured from outside: the caller passes the clock.
 //!
 //! One step is what the driver does between two outcomes: handle the outcome (with churn also one
-//! abort and one submission), drain what is said, plan the next step, drain again, write it all in the
-//! journal, encode the plan.
+//! abort and one submission), drain what is said, plan the next step, drain again, encode the plan.
 //! Contexts are private from their first token on, so that tables are as large as they get. How a
 //! plan is encoded is the caller's: the scheduler knows no wire.
 //! Invariant: every measured step decodes every request, and the stated number of blocks is sealed.
@@ -12,16 +11,13 @@ use ids::{
     BLOCK_TOKENS, Bytes, GroupId, HashKey, Incarnation, RequestId, Timestamp, TokenId, Tokens,
 };
 use kv_cache::carve;
-use scheduler::{Config, Event, Journal, Output, Planned, Scheduler, Submit, WorkerReady};
+use scheduler::{Config, Event, Output, Planned, Scheduler, Submit, WorkerReady};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use step::{
     GroupKind, GroupSpec, Outcome, Sampled, Sampling, Section, SlotOp, SlotRef, StepPlan,
     StepTiming,
 };
-
-/// As large as a server's, so that lines fall out of the caches as they do there.
-const JOURNAL_BYTES: usize = 16 << 20;
 
 /// What the measured steps do besides decoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,7 +150,6 @@ pub fn measure(
             return Err(BenchError::Strayed("no outcome is due".into()));
         };
         let begun = clock();
-        bench.journal.answered(bench.now, &outcome);
         bench.scheduler.handle(bench.now, Event::Outcome(outcome));
         if let Some(submit) = arrival {
             bench.replace_one(submit);
@@ -163,10 +158,8 @@ pub fn measure(
         let planned = bench.scheduler.plan_step(bench.now);
         bench.drain();
         if let Some(planned) = &planned {
-            bench.note(planned);
             encode(&planned.plan);
         }
-        bench.journal.delivered(bench.now);
         spent.push(clock().saturating_sub(begun));
         bench.now = bench.now.after(Duration::from_millis(10));
         let Some(planned) = planned else {
@@ -195,7 +188,6 @@ pub fn measure(
 struct Bench {
     case: Case,
     scheduler: Scheduler,
-    journal: Journal,
     echo: Echo,
     now: Timestamp,
     document: Vec<TokenId>,
@@ -224,8 +216,6 @@ impl Bench {
         let mut scheduler = Scheduler::new(config)?;
         let ready = WorkerReady { incarnation: Incarnation(1), groups: vec![spec], carving };
         scheduler.handle(Timestamp::ZERO, Event::WorkerReady(Box::new(ready)));
-        let mut journal = Journal::new(JOURNAL_BYTES, case.requests + 4);
-        journal.ready(Timestamp::ZERO, Incarnation(1));
         let document: Vec<_> = (0..case.context.0).map(TokenId).collect();
         let root = key.root(b"");
         let hashes = key.chain_all(root, &document);
@@ -235,7 +225,7 @@ impl Bench {
             outcomes: VecDeque::new(),
         };
         let now = Timestamp::ZERO;
-        Ok(Self { case, scheduler, journal, echo, now, document, hashes, root, next: 1, oldest: 1 })
+        Ok(Self { case, scheduler, echo, now, document, hashes, root, next: 1, oldest: 1 })
     }
 
     /// Brings all requests to decoding, their contexts private: each differs from its first token,
@@ -252,7 +242,6 @@ impl Bench {
             self.drain();
             while let Some(planned) = self.scheduler.plan_step(self.now) {
                 self.drain();
-                self.note(&planned);
                 steady += u32::from(planned.report.decode == self.case.requests);
                 self.echo.step(&planned, &planned.plan.sections);
                 // By then every prompt's outcome is in.
@@ -261,9 +250,7 @@ impl Bench {
                 }
             }
             if let Some(outcome) = self.echo.outcomes.pop_front() {
-                self.journal.answered(self.now, &outcome);
                 self.scheduler.handle(self.now, Event::Outcome(outcome));
-                self.journal.delivered(self.now);
             }
             self.now = self.now.after(Duration::from_millis(10));
         }
@@ -310,19 +297,11 @@ impl Bench {
     fn replace_one(&mut self, submit: Box<Submit>) {
         self.scheduler.handle(self.now, Event::Abort(RequestId(self.oldest)));
         self.oldest += 1;
-        self.journal.submitted(&submit);
         self.scheduler.handle(self.now, Event::Submit(submit));
-    }
-
-    /// Writes a plan down, as the driver does before and after it is sent.
-    fn note(&mut self, planned: &Planned) {
-        self.journal.planned(self.now, planned, self.scheduler.stalls());
-        self.journal.sent(self.now, planned.plan.seq);
     }
 
     fn drain(&mut self) {
         while let Some(output) = self.scheduler.poll_output() {
-            self.journal.said(self.now, &output);
             if let Output::Token { token, .. } = output {
                 core::hint::black_box(token);
             }
