@@ -43,6 +43,8 @@ pub struct Shards {
     placements: VecDeque<Placement>,
     /// What the group itself has to say.
     said: VecDeque<Output>,
+    /// Those with a seat that the last plan left out, of several shards.
+    stalls: Vec<(RequestId, Waits)>,
     steps: u64,
 }
 
@@ -82,6 +84,7 @@ impl Shards {
             turn: 0,
             placements: VecDeque::new(),
             said: VecDeque::new(),
+            stalls: Vec::new(),
             steps: 0,
         })
     }
@@ -244,6 +247,10 @@ impl Shards {
                 Some(others) => beside_each_other(others, &plan, &report),
             });
         }
+        self.stalls.clear();
+        for shard in &self.shards {
+            self.stalls.extend_from_slice(shard.stalls());
+        }
         let Some(Planned { plan, report }) = whole else {
             self.spare.push(flight);
             return None;
@@ -334,6 +341,18 @@ impl Shards {
         all.cache_usage /= self.shards.len() as f64;
         all.steps = self.steps;
         all
+    }
+
+    /// Those with a seat that the last plan left out, and what each waits for.
+    #[must_use]
+    pub fn stalls(&self) -> &[(RequestId, Waits)] {
+        if let [only] = self.shards.as_slice() { only.stalls() } else { &self.stalls }
+    }
+
+    /// The first in line of the first shard that has a line, and what it waits for.
+    #[must_use]
+    pub fn first_in_line(&self) -> Option<(RequestId, Waits)> {
+        self.shards.iter().find_map(Scheduler::first_in_line)
     }
 
     /// Every request that the last plan did not run, and what it waits for.

@@ -17,6 +17,7 @@ mod offers;
 mod settings;
 pub(crate) mod source;
 mod startup;
+mod story;
 mod streams;
 mod supervise;
 pub(crate) mod worker_config;
@@ -32,7 +33,7 @@ use gateway::{AppState, Gateway, GatewayLimits, ServedModel};
 use handle::Handle;
 use ids::{HashKey, Tokens};
 use life::{Life, Progress, WorkerLimits};
-use scheduler::Shards;
+use scheduler::{Journal, Shards};
 use settings::Settings;
 use startup::Startup;
 use std::net::SocketAddr;
@@ -44,7 +45,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use supervise::Supervisor;
 use telemetry::{Metrics, StartupPhase};
 use text::TextFolder;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 /// Work without an ended step for this share (1/4) of the step time-out is a stall.
 const PATIENCE_DIVISOR: u64 = 4;
@@ -146,10 +147,19 @@ fn start_engine(
         max_step_tokens: Tokens(settings.args.max_num_batched_tokens),
         max_context: settings.max_context,
     };
+    let journal = match settings.args.journal_bytes {
+        0 => None,
+        bytes => {
+            let bytes = usize::try_from(bytes).context("--journal-bytes is more than there is")?;
+            Some(Journal::new(bytes, settings.args.max_num_seqs))
+        }
+    };
+    let kept = journal.is_some();
     let driver = Driver {
         pressed: false,
         planted_panic: settings.args.panic_at_step,
         scheduler,
+        journal,
         inbox: messages,
         life: Life::new(
             settings.mesh,
@@ -181,6 +191,7 @@ fn start_engine(
         max_queued: (settings.args.max_queued_requests, settings.args.max_queued_tokens.into()),
         origin,
         next: AtomicU64::new(1),
+        readers: kept.then(|| Arc::new(Semaphore::new(handle::READERS))),
     };
     let supervisor = Supervisor {
         mesh: settings.mesh,
@@ -228,6 +239,7 @@ fn app(
     let version = crate::cli::VERSION.to_owned();
     let mut gateway = Gateway::new(Arc::new(handle), model, text, limits, metrics, seed, version);
     gateway.vllm_metric_names = true;
+    gateway.admin_key = std::env::var("TOKENMILL_ADMIN_KEY").ok().filter(|key| !key.is_empty());
     Ok(Arc::new(gateway))
 }
 
