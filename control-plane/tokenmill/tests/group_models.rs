@@ -132,11 +132,11 @@ fn a_rank_that_dies_hangs_or_lies_ends_the_group_and_no_token_is_lost_or_repeate
         let args = args(more);
         Server::start_logged(&args.iter().map(String::as_str).collect::<Vec<_>>())
     };
-    let (server, log) = start(&[]);
-    let expected = load(&server, &bodies, 0, || ());
-    let restarts = || server.metric("tokenmill_worker_restarts_total").expect("counted");
-    let mut ended = 0.0;
+    let expected = load(&start(&[]).0, &bodies, 0, || ());
     for rank in 0..4 {
+        let (server, log) = start(&[]);
+        let restarts = || server.metric("tokenmill_worker_restarts_total").expect("counted");
+        let mut ended = 0.0;
         for how in ["KILL", "STOP"] {
             let got = load(&server, &bodies, 120, || {
                 signal(how, server.workers()[&rank]);

@@ -196,23 +196,27 @@ impl Supervisor {
         Ok(Some(region))
     }
 
-    /// Why a group ended: what the first rank to go said and how it ended, then what others said.
+    /// Why a group ended: what the first rank to go said and how it ended, then what others said, each
+    /// thing once.
     fn account(
         &self,
         first: Rank,
         said: &BTreeMap<Rank, Option<String>>,
         statuses: &BTreeMap<Rank, String>,
     ) -> String {
-        let one = |rank: Rank| {
-            let status = statuses.get(&rank).map_or("its status is unknown", String::as_str);
-            let words = said.get(&rank).and_then(Option::as_ref);
-            let text =
-                words.map_or_else(|| status.to_owned(), |words| format!("{words} ({status})"));
-            self.of_rank(rank, &text)
-        };
-        let others = said.iter().filter(|(rank, words)| **rank != first && words.is_some());
-        let all = std::iter::once(one(first)).chain(others.map(|(rank, _)| one(*rank)));
-        all.collect::<Vec<_>>().join("; ")
+        let status = statuses.get(&first).map_or("its status is unknown", String::as_str);
+        let words = said.get(&first).and_then(Option::as_ref);
+        let text = words.map_or_else(|| status.to_owned(), |words| format!("{words} ({status})"));
+        let mut all = self.of_rank(first, &text);
+        let mut others: BTreeMap<&str, Vec<Rank>> = BTreeMap::new();
+        for (rank, theirs) in said.iter().filter(|(_, theirs)| theirs.as_ref() != words) {
+            others.entry(theirs.as_deref().unwrap_or_default()).or_default().push(*rank);
+        }
+        for (theirs, ranks) in others.iter().filter(|(theirs, _)| !theirs.is_empty()) {
+            let names: Vec<String> = ranks.iter().map(|rank| format!("rank {rank}")).collect();
+            all = format!("{all}; {}: {theirs}", names.join(", "));
+        }
+        all
     }
 
     /// Names the rank where there are several.
