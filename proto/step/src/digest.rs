@@ -236,7 +236,8 @@ mod tests {
         };
         let other = Sampled { token: TokenId(6), ..one.clone() };
         let digest = Digest::none();
-        assert_ne!(digest.with_sampled(&[one.clone()]), digest.with_sampled(&[other]));
-        assert_ne!(digest.with_sampled(&[one]), digest.with_sampled(&[]));
+        let one = std::slice::from_ref(&one);
+        assert_ne!(digest.with_sampled(one), digest.with_sampled(&[other]));
+        assert_ne!(digest.with_sampled(one), digest.with_sampled(&[]));
     }
 }
