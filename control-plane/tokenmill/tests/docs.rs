@@ -29,9 +29,10 @@ fn flags(help: &str) -> Vec<String> {
 #[test]
 fn every_flag_is_on_its_page() {
     let page = page("docs/reference/cli.md");
-    let commands: [&[&str]; 11] = [
+    let commands: [&[&str]; 12] = [
         &["serve"],
         &["chat"],
+        &["explain"],
         &["bench", "kernels"],
         &["bench", "latency"],
         &["bench", "throughput"],
