@@ -542,7 +542,6 @@ fn not_configured() -> CudaError {
 
 impl Executor for Cuda {
     type Error = CudaError;
-
     fn enqueue(
         &mut self,
         batch: &Batch,
