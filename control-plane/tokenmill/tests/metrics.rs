@@ -4,6 +4,7 @@
 //! is the library's business. Stalled clients need a half-minute of silence; the gateway's own tests,
 //! with shorter timers, show that they are counted. Launches, idle time and the state are a device's: the
 //! last test looks at them where `TOKENMILL_TEST_DEVICE` is `cuda`. Draws on the host are a processor's.
+//! Placements and divergences take several ranks, whose tests look at them.
 
 mod common;
 
@@ -13,7 +14,7 @@ use std::io::Read;
 use std::time::Duration;
 
 /// Not fed here; see above.
-const ELSEWHERE: [&str; 15] = [
+const ELSEWHERE: [&str; 17] = [
     "tokenmill_stalled_clients_total",
     "tokenmill_build_info",
     "tokenmill_device_info",
@@ -29,6 +30,8 @@ const ELSEWHERE: [&str; 15] = [
     "tokenmill_gpu_clock_hertz",
     "tokenmill_gpu_throttled",
     "tokenmill_gpu_ecc_errors",
+    "tokenmill_placements_total",
+    "tokenmill_worker_divergences_total",
 ];
 /// Gauges are watched while work runs; afterwards they are back where they were.
 const GAUGES: [&str; 6] = [
