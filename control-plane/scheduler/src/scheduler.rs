@@ -355,6 +355,8 @@ impl Scheduler {
             self.deadlines.remove(&(at, key));
         }
         self.ids.remove(&job.id);
+        // The key will name another request.
+        self.blocked = self.blocked.filter(|blocked| !blocked.is_of(key));
         self.requests.vacate(key);
     }
 
