@@ -9,7 +9,7 @@ use super::life::{Life, Progress};
 use super::startup::Startup;
 use super::streams::Streams;
 use gateway::engine::GenerationEvent;
-use ids::{GroupId, RequestId, Timestamp, Tokens};
+use ids::{GroupId, RequestId, ShardId, Timestamp, Tokens};
 use scheduler::{Event, Journal, Output, Pages, Scheduler, Submit};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -125,6 +125,13 @@ impl Driver {
         }
     }
 
+    /// Notes who is first in line.
+    fn look(&mut self) {
+        if let Some(journal) = &mut self.journal {
+            journal.looked(ShardId(0), self.scheduler.first_in_line());
+        }
+    }
+
     fn now(&self) -> Timestamp {
         Timestamp::ZERO.after(self.origin.elapsed())
     }
@@ -169,7 +176,9 @@ impl Driver {
             }
         };
         self.note(|journal| match &event {
-            Event::Outcome(outcome) => journal.answered(now, outcome),
+            Event::Outcome(outcome) => {
+                journal.answered(now, outcome.incarnation, outcome.seq, &outcome.timing);
+            }
             Event::WorkerReady(ready) => journal.ready(now, ready.incarnation),
             Event::WorkerLost(_) => journal.lost(now),
             Event::Submit(_)
@@ -219,6 +228,7 @@ impl Driver {
             let now = self.now();
             let Some(planned) = self.scheduler.plan_step(now) else { break };
             self.command(said);
+            self.look();
             if let Some(journal) = &mut self.journal {
                 journal.planned(now, &planned, self.scheduler.stalls());
             }
@@ -229,8 +239,7 @@ impl Driver {
             self.note(|journal| journal.sent(sent, seq));
             any = true;
         }
-        let head = self.scheduler.first_in_line();
-        self.note(|journal| journal.looked(head));
+        self.look();
         self.command(said);
         let gauges = self.scheduler.gauges();
         self.progress.working(gauges.running + gauges.waiting > 0);

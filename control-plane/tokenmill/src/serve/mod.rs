@@ -142,7 +142,7 @@ fn start_engine(
         0 => None,
         bytes => {
             let bytes = usize::try_from(bytes).context("--journal-bytes is more than there is")?;
-            Some(Journal::new(bytes, settings.args.max_num_seqs))
+            Some(Journal::new(bytes, settings.args.max_num_seqs, 1))
         }
     };
     let kept = journal.is_some();
