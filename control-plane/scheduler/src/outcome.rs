@@ -67,8 +67,9 @@ impl Scheduler {
     fn deliver_prompt(&mut self, mut part: PromptLogprobs) {
         let key = self.ids.get(&part.request).copied();
         let Some(live) = key.and_then(|key| self.requests.get_mut(key)) else { return };
-        if let Live::Closing(_) = live {
-            return;
+        match live {
+            Live::Closing(_) => return,
+            Live::Queued(_) | Live::Preempted(_) | Live::Prefilling(_) | Live::Decoding(_) => {}
         }
         let job = live.job_mut();
         let known = job.logprobs_from.saturating_sub(part.first).as_usize();
@@ -119,9 +120,17 @@ impl Scheduler {
         let at = SlotRef { slot: sampled.slot, generation: sampled.generation };
         let key = life.slots.occupant(at);
         let live = key.and_then(|key| Some((key, self.requests.get_mut(key)?)));
-        let Some((key, Live::Decoding(request))) = live else {
-            self.counters.dropped_tokens += 1;
-            return;
+        let (key, request) = match live {
+            Some((key, Live::Decoding(request))) => (key, request),
+            // Ended or lost its seat after the step was launched.
+            Some((
+                _,
+                Live::Queued(_) | Live::Preempted(_) | Live::Prefilling(_) | Live::Closing(_),
+            ))
+            | None => {
+                self.counters.dropped_tokens += 1;
+                return;
+            }
         };
         if let Some(fault) = sampled.fault {
             self.close(life, key, FinishReason::Fault(fault));

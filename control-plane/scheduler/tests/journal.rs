@@ -2,11 +2,11 @@
 
 mod rig;
 
-use ids::{Incarnation, RequestId, StepSeq, Timestamp, Tokens};
+use ids::{Incarnation, RequestId, ShardId, StepSeq, Timestamp, Tokens};
 use rig::{Rig, STEP, parts};
-use scheduler::{Ending, Event, Journal, NotKept, PlanReport, Planned, Role, Waits};
+use scheduler::{Ending, Event, Journal, NotKept, PlanReport, Planned, Role, Wait, Waits};
 use std::time::Duration;
-use step::{DecodeDelta, Outcome, PrefillRun, Section, StepPlan, StepTiming};
+use step::{DecodeDelta, PrefillRun, Section, StepPlan, StepTiming};
 
 const ROOM: usize = 4 << 20;
 
@@ -28,6 +28,25 @@ fn a_request_that_runs_at_once_is_its_steps() {
     assert_eq!(history.first_token, Some(Timestamp::ZERO.after(3 * STEP)));
     assert_eq!((history.prompt, history.cached), (Tokens(300), Tokens(0)));
     assert_eq!(history.end, rig.ended.get(&RequestId(1)).copied());
+}
+
+#[test]
+fn outcomes_that_answer_nothing_leave_no_trace() {
+    let mut rig = Rig::new(4, ROOM);
+    rig.ready(64);
+    rig.submit(1, 300, 5);
+    let timing = StepTiming::default();
+    let of_another_life = (Incarnation(9), StepSeq(1));
+    let before_its_turn = (LIFE, StepSeq(2));
+    for (life, seq) in [of_another_life, before_its_turn] {
+        rig.journal.answered(rig.now, life, seq, &timing);
+    }
+    rig.step();
+    rig.now = rig.now.after(STEP / 2);
+    rig.journal.answered(rig.now, LIFE, StepSeq(1), &timing);
+    rig.turn(None);
+    rig.settle();
+    assert_eq!(parts(&rig.history(1)), [("prefill", "", 30), ("decode", "", 40)]);
 }
 
 #[test]
@@ -264,57 +283,47 @@ fn whatever_happens_parts_add_up_and_every_token_has_its_step() {
     }
 }
 
-/// A plan and its outcome without a scheduler: 256 slots decode, and now and then one comes and goes.
-fn plan(seq: u64) -> (Planned, Outcome) {
+/// A plan without a scheduler: 256 slots decode, and now and then one comes and goes.
+fn plan(seq: u64) -> Planned {
     let slot = ids::SlotId((seq % 256) as u32);
     let churn = seq.is_multiple_of(16);
+    let chunk = churn.then_some(PrefillRun { slot, tokens: Tokens(9), sample: true });
+    let join = churn.then_some(slot).into_iter().collect();
     let section = Section {
         ops: Vec::new(),
-        prefill: churn
-            .then_some(PrefillRun { slot, tokens: Tokens(9), sample: true })
-            .into_iter()
-            .collect(),
-        decode: DecodeDelta {
-            join: churn.then_some(slot).into_iter().collect(),
-            leave: Vec::new(),
-        },
+        prefill: chunk.into_iter().collect(),
+        decode: DecodeDelta { join, leave: Vec::new() },
     };
-    let (seq, incarnation) = (StepSeq(seq), Incarnation(1));
-    let waits = Waits::Turn { ahead: (seq.0 % 3) as u32 };
-    let report = PlanReport { seq, head: Some((RequestId(seq.0), waits)), ..PlanReport::default() };
+    let seq = StepSeq(seq);
     let plan = StepPlan {
         seq,
-        incarnation,
+        incarnation: LIFE,
         bucket: Tokens(256),
         shard_tokens: vec![Tokens(256)],
         sections: vec![section],
     };
-    let outcome = Outcome {
-        seq,
-        incarnation,
-        sampled: Vec::new(),
-        prompt_logprobs: Vec::new(),
-        timing: StepTiming::default(),
-        digest: 0,
-    };
-    (Planned { plan, report }, outcome)
+    Planned { plan, report: PlanReport { seq, ..PlanReport::default() } }
 }
+
+const LIFE: Incarnation = Incarnation(1);
 
 #[test]
 fn a_million_steps_stay_within_the_bytes_and_allocate_nothing() {
-    let mut journal = Journal::new(1 << 20, 256);
+    let mut journal = Journal::new(1 << 20, 256, 1);
     let bytes = journal.bytes();
     assert!(bytes <= 1 << 20, "{bytes}");
-    journal.ready(Timestamp::ZERO, Incarnation(1));
-    let cases: Vec<_> = (0..64).map(plan).collect();
+    journal.ready(Timestamp::ZERO, LIFE);
+    let plans: Vec<_> = (0..64).map(plan).collect();
     let mut now = Timestamp::ZERO;
     let allocated = allocation_counter::measure(|| {
-        for step in 0..1_000_000_usize {
-            let (planned, outcome) = &cases[step % cases.len()];
+        for step in 0..1_000_000 {
+            let planned = &plans[step % plans.len()];
+            let head = (RequestId(step as u64 / 2), Waits::Turn { ahead: step as u32 % 3 });
+            journal.looked(ShardId(0), Some(head));
             journal.planned(now, planned, &[(RequestId(1), Waits::Upload)]);
             journal.sent(now, planned.plan.seq);
             now = now.after(STEP);
-            journal.answered(now, outcome);
+            journal.answered(now, LIFE, planned.plan.seq, &StepTiming::default());
             journal.delivered(now);
         }
     });
@@ -323,4 +332,24 @@ fn a_million_steps_stay_within_the_bytes_and_allocate_nothing() {
     // Reading shares all but the newest segment.
     let read = allocation_counter::measure(|| drop(journal.read(now)));
     assert!(read.bytes_max < 100_000, "{read:?}");
+}
+
+#[test]
+fn a_request_waits_behind_the_first_of_its_own_shard() {
+    let mut journal = Journal::new(0, 2, 2);
+    journal.ready(Timestamp::ZERO, LIFE);
+    let mut rig = Rig::new(1, 0);
+    rig.submit(7, 10, 1);
+    journal.submitted(&rig.submits[0]);
+    journal.placed(RequestId(7), ShardId(1));
+    let waits = Waits::Slot { rows: 2, arriving: 0 };
+    journal.looked(ShardId(1), Some((RequestId(3), waits)));
+    journal.looked(ShardId(0), Some((RequestId(2), Waits::Upload)));
+    journal.planned(Timestamp::ZERO, &plan(1), []);
+    journal.sent(Timestamp::ZERO, StepSeq(1));
+    let now = Timestamp::ZERO.after(STEP);
+    let history = journal.read(now).history(RequestId(7)).expect("is kept");
+    assert_eq!(parts(&history), [("queued", "slot", 10)]);
+    let (wait, _) = history.spans[0].part.waits().expect("it waits");
+    assert_eq!(wait, Wait::Behind { head: RequestId(3), waits });
 }

@@ -15,6 +15,7 @@ use matrix::{Cell, Matrix};
 use rig::Rig;
 use scheduler::{Event, Role};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
 use std::fs;
 use std::path::Path;
 
@@ -84,11 +85,19 @@ impl Machine {
 #[test]
 fn only_legal_moves_compile() {
     let machine = Machine::read();
-    assert_eq!(machine.has, BTreeSet::from(LEGAL), "left: src/request.rs, right: the table here");
+    same(&machine.has, &BTreeSet::from(LEGAL), "src/request.rs", "LEGAL in tests/moves.rs");
     let states = machine.states.iter();
     let cells = states.flat_map(|state| machine.moves.keys().map(|made| machine.cell(state, made)));
     let root = env!("CARGO_MANIFEST_DIR");
     Matrix { root, opening: OPENING, cells: cells.collect() }.hold();
+}
+
+/// Fails with what one side has and the other has not.
+fn same<T: Ord + Debug>(left: &BTreeSet<T>, right: &BTreeSet<T>, of_left: &str, of_right: &str) {
+    let only =
+        |a: &BTreeSet<T>, b: &BTreeSet<T>| format!("{:?}", a.difference(b).collect::<Vec<_>>());
+    let (more, less) = (only(left, right), only(right, left));
+    assert!(left == right, "only in {of_left}: {more}; only in {of_right}: {less}");
 }
 
 /// The rows of the table under a heading of the page: cells without their marks.
@@ -120,9 +129,14 @@ fn the_page_has_the_matrix() {
         }
     }
     let legal = LEGAL.iter().map(|(state, made)| ((*state).to_owned(), (*made).to_owned()));
-    assert_eq!(found, legal.collect(), "left: the page, right: the table here");
+    same(&found, &legal.collect(), "the page", "LEGAL in tests/moves.rs");
     let machine = Machine::read();
-    assert_eq!((rows.len() - 2, moves.len()), (machine.states.len(), machine.moves.len()));
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    let rows = rows[2..].iter().map(|row| row[0].clone()).collect();
+    same(&rows, &names(&machine.states), "the page's rows", "src/request.rs");
+    let columns = moves.iter().cloned().collect();
+    let made: Vec<&str> = machine.moves.keys().copied().collect();
+    same(&columns, &names(&made), "the page's columns", "src/request.rs");
 }
 
 /// A rig with request 1 in a state.

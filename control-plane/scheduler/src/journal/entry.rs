@@ -5,12 +5,12 @@
 
 use crate::output::FinishReason;
 use crate::report::Waits;
-use ids::{RequestId, StepSeq, Timestamp, Tokens};
+use ids::{RequestId, ShardId, StepSeq, Timestamp, Tokens};
 
 /// A row of one shard's slot table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Row {
-    pub(crate) shard: u16,
+    pub(crate) shard: ShardId,
     pub(crate) slot: u32,
 }
 
@@ -21,10 +21,12 @@ pub(crate) enum Entry {
         arrival: Timestamp,
         prompt: Tokens,
     },
-    /// The first in line and what keeps it there, where that is news.
-    Head(RequestId, Waits),
-    /// Nobody is in line any more.
-    NoHead,
+    /// The shard that a request stays in; the first where nothing is said.
+    Placed(RequestId, ShardId),
+    /// The first in a shard's line and what keeps it there, where that is news.
+    Head(ShardId, RequestId, Waits),
+    /// Nobody is in that line any more.
+    NoHead(ShardId),
     /// Has a seat and is left out of the step that follows.
     Stalled(RequestId, Waits),
     Admitted {

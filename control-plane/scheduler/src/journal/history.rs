@@ -178,8 +178,9 @@ impl Pages {
                 | Entry::Lost(at) => Some(*at),
                 Entry::Planned(plan) => Some(plan.at),
                 Entry::Ended(end) => Some(end.answered),
-                Entry::Head(..)
-                | Entry::NoHead
+                Entry::Placed(..)
+                | Entry::Head(..)
+                | Entry::NoHead(_)
                 | Entry::Stalled(..)
                 | Entry::Admitted { .. }
                 | Entry::Vacated(_)

@@ -21,11 +21,11 @@ use crate::output::Output;
 use crate::report::{Planned, Waits};
 use core::time::Duration;
 use entry::{End, Entry, Plan, Row};
-use ids::{Incarnation, RequestId, StepSeq, Timestamp, Tokens};
+use ids::{Incarnation, RequestId, ShardId, StepSeq, Timestamp, Tokens};
 use ring::{Ring, Segment};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use step::{Outcome, Section, SlotOp};
+use step::{Section, SlotOp, StepTiming};
 
 /// Steps that can be under way or ended in one turn, with room to spare.
 const UNDER_WAY: usize = 16;
@@ -39,22 +39,23 @@ pub struct Journal {
     flying: VecDeque<(StepSeq, Timestamp)>,
     /// Answered, and their results not yet handed on.
     landed: Vec<End>,
-    /// The first in line, as last noted.
-    head: Option<(RequestId, Waits)>,
+    /// The first in each shard's line, as last noted.
+    heads: Vec<Option<(RequestId, Waits)>>,
     newest: Option<RequestId>,
 }
 
 impl Journal {
-    /// A journal of about so many bytes, all taken now, for so many slots. It keeps a few thousand
-    /// lines however few bytes it is given.
+    /// A journal of about so many bytes, all taken now, for so many slots in each of so many shards. It
+    /// keeps a few thousand lines however few bytes it is given.
     #[must_use]
-    pub fn new(bytes: usize, slots: u32) -> Self {
+    pub fn new(bytes: usize, slots: u32, shards: u16) -> Self {
+        let shards = usize::from(shards.max(1));
         Self {
-            ring: Ring::new(bytes, slots as usize),
+            ring: Ring::new(bytes, slots as usize, shards),
             life: Incarnation(0),
             flying: VecDeque::with_capacity(UNDER_WAY),
             landed: Vec::with_capacity(UNDER_WAY),
-            head: None,
+            heads: vec![None; shards],
             newest: None,
         }
     }
@@ -71,6 +72,11 @@ impl Journal {
         let (request, arrival) = (submit.request, submit.arrival);
         self.ring.push(Entry::Submitted { request, arrival, prompt });
         self.newest = self.newest.max(Some(request));
+    }
+
+    /// A request stays in this shard; needs to be said where there are several.
+    pub fn placed(&mut self, request: RequestId, shard: ShardId) {
+        self.ring.push(Entry::Placed(request, shard));
     }
 
     /// The scheduler said something.
@@ -90,15 +96,20 @@ impl Journal {
         self.ring.push(Entry::Finished { request, at: now, by, output });
     }
 
-    /// A plan was made, and is about to be sent. `stalled` are those with a seat that it leaves out.
-    pub fn planned(&mut self, now: Timestamp, planned: &Planned, stalled: &[(RequestId, Waits)]) {
+    /// A plan was made, and is about to be sent. `stalled` are those with a seat that it leaves out; who
+    /// is first in line was told before.
+    pub fn planned<'a>(
+        &mut self,
+        now: Timestamp,
+        planned: &Planned,
+        stalled: impl IntoIterator<Item = &'a (RequestId, Waits)>,
+    ) {
         let Planned { plan, report } = planned;
-        self.looked(report.head);
         for (request, waits) in stalled {
             self.ring.push(Entry::Stalled(*request, *waits));
         }
         for (shard, section) in (0_u16..).zip(&plan.sections) {
-            self.section(shard, section);
+            self.section(ShardId(shard), section);
         }
         let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
         self.ring.push(Entry::Planned(Plan {
@@ -115,7 +126,7 @@ impl Journal {
         }));
     }
 
-    fn section(&mut self, shard: u16, section: &Section) {
+    fn section(&mut self, shard: ShardId, section: &Section) {
         let row = |slot: ids::SlotId| Row { shard, slot: slot.0 };
         for op in &section.ops {
             self.ring.push(match op {
@@ -141,13 +152,17 @@ impl Journal {
         }
     }
 
-    /// Who is first in line, after an attempt to plan that came to nothing.
-    pub fn looked(&mut self, head: Option<(RequestId, Waits)>) {
-        if self.head != head {
-            self.head = head;
-            self.ring
-                .push(head.map_or(Entry::NoHead, |(request, waits)| Entry::Head(request, waits)));
-        }
+    /// Who is first in a shard's line after an attempt to plan: before [`Self::planned`], and where it
+    /// came to nothing.
+    pub fn looked(&mut self, shard: ShardId, head: Option<(RequestId, Waits)>) {
+        let Some(noted) = self.heads.get_mut(shard.index()).filter(|noted| **noted != head) else {
+            return;
+        };
+        *noted = head;
+        self.ring.push(match head {
+            Some((request, waits)) => Entry::Head(shard, request, waits),
+            None => Entry::NoHead(shard),
+        });
     }
 
     /// The plan left for the worker.
@@ -155,13 +170,18 @@ impl Journal {
         self.flying.push_back((seq, now));
     }
 
-    /// A step's outcome came in. One that answers nothing is not noted.
-    pub fn answered(&mut self, now: Timestamp, outcome: &Outcome) {
+    /// A step's outcome came in, of every shard. One that answers nothing is not noted.
+    pub fn answered(
+        &mut self,
+        now: Timestamp,
+        life: Incarnation,
+        seq: StepSeq,
+        timing: &StepTiming,
+    ) {
         let due = self.flying.front().copied();
-        let Some((seq, sent)) = due.filter(|(seq, _)| *seq == outcome.seq) else { return };
-        if outcome.incarnation != self.life {
+        let Some((seq, sent)) = due.filter(|(due, _)| *due == seq && life == self.life) else {
             return;
-        }
+        };
         self.flying.pop_front();
         let micros = |ns: u64| u32::try_from(ns / 1000).unwrap_or(u32::MAX);
         self.landed.push(End {
@@ -169,8 +189,8 @@ impl Journal {
             sent,
             answered: now,
             delivered: now,
-            total_us: micros(outcome.timing.total_ns),
-            model_us: micros(outcome.timing.model_ns),
+            total_us: micros(timing.total_ns),
+            model_us: micros(timing.model_ns),
         });
     }
 

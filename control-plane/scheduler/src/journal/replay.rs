@@ -8,7 +8,7 @@ use super::entry::{End, Ending, Entry, Plan, Row};
 use super::ring::{Seats, Segment};
 use super::spans::Wait;
 use crate::report::Waits;
-use ids::{RequestId, StepSeq, Timestamp, Tokens};
+use ids::{RequestId, ShardId, StepSeq, Timestamp, Tokens};
 use std::collections::BTreeMap;
 
 /// What a step is to the request.
@@ -67,11 +67,12 @@ pub(crate) fn first_seen(segments: &[std::sync::Arc<Segment>], of: RequestId) ->
 fn names(entry: &Entry, of: RequestId) -> bool {
     match entry {
         Entry::Submitted { request, .. }
-        | Entry::Head(request, _)
+        | Entry::Placed(request, _)
+        | Entry::Head(_, request, _)
         | Entry::Stalled(request, _)
         | Entry::Admitted { request, .. }
         | Entry::Finished { request, .. } => *request == of,
-        Entry::NoHead
+        Entry::NoHead(_)
         | Entry::Vacated(_)
         | Entry::Chunk { .. }
         | Entry::Joined(_)
@@ -112,7 +113,8 @@ struct Replay {
     row: Option<Row>,
     present: bool,
     found: Found,
-    head: Option<(RequestId, Waits)>,
+    home: ShardId,
+    heads: BTreeMap<ShardId, (RequestId, Waits)>,
     stalled: Option<Waits>,
     /// Chunks of the plan that is being read.
     chunks: Vec<(Row, Tokens, bool)>,
@@ -134,7 +136,8 @@ impl Replay {
             since: since.collect(),
             seats,
             found: Found::default(),
-            head: None,
+            home: ShardId(0),
+            heads: BTreeMap::new(),
             stalled: None,
             chunks: Vec::new(),
             last_answered: Timestamp::ZERO,
@@ -160,6 +163,7 @@ impl Replay {
             Entry::Admitted { request, row, known, cached } if request == self.of => {
                 self.present = true;
                 self.row = Some(row);
+                self.home = row.shard;
                 if self.found.prompt.is_zero() {
                     self.found.prompt = known;
                 }
@@ -171,12 +175,22 @@ impl Replay {
                 self.found.finished = Some((at, by, output));
             }
             Entry::Submitted { .. } | Entry::Admitted { .. } | Entry::Finished { .. } => {}
-            Entry::Head(request, waits) => {
-                self.head = Some((request, waits));
-                self.present |= request == self.of;
+            Entry::Placed(request, shard) => {
+                if request == self.of {
+                    self.home = shard;
+                }
+            }
+            Entry::Head(shard, request, waits) => {
+                self.heads.insert(shard, (request, waits));
+                if request == self.of {
+                    self.present = true;
+                    self.home = shard;
+                }
                 self.look();
             }
-            Entry::NoHead => self.head = None,
+            Entry::NoHead(shard) => {
+                self.heads.remove(&shard);
+            }
             Entry::Stalled(request, waits) => {
                 self.stalled = self.stalled.or((request == self.of).then_some(waits));
             }
@@ -259,9 +273,9 @@ impl Replay {
     }
 
     fn in_line(&self) -> Wait {
-        match self.head {
-            Some((head, waits)) if head == self.of => Wait::For(waits),
-            Some((head, waits)) => Wait::Behind { head, waits },
+        match self.heads.get(&self.home) {
+            Some((head, waits)) if *head == self.of => Wait::For(*waits),
+            Some((head, waits)) => Wait::Behind { head: *head, waits: *waits },
             None => Wait::NextPlan,
         }
     }

@@ -6,7 +6,7 @@
 //! written over.
 
 use super::entry::{Entry, Row};
-use ids::RequestId;
+use ids::{RequestId, ShardId};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -31,12 +31,12 @@ pub(crate) struct Seats {
 }
 
 impl Seats {
-    fn new(rows: usize) -> Self {
-        Self { rows, all: vec![None; rows] }
+    fn new(rows: usize, shards: usize) -> Self {
+        Self { rows, all: vec![None; rows * shards] }
     }
 
     fn index(&self, row: Row) -> usize {
-        usize::from(row.shard) * self.rows + row.slot as usize
+        row.shard.index() * self.rows + row.slot as usize
     }
 
     pub(crate) fn get(&self, row: Row) -> Option<Occupant> {
@@ -45,9 +45,6 @@ impl Seats {
 
     pub(crate) fn set(&mut self, row: Row, occupant: Option<Occupant>) {
         let at = self.index(row);
-        if at >= self.all.len() {
-            self.all.resize((usize::from(row.shard) + 1) * self.rows.max(1), None);
-        }
         if let Some(place) = self.all.get_mut(at) {
             *place = occupant;
         }
@@ -62,7 +59,7 @@ impl Seats {
     pub(crate) fn row_of(&self, request: RequestId) -> Option<Row> {
         let sits = |seat: &Option<Occupant>| seat.is_some_and(|seat| seat.request == request);
         let at = self.all.iter().position(sits)?;
-        let shard = u16::try_from(at / self.rows).ok()?;
+        let shard = ShardId(u16::try_from(at / self.rows).ok()?);
         Some(Row { shard, slot: u32::try_from(at % self.rows).ok()? })
     }
 
@@ -79,8 +76,9 @@ impl Seats {
             }
             Entry::Lost(_) => self.all.fill(None),
             Entry::Submitted { .. }
+            | Entry::Placed(..)
             | Entry::Head(..)
-            | Entry::NoHead
+            | Entry::NoHead(_)
             | Entry::Stalled(..)
             | Entry::Chunk { .. }
             | Entry::Planned(_)
@@ -104,12 +102,12 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
-    fn new(rows: usize) -> Self {
-        Self { opening: Seats::new(rows), entries: Vec::with_capacity(SEGMENT) }
+    fn new(seats: &Seats) -> Self {
+        Self { opening: seats.clone(), entries: Vec::with_capacity(SEGMENT) }
     }
 
-    fn bytes(rows: usize) -> usize {
-        SEGMENT * size_of::<Entry>() + rows * size_of::<Option<Occupant>>()
+    fn bytes(seats: &Seats) -> usize {
+        SEGMENT * size_of::<Entry>() + size_of_val(&*seats.all)
     }
 }
 
@@ -125,21 +123,22 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    /// A ring of about so many bytes, for slot tables of so many rows.
-    pub(crate) fn new(bytes: usize, rows: usize) -> Self {
-        let count = (bytes / Segment::bytes(rows)).max(SEGMENTS_LEAST);
-        let segment = || Arc::new(Segment::new(rows));
+    /// A ring of about so many bytes, for so many slot tables of so many rows.
+    pub(crate) fn new(bytes: usize, rows: usize, shards: usize) -> Self {
+        let seats = Seats::new(rows, shards);
+        let count = (bytes / Segment::bytes(&seats)).max(SEGMENTS_LEAST);
+        let segment = || Arc::new(Segment::new(&seats));
         Self {
             full: VecDeque::with_capacity(count),
             spare: (1..count).map(|_| segment()).collect(),
             newest: segment(),
-            seats: Seats::new(rows),
+            seats,
         }
     }
 
     /// Bytes that it may hold.
     pub(crate) fn bytes(&self) -> usize {
-        (self.full.len() + self.spare.len() + 1) * Segment::bytes(self.seats.all.len())
+        (self.full.len() + self.spare.len() + 1) * Segment::bytes(&self.seats)
     }
 
     pub(crate) fn push(&mut self, entry: Entry) {
@@ -156,10 +155,10 @@ impl Ring {
     /// Begins the next segment.
     fn turn(&mut self) {
         let next = self.spare.pop().or_else(|| self.full.pop_front());
-        let mut next = next.unwrap_or_else(|| Arc::new(Segment::new(self.seats.rows)));
+        let mut next = next.unwrap_or_else(|| Arc::new(Segment::new(&self.seats)));
         if Arc::get_mut(&mut next).is_none() {
             // A reader still looks at it, and keeps it.
-            next = Arc::new(Segment::new(self.seats.rows));
+            next = Arc::new(Segment::new(&self.seats));
         }
         if let Some(next) = Arc::get_mut(&mut next) {
             next.entries.clear();
@@ -186,7 +185,7 @@ mod tests {
     use super::*;
     use ids::{Timestamp, Tokens};
 
-    const ROW: Row = Row { shard: 0, slot: 1 };
+    const ROW: Row = Row { shard: ShardId(1), slot: 1 };
 
     fn admitted(request: u64) -> Entry {
         let request = RequestId(request);
@@ -195,7 +194,7 @@ mod tests {
 
     #[test]
     fn the_oldest_is_written_over_and_every_segment_opens_with_the_seats() {
-        let mut ring = Ring::new(0, 2);
+        let mut ring = Ring::new(0, 2, 2);
         let bytes = ring.bytes();
         for i in 0..SEGMENT as u64 * 9 {
             ring.push(admitted(i));
@@ -211,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_reader_keeps_what_it_reads() {
-        let mut ring = Ring::new(0, 2);
+        let mut ring = Ring::new(0, 2, 2);
         (0..SEGMENT as u64).for_each(|i| ring.push(admitted(i)));
         ring.push(Entry::Ready(Timestamp::ZERO));
         let held = ring.read();

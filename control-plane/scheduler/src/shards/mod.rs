@@ -349,12 +349,6 @@ impl Shards {
         if let [only] = self.shards.as_slice() { only.stalls() } else { &self.stalls }
     }
 
-    /// The first in line of the first shard that has a line, and what it waits for.
-    #[must_use]
-    pub fn first_in_line(&self) -> Option<(RequestId, Waits)> {
-        self.shards.iter().find_map(Scheduler::first_in_line)
-    }
-
     /// Every request that the last plan did not run, and what it waits for.
     #[must_use]
     pub fn explain(&self) -> Vec<(RequestId, Waits)> {

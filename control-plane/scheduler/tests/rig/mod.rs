@@ -3,7 +3,9 @@
 
 #![allow(dead_code, reason = "each test file uses its part of this module")]
 
-use ids::{Bytes, GroupId, HashKey, Incarnation, RequestId, SlotId, Timestamp, TokenId, Tokens};
+use ids::{
+    Bytes, GroupId, HashKey, Incarnation, RequestId, ShardId, SlotId, Timestamp, TokenId, Tokens,
+};
 use scheduler::{Config, Event, History, Journal, Output, Scheduler, Submit, WorkerReady};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -24,6 +26,8 @@ pub(crate) struct Rig {
     pub(crate) now: Timestamp,
     /// When each request ended, as its client saw it.
     pub(crate) ended: BTreeMap<RequestId, Timestamp>,
+    /// What was submitted.
+    pub(crate) submits: Vec<Submit>,
     /// Output tokens of each.
     pub(crate) tokens: BTreeMap<RequestId, u32>,
     life: Incarnation,
@@ -46,9 +50,10 @@ impl Rig {
         };
         Self {
             scheduler: Scheduler::new(config).expect("limits agree"),
-            journal: Journal::new(bytes, slots),
+            journal: Journal::new(bytes, slots, 1),
             now: Timestamp::ZERO,
             ended: BTreeMap::new(),
+            submits: Vec::new(),
             tokens: BTreeMap::new(),
             life: Incarnation(0),
             generations: BTreeMap::new(),
@@ -96,6 +101,7 @@ impl Rig {
             arrival: self.now,
         };
         self.journal.submitted(&submit);
+        self.submits.push(submit.clone());
         self.turn(Some(Event::Submit(Box::new(submit))));
     }
 
@@ -107,12 +113,13 @@ impl Rig {
         loop {
             self.drain();
             let Some(planned) = self.scheduler.plan_step(self.now) else { break };
+            self.journal.looked(ShardId(0), self.scheduler.first_in_line());
             self.journal.planned(self.now, &planned, self.scheduler.stalls());
             self.drain();
             self.journal.sent(self.now, planned.plan.seq);
             self.carry_out(&planned.plan);
         }
-        self.journal.looked(self.scheduler.first_in_line());
+        self.journal.looked(ShardId(0), self.scheduler.first_in_line());
         self.drain();
         self.journal.delivered(self.now);
     }
@@ -185,7 +192,7 @@ impl Rig {
     pub(crate) fn step(&mut self) -> bool {
         let Some((at, outcome)) = self.due.pop_front() else { return false };
         self.now = self.now.max(at);
-        self.journal.answered(self.now, &outcome);
+        self.journal.answered(self.now, outcome.incarnation, outcome.seq, &outcome.timing);
         self.turn(Some(Event::Outcome(outcome)));
         true
     }

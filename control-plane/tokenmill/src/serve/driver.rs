@@ -9,7 +9,7 @@ use super::life::{Life, Progress};
 use super::startup::Startup;
 use super::streams::Streams;
 use gateway::engine::GenerationEvent;
-use ids::{GroupId, Rank, RequestId, Timestamp, Tokens};
+use ids::{GroupId, Rank, RequestId, ShardId, Timestamp, Tokens};
 use scheduler::{Event, Joined, Journal, Output, Pages, Scheduler, Shards, Submit, Why};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -127,6 +127,15 @@ impl Driver {
         }
     }
 
+    /// Notes who is first in each shard's line.
+    fn look(&mut self) {
+        if let Some(journal) = &mut self.journal {
+            for (shard, scheduler) in (0_u16..).zip(self.scheduler.schedulers()) {
+                journal.looked(ShardId(shard), scheduler.first_in_line());
+            }
+        }
+    }
+
     fn now(&self) -> Timestamp {
         Timestamp::ZERO.after(self.origin.elapsed())
     }
@@ -185,6 +194,7 @@ impl Driver {
         while let Some(placement) = self.scheduler.poll_placement() {
             self.metrics.placements(placed_by(placement.why)).inc();
             tracing::debug!("{placement}");
+            self.note(|journal| journal.placed(placement.request, placement.shard));
         }
     }
 
@@ -192,12 +202,10 @@ impl Driver {
     fn retire(&mut self, now: Timestamp) {
         let diverged = self.life.has_diverged();
         while let Some(joined) = self.life.joined() {
-            // The slowest shard is what the others waited for.
-            let slowest = joined.outcomes.iter().max_by_key(|outcome| outcome.timing.total_ns);
-            if let Some(outcome) = slowest {
-                self.note(|journal| journal.answered(now, outcome));
-            }
-            self.observe(&timing(&joined));
+            let timing = timing(&joined);
+            let (life, seq) = (joined.incarnation, joined.seq);
+            self.note(|journal| journal.answered(now, life, seq, &timing));
+            self.observe(&timing);
             self.progress.step_ended();
             if joined.outcomes.iter().any(|outcome| !outcome.sampled.is_empty()) {
                 self.startup.token();
@@ -237,6 +245,7 @@ impl Driver {
             let now = self.now();
             let Some(planned) = self.scheduler.plan_step(now) else { break };
             self.command(said);
+            self.look();
             if let Some(journal) = &mut self.journal {
                 journal.planned(now, &planned, self.scheduler.stalls());
             }
@@ -248,8 +257,7 @@ impl Driver {
             self.note(|journal| journal.sent(sent, seq));
             any = true;
         }
-        let head = self.scheduler.first_in_line();
-        self.note(|journal| journal.looked(head));
+        self.look();
         self.command(said);
         let gauges = self.scheduler.gauges();
         self.progress.working(gauges.running + gauges.waiting > 0);

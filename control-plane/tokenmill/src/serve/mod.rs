@@ -151,7 +151,8 @@ fn start_engine(
         0 => None,
         bytes => {
             let bytes = usize::try_from(bytes).context("--journal-bytes is more than there is")?;
-            Some(Journal::new(bytes, settings.args.max_num_seqs))
+            let shards = u16::try_from(settings.mesh.dp).unwrap_or(u16::MAX);
+            Some(Journal::new(bytes, settings.args.max_num_seqs, shards))
         }
     };
     let kept = journal.is_some();
