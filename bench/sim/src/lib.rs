@@ -5,6 +5,9 @@
 //! run. Invariant: the first thing that is wrong ends the run with the seed that shows it.
 
 pub mod client;
+pub mod curves;
+pub mod echo;
+pub mod overload;
 pub mod planner_bench;
 pub mod replica;
 pub mod rng;

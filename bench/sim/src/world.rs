@@ -366,7 +366,9 @@ impl World {
                 let (rank, arrival) = (rank_of(client), client.submit.arrival);
                 let waited = self.now.since(arrival);
                 self.figures.longest_wait = self.figures.longest_wait.max(waited);
-                if self.unstarted.first() != Some(&rank) {
+                // Where the longest waiting goes first in the end, it may be of any class.
+                let patience = self.scenario.config.patience;
+                if patience == 0 && self.unstarted.first() != Some(&rank) {
                     return Err(format!("{request} overtook {:?}", self.unstarted.first()));
                 }
                 self.unstarted.remove(&rank);
@@ -404,7 +406,11 @@ impl World {
                     FinishReason::Aborted => 2,
                     FinishReason::Deadline => 3,
                     FinishReason::WorkerDied { .. } => 4,
-                    FinishReason::Refused(Refusal::CacheTooSmall { .. }) => {
+                    FinishReason::Refused(
+                        Refusal::CacheTooSmall { .. }
+                        | Refusal::Shed { .. }
+                        | Refusal::DeadlineUnreachable { .. },
+                    ) => {
                         self.figures.refused += 1;
                         return Ok(());
                     }

@@ -12,9 +12,11 @@
 mod admit;
 mod config;
 mod decode;
+mod door;
 mod event;
 mod job;
 mod life;
+mod line;
 mod outcome;
 mod output;
 mod plan;
@@ -26,6 +28,7 @@ pub mod request;
 mod scheduler;
 mod slab;
 mod slots;
+mod spare;
 mod tables;
 mod worker;
 

@@ -12,7 +12,8 @@ mod time;
 pub use count::{Blocks, Bytes, Tokens};
 pub use hash::{BlockHash, HashKey};
 pub use id::{
-    BlockId, GroupId, Incarnation, RequestId, ShardId, SlotGeneration, SlotId, StepSeq, TokenId,
+    BlockId, GroupId, Incarnation, RequestId, ShardId, SlotGeneration, SlotId, StepSeq, TenantId,
+    TokenId,
 };
 pub use time::Timestamp;
 
