@@ -159,10 +159,19 @@ pub fn load(seed: u64, capacity: Capacity, offered: f64, policy: Policy) -> Load
     load
 }
 
-/// Measures the time from the end of an overload of so many times the capacity, with half of it
-/// after, until the queue was empty and whoever came was served in time.
+/// How soon an overload is over.
+#[derive(Clone, Copy, Debug)]
+pub struct Recovery {
+    /// From the end of the overload until the last of those who came after it was turned away or
+    /// missed its deadline.
+    pub served: Duration,
+    /// From there until nobody waited.
+    pub empty: Duration,
+}
+
+/// Measures what follows an overload of so many times the capacity when half of it goes on to come.
 #[must_use]
-pub fn recovery(seed: u64, capacity: Capacity, offered: f64) -> Duration {
+pub fn recovery(seed: u64, capacity: Capacity, offered: f64) -> Recovery {
     let over = Duration::from_secs(60);
     let end = Duration::from_secs(120);
     let policy = Policy::Served;
@@ -174,8 +183,10 @@ pub fn recovery(seed: u64, capacity: Capacity, offered: f64) -> Duration {
     let last = turned_away.filter(|end| end.way != Way::Done).map(|end| end.ended).max();
     let mut after = record.samples.iter().filter(|sample| sample.at >= over);
     let empty = after.find(|sample| sample.queued == 0).map(|sample| sample.at);
-    let empty = empty.unwrap_or(Timestamp(u64::MAX));
-    last.map_or(empty, |last| last.max(empty)).since(over)
+    Recovery {
+        served: last.map_or(Duration::ZERO, |last| last.since(over)),
+        empty: empty.map_or(Duration::MAX, |empty| empty.since(over)),
+    }
 }
 
 /// Tenants of unequal demand over time.
@@ -236,6 +247,8 @@ pub struct Least {
     pub requests: u64,
     /// Of these, served.
     pub done: u64,
+    /// Of these, turned away because the places of their class were taken.
+    pub full: u64,
     /// Longest wait.
     pub longest: Duration,
     /// What the stated bound allowed it.
@@ -264,6 +277,7 @@ pub fn least_urgent(seed: u64, capacity: Capacity, patience: u32) -> Least {
     let mut least = Least {
         requests: 0,
         done: 0,
+        full: 0,
         longest: Duration::ZERO,
         bound: Duration::ZERO,
         urgent_p99: Duration::ZERO,
@@ -275,6 +289,7 @@ pub fn least_urgent(seed: u64, capacity: Capacity, patience: u32) -> Least {
             (2, waited) => {
                 least.requests += 1;
                 least.done += u64::from(end.way == Way::Done);
+                least.full += u64::from(end.way == Way::Full);
                 let waited = waited.unwrap_or_else(|| end.ended.since(end.arrival));
                 least.longest = least.longest.max(waited);
             }

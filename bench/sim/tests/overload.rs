@@ -27,7 +27,8 @@ fn ten_times_the_capacity_leaves_nine_tenths_of_the_peak() {
 #[test]
 fn an_overload_is_over_ten_seconds_after_its_end() {
     let took = recovery(SEED, capacity(SEED), 10.0);
-    assert!(took <= Duration::from_secs(10), "{took:?}");
+    assert!(took.served <= Duration::from_secs(10), "{took:?}");
+    assert!(took.empty <= Duration::from_secs(20), "{took:?}");
 }
 
 #[test]
@@ -45,7 +46,8 @@ fn tenants_with_work_get_alike_whatever_they_ask_for() {
 #[test]
 fn the_least_urgent_wait_no_longer_than_stated() {
     let least = least_urgent(SEED, capacity(SEED), 16);
-    assert!(least.requests > 20 && least.done == least.requests, "{least:?}");
+    assert!(least.requests > 20 && least.done * 10 >= least.requests * 9, "{least:?}");
+    assert_eq!(least.done + least.full, least.requests, "who got in is served: {least:?}");
     assert!(least.longest <= least.bound, "{least:?}");
     // Without patience they would hardly be served at all.
     let never = least_urgent(SEED, capacity(SEED), 0);

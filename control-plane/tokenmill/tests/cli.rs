@@ -51,6 +51,7 @@ const COMMANDS: [(&[&str], &[&str]); 17] = [
     (&["bench", "serve"], &["--num-prompts", "--max-concurrency", "--request-rate", "--json"]),
     (&["bench", "plot"], &["--out", "--title"]),
     (&["bench", "planner"], &["--json", "--steps"]),
+    (&["bench", "overload"], &["--json", "--seed", "--plots"]),
     (&["model", "explain"], &["--tp", "--dp", "--ep", "--bucket"]),
     (&["model", "random"], &["--out", "--seed", "--dtype", "--profile"]),
     (&["model", "fetch"], &["--revision"]),

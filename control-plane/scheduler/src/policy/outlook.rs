@@ -88,14 +88,14 @@ impl Outlook {
 
     /// Tokens that an output is likely to have, of at most `most`: the mean.
     pub(crate) fn likely_output(&self, least: Tokens, most: Tokens) -> Tokens {
-        let usual = self.output.get().map_or(most.0, |mean| mean as u32);
+        let usual = self.output.get().map_or(least.0, |mean| mean as u32);
         Tokens(usual.max(least.0).min(most.0))
     }
 
     /// Tokens that few outputs exceed: two deviations above the mean.
     pub(crate) fn large_output(&self, least: Tokens, most: Tokens) -> Tokens {
         let (Some(mean), Some(squares)) = (self.output.get(), self.squares.get()) else {
-            return most;
+            return least;
         };
         let deviation = (squares - mean * mean).max(0.0).sqrt();
         Tokens(((mean + 2.0 * deviation) as u32).max(least.0).min(most.0))
@@ -123,7 +123,8 @@ mod tests {
         let mut outlook = Outlook::default();
         assert_eq!(outlook.decode_time(Tokens(10)), None);
         assert_eq!(outlook.drain_time(100), None);
-        assert_eq!(outlook.likely_output(Tokens(1), Tokens(500)), Tokens(500), "nothing is known");
+        assert_eq!(outlook.likely_output(Tokens(1), Tokens(500)), Tokens(1), "nothing is known");
+        assert_eq!(outlook.large_output(Tokens(1), Tokens(500)), Tokens(1));
         for i in 0..100 {
             outlook.step(Duration::from_millis(5));
             outlook.ended(Tokens(40));

@@ -52,7 +52,11 @@ pub(crate) fn run(args: &OverloadArgs) -> Result<()> {
         goodput.push(Line { name: policy.name().into(), points });
     }
     let took = curves::recovery(args.seed, capacity, 10.0);
-    print("overload.recovery", json!({"after": 10.0, "seconds": took.as_secs_f64()}))?;
+    let (served, empty) = (took.served.as_secs_f64(), took.empty.as_secs_f64());
+    print(
+        "overload.recovery",
+        json!({"offered": 10.0, "turned_away_until_s": served, "queue_empty_after_s": empty}),
+    )?;
     let mut plots = vec![("overload.svg", goodput_plot(capacity, &goodput)?)];
     for (policy, file) in POLICIES.into_iter().zip(["fairness.svg", "fairness-arrival.svg"]) {
         let shares = curves::shares(args.seed, capacity, policy);
@@ -62,7 +66,7 @@ pub(crate) fn run(args: &OverloadArgs) -> Result<()> {
     for patience in [16, 0] {
         let least = curves::least_urgent(args.seed, capacity, patience);
         let figures = json!({
-            "patience": patience, "requests": least.requests, "done": least.done,
+            "patience": patience, "requests": least.requests, "done": least.done, "full": least.full,
             "longest_wait_s": least.longest.as_secs_f64(), "bound_s": least.bound.as_secs_f64(),
             "urgent_p99_wait_s": least.urgent_p99.as_secs_f64(),
         });
