@@ -24,13 +24,15 @@ pub(super) const QUERY: usize = MLA.nope + MLA.rope;
 pub(super) const LAYER: KvLayer = KvLayer { offset: 0, row: WIDTH };
 
 /// Heads, batch and context.
-const DECODES: [(usize, usize, usize); 9] = [
+const DECODES: [(usize, usize, usize); 11] = [
     (16, 1, 1024),
     (16, 1, 8192),
     (16, 4, 8192),
     (16, 16, 8192),
     (16, 64, 8192),
     (16, 128, 8192),
+    (16, 256, 256),
+    (16, 512, 512),
     (128, 1, 8192),
     (128, 16, 8192),
     (128, 64, 8192),

@@ -22,14 +22,18 @@ pub(super) const LINES: usize = 16;
 const MANY: usize = 64;
 /// Elements of a line of the cache as the copy engine swizzles it; blocks begin on multiples.
 pub const LINE: usize = 64;
-const THREADS: u32 = 256;
+const THREADS: u32 = 384;
 const WIDE_THREADS: u32 = 384;
 /// Bytes of the kernels' `Shared`.
-const SHARED: u32 = 169_056;
+const SHARED: u32 = 187_176;
 const WIDE_SHARED: u32 = 229_920;
 const MERGE_THREADS: u32 = 256;
 /// Blocks of the second kernel on a multiprocessor.
 const MERGE_WAVES: usize = 8;
+/// Where there are more rows than [`MERGE_FEW_ROWS`], of which few are in several pieces: so few that they
+/// lie beside those of the first kernel and have looked for work when it ends, if they see all at once.
+const MERGE_BESIDE: usize = 2;
+const MERGE_FEW_ROWS: usize = 48;
 /// Blocks of the second kernel to a line, at most.
 const MERGE_PARTS: usize = 8;
 
@@ -218,7 +222,11 @@ pub(super) fn merge(
         heads: dim(OP, mla.heads)?,
     };
     let items = rows.padded * mla.heads * MERGE_PARTS;
-    let grid = [dim(OP, items.min(on.multiprocessors() * MERGE_WAVES))?, 1, 1];
+    let beside = on.multiprocessors() * MERGE_BESIDE * MERGE_THREADS as usize;
+    let few = rows.padded > MERGE_FEW_ROWS && items <= beside;
+    let waves = if few { MERGE_BESIDE } else { MERGE_WAVES };
+    let blocks = items.min(on.multiprocessors() * waves);
+    let grid = [dim(OP, blocks)?, 1, 1];
     Launch::new(on.kernel(MERGE)?, grid, MERGE_THREADS).dependent().on(on.stream, &merge)
 }
 

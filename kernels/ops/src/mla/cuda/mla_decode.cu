@@ -1,9 +1,13 @@
-// Latent attention of decoding rows in the absorbed form, latent 512 and rope 64, for any heads.
+// Latent attention of decoding rows in the absorbed form, latent 512 and rope 64, for up to 16 heads.
 //
-// A block works through its pieces: some keys of one row, for 16 heads of it. Keys come in tiles of up
-// to 64, by the copy engine, two tiles ahead; queries stay in registers. A row in several pieces leaves
-// partial sums, which `mla_decode_merge` merges. The host cuts the pieces (decode.rs), so that blocks
-// have equal work whatever the contexts are.
+// A block works through its pieces: some keys of one row. Keys come by the copy engine in units of 16
+// through a ring, tiles of up to 64 are worked on at once; one warp runs ahead of the others over the
+// borders of pieces and brings the next row's queries as well, so that memory is read without a pause
+// whatever the contexts are. Of the products of queries and keys each warp takes a quarter of the width
+// for half the keys, so its queries stay in registers; of those with values, 64 columns. A row in several
+// pieces leaves partial sums, which `mla_decode_merge` merges. The host cuts the pieces (decode.rs), so
+// that blocks have equal work.
+#include "cuda/wgmma.cuh"
 #include "mla/cuda/decode.cuh"
 #include "mla/cuda/merge.cuh"
 
@@ -14,250 +18,331 @@ using Params = DecodeParams;
 
 constexpr int kBlock = kTokens;  // keys of a tile
 constexpr int kPitch = 584;      // of a query in shared memory: an odd number of 16-byte units
-constexpr int kWarps = 8;
-constexpr int kThreads = kWarps * 32;
-constexpr int kBound = 288;  // registers as if for more threads, so that other blocks fit beside
-constexpr int kStages = 2;
-constexpr int kSteps = kWidth / 16;
-// Steps whose queries stay in registers; with all of them no block of the kernel in front fits beside.
-constexpr int kHeld = 18;
-constexpr int kProbPitch = 72;
+constexpr int kWarps = 8;        // that compute
+constexpr int kComputing = kWarps * 32;
+constexpr int kBound = 512;      // registers as if for more threads, so that a block of the merge fits beside
+constexpr uint32_t kUnits = 8;   // of keys, in the ring
+constexpr int kParts = 4;        // of the width
+constexpr int kSteps = kWidth / 16 / kParts;
+constexpr int kScorePitch = kBlock + 8;
+constexpr int kProbPitch = kBlock + 8;
+constexpr uint32_t kUnitBytes = kBox * kWidth * 2;
 
-// Tiles of a block's pieces in order; a tile lies in one cache block.
-struct Cursor {
-    Piece at;
-    uint32_t begin;
-    bool any;
-    __device__ void open(const Params& p, uint32_t piece) {
-        at = p.pieces[piece];
-        begin = at.begin;
-        any = at.end > at.begin;
-    }
-    __device__ uint32_t end() const { return min(at.end, (begin / kBlock + 1) * kBlock); }
-    __device__ void next(const Params& p) {
-        begin = end();
-        if (begin < at.end) {
-            at.at[0] = p.tables[at.table + begin / kBlock];
-        } else if (at.next != 0) {
-            open(p, at.next);
-        } else {
-            any = false;
-        }
-    }
+// What those that compute know of a piece.
+struct Work {
+    uint32_t row, begin, end, slot, head;
+    bool last;
 };
 
 struct Shared {
-    bf16 kv[kStages][kBlock][kWidth];  // 16-byte units swizzled within 128 bytes
+    bf16 kv[kUnits][kBox][kWidth];  // 16-byte units swizzled within 128 bytes
     bf16 q[kLines][kPitch];
+    float scores[kParts][kLines][kScorePitch];
     bf16 prob[kLines][kProbPitch];
-    float top[kWarps][kLines];
-    uint64_t full[kStages];
-    Cursor ahead;  // of the thread that starts copies
+    float shrink[kLines], mass[kLines];
+    uint64_t full[kUnits];   // of tiles in turn: there are not more than units
+    uint64_t empty[kUnits];
+    uint64_t asked, taken;  // queries and `work`: there; in registers
+    Work work;
 };
-static_assert(sizeof(Shared) == 169056, "as decode.rs says");
+static_assert(sizeof(Shared) == 187176, "as decode.rs says");
 
-// Boxes of a tile, and the line where it begins.
-struct Boxes {
-    uint32_t count;
-    int line;
-    __device__ int from(uint32_t i) const { return line + int(i) * kBox * (kWidth / kLine); }
-};
-__device__ __forceinline__ Boxes boxes_of(const Params& p, const Cursor& c) {
-    const uint64_t at = inside(c.at.at[0], p.layer_offset, p.arena_elements);
-    const int line = int((at + p.layer_offset) / kLine) + int(c.begin % kBlock) * (kWidth / kLine);
-    return {(c.end() - c.begin + kBox - 1) / kBox, line};
+// A word of a piece in each thread of a warp.
+__device__ __forceinline__ uint32_t words_of(const Params& p, uint32_t piece) {
+    constexpr uint32_t kWords = sizeof(Piece) / 4;
+    return reinterpret_cast<const uint32_t*>(p.pieces)[piece * kWords + threadIdx.x % kWords];
+}
+__device__ __forceinline__ uint32_t word_of(uint32_t words, size_t offset) { return __shfl_sync(0xffffffff, words, offset / 4); }
+
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory"); }
+
+// A box of keys, which nobody reads again in this step: queries and results stay in the second-level cache.
+__device__ __forceinline__ void load_once(uint32_t to, const TensorMap* map, int line, uint32_t bar) {
+    constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(to),
+        "l"(map), "r"(0), "r"(line), "r"(bar), "l"(kEvictFirst)
+        : "memory");
 }
 
-// One thread starts the copy of a tile.
-__device__ __forceinline__ void load_tile(const Params& p, Shared& s, int stage, const Cursor& c) {
-    const Boxes boxes = boxes_of(p, c);
-    const uint32_t bar = shared_address(&s.full[stage]);
-    fence_async();
-    barrier_expect(bar, boxes.count * kBox * kWidth * 2);
-    for (uint32_t i = 0; i < boxes.count; i++) {
-        tensor_load_2d(shared_address(&s.kv[stage][i * kBox][0]), &p.cache, 0, boxes.from(i), bar);
-    }
-}
-
-__device__ void decode(const Params& p) {
-    extern __shared__ __align__(1024) uint8_t memory[];
-    Shared& s = *reinterpret_cast<Shared*>(memory);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < kStages; i++) barrier_init(shared_address(&s.full[i]), 1);
-        fence_barrier_init();
-    }
-    __syncthreads();
-    Cursor now;
-    now.open(p, blockIdx.x);
-    // Room for the next kernel. One block stays, so that this kernel ends after the one in front.
-    if (!now.any && blockIdx.x != 0) return;
-    Cursor& ahead = s.ahead;
-    int loaded = 0;
-    if (threadIdx.x == 0) {
-        ahead = now;
-        // What earlier steps wrote need not wait for the kernel before.
-        while (loaded < kStages && ahead.any && ahead.end() <= ahead.at.settled) {
-            load_tile(p, s, loaded++, ahead);
-            ahead.next(p);
-        }
-        // Of a tile with keys of this step the others can come nearer.
-        if (loaded < kStages && ahead.any) {
-            const Boxes boxes = boxes_of(p, ahead);
-            for (uint32_t i = 0; i < boxes.count; i++) tensor_prefetch_2d(&p.cache, 0, boxes.from(i));
-        }
-    }
-    allow_next();
-    wait_for_previous();
-    if (threadIdx.x == 0) {
-        while (loaded < kStages && ahead.any) {
-            load_tile(p, s, loaded++, ahead);
-            ahead.next(p);
-        }
-    }
-    const float scale = p.scale * 1.44269504f;
-    int tile = 0;
-    while (now.any) {
-        const Piece piece = now.at;
-        // All at once: one after the other would wait behind the keys of all blocks each time.
-        for (int i = threadIdx.x; i < kLines * kWidth / 8; i += kThreads) {
-            const int line = i / (kWidth / 8), at = i % (kWidth / 8) * 8;
-            const bool there = piece.head + line < p.heads;
-            const uint32_t head = there ? piece.head + line : 0;
-            const bf16* from = at < kLatent ? p.q + piece.row * p.q_row + head * p.q_head + at
-                                            : p.q_rest + piece.row * p.rest_row + head * p.rest_head + at - kLatent;
-            copy_async(shared_address(&s.q[line][at]), from, there);
-        }
-        commit_copies();
-        wait_copies<0>();
-        __syncthreads();
-        const auto query_at = [&](int k) { return shared_address(&s.q[lane % 16][k * 16 + lane / 16 * 8]); };
-        uint32_t q[kHeld][4];
-#pragma unroll
-        for (int k = 0; k < kHeld; k++) load_matrix(q[k], query_at(k));
-
-        float top[2] = {-INFINITY, -INFINITY}, mass[2] = {};
-        float acc[8][4] = {};
-        for (;; tile++) {
-            const int stage = tile % kStages;
-            const uint32_t keys = now.end() - now.begin;
-            const int padded = (keys + 15) / 16 * 16;
-            barrier_wait(shared_address(&s.full[stage]), tile / kStages & 1);
-            if (keys % 16 != 0) {
-                // What lies beyond may be anything, and nothing times infinity is not nothing.
-                uint4* rest = reinterpret_cast<uint4*>(&s.kv[stage][keys][0]);
-                for (int i = threadIdx.x; i < (padded - int(keys)) * (kWidth / 8); i += kThreads) rest[i] = uint4{};
-                __syncthreads();
+// One warp starts all copies. What earlier steps wrote need not wait for the kernel before.
+__device__ __forceinline__ void produce(const Params& p, Shared& s, uint32_t words) {
+    const uint32_t lane = threadIdx.x % 32;
+    uint32_t unit = 0, tile = 0;
+    bool waited = false;
+    for (uint32_t n = 0;; n++) {
+        const auto word = [&](size_t offset) { return word_of(words, offset); };
+        const auto long_word = [&](size_t offset) { return word(offset) | uint64_t(word(offset + 4)) << 32; };
+        const uint64_t first[2] = {long_word(offsetof(Piece, at)), long_word(offsetof(Piece, at) + 8)};
+        const uint32_t table = word(offsetof(Piece, table)), settled = word(offsetof(Piece, settled));
+        const uint32_t next = word(offsetof(Piece, next));
+        const Work work = {word(offsetof(Piece, row)), word(offsetof(Piece, begin)), word(offsetof(Piece, end)),
+                           word(offsetof(Piece, slot)), word(offsetof(Piece, head)), next == 0};
+        // It is here when this piece is done.
+        if (next != 0) words = words_of(p, next);
+        bool asked = false;
+        const auto ask = [&] {
+            const uint32_t bar = shared_address(&s.asked), lines = min(uint32_t(kLines), p.heads - work.head);
+            if (lane == 0) {
+                barrier_wait(shared_address(&s.taken), (n & 1) ^ 1);
+                s.work = work;
+                barrier_expect(bar, lines * kWidth * 2);
             }
-            float d[4][4] = {};
-            const uint32_t keys_at = shared_address(&s.kv[stage][0][0]);
-            const bool active = warp * 8 < padded;
-            if (active) {
-#pragma unroll
-                for (int k = 0; k < kSteps; k += 2) {
-                    uint32_t b[4];
-                    load_matrix(b, key_unit(keys_at, warp * 8 + lane % 8, k / 4, k % 4 * 2 + lane / 8));
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        uint32_t loaded[4];
-                        if (k + i >= kHeld) load_matrix(loaded, query_at(k + i));
-                        const uint32_t(&a)[4] = k + i < kHeld ? q[(k + i) % kHeld] : loaded;
-                        mma_16816(d[k % 4 + i], a[0], a[1], a[2], a[3], b[2 * i], b[2 * i + 1]);
-                    }
+            __syncwarp();
+            const uint32_t line = lane % kLines, head = work.head + line;
+            if (line < lines) {
+                if (lane < kLines) {
+                    bulk_load(shared_address(&s.q[line][0]), p.q + work.row * p.q_row + head * p.q_head, kLatent * 2, bar);
+                } else {
+                    bulk_load(shared_address(&s.q[line][kLatent]), p.q_rest + work.row * p.rest_row + head * p.rest_head, kRope * 2, bar);
                 }
             }
-            float score[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const bool seen = active && warp * 8 + t * 2 + i % 2 < keys;
-                score[i] = seen ? (d[0][i] + d[1][i] + (d[2][i] + d[3][i])) * scale : -INFINITY;
+            asked = true;
+        };
+        // Of the first piece they come behind keys that need not wait.
+        if (waited) ask();
+        uint64_t entry = 0;
+        const uint32_t block = work.begin / kBlock;
+        uint32_t begin = work.begin;
+        for (uint32_t i = 0; begin < work.end; i++) {
+            const uint32_t end = min(work.end, (block + i + 1) * kBlock), units = (end - begin + kBox - 1) / kBox;
+            if (i % 32 == 0) {
+                const uint32_t of = block + i + lane;
+                entry = i + lane >= 2 && of * kBlock < work.end ? p.tables[table + of] : 0;
             }
-            float high[2] = {fmaxf(score[0], score[1]), fmaxf(score[2], score[3])};
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                high[i] = fmaxf(high[i], __shfl_xor_sync(0xffffffff, high[i], 1));
-                high[i] = fmaxf(high[i], __shfl_xor_sync(0xffffffff, high[i], 2));
-                if (t == 0) s.top[warp][g + i * 8] = high[i];
+            uint64_t listed = i == 0 ? first[0] : first[1];
+            if (i >= 2) listed = __shfl_sync(0xffffffff, entry, i % 32);
+            const uint64_t at = inside(listed, p.layer_offset, p.arena_elements);
+            const int line = int((at + p.layer_offset) / kLine) + int(begin % kBlock + lane * kBox) * (kWidth / kLine);
+            if (!waited && (end > settled || unit + units > kUnits)) {
+                // What has keys of this step can come nearer.
+                if (end > settled && lane < units) tensor_prefetch_2d(&p.cache, 0, line);
+                wait_for_previous();
+                waited = true;
+                ask();
             }
-            __syncthreads();
-            float shrink[2];
+            const uint32_t place = (unit + lane) % kUnits, bar = shared_address(&s.full[tile % kUnits]);
+            if (lane < units) barrier_wait(shared_address(&s.empty[place]), ((unit + lane) / kUnits & 1) ^ 1);
+            __syncwarp();
+            if (lane == 0) barrier_expect(bar, units * kUnitBytes);
+            __syncwarp();
+            if (lane < units) load_once(shared_address(&s.kv[place][0][0]), &p.cache, line, bar);
+            tile++;
+            unit += units;
+            begin = end;
+        }
+        if (!waited) {
+            wait_for_previous();
+            waited = true;
+            ask();
+        }
+        if (next == 0) return;
+    }
+}
+
+// All threads that compute.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;\n" ::"n"(kComputing) : "memory"); }
+
+// Words i of four threads become all words of thread i.
+__device__ __forceinline__ uint4 gathered(uint32_t (&v)[4], int t) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float all = top[i];
+    for (int step = 1; step < 4; step *= 2) {
+        const bool upper = t & step;
 #pragma unroll
-                for (int w = 0; w < kWarps; w++) all = fmaxf(all, s.top[w][g + i * 8]);
-                // Where every score is minus infinity or not a number nothing is subtracted.
-                const float base = all == -INFINITY ? 0.0f : all;
-                shrink[i] = exp2f(top[i] - base);
-                top[i] = all;
-                const float a = exp2f(score[2 * i] - base), b = exp2f(score[2 * i + 1] - base);
-                mass[i] = mass[i] * shrink[i] + a + b;
-                *reinterpret_cast<uint32_t*>(&s.prob[g + i * 8][warp * 8 + t * 2]) = pack_bf16(a, b);
+        for (int i = 0; i < 4; i++) {
+            if (i & step) continue;
+            const uint32_t got = __shfl_xor_sync(0xffffffff, upper ? v[i] : v[i + step], step);
+            (upper ? v[i] : v[i + step]) = got;
+        }
+    }
+    return {v[0], v[1], v[2], v[3]};
+}
+
+__device__ __forceinline__ void compute(const Params& p, Shared& s) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int part = warp % kParts, half = warp / kParts;
+    const float scale = p.scale * 1.44269504f;
+    // Of the scores this warp weighs two lines, 16 threads each.
+    const int line = warp * 2 + lane / 16, column = lane % 16 * 4;
+    // Of each 128 bytes of a key this warp multiplies 32: where a thread finds them in a unit.
+    const int key = lane / 16 * 8 + lane % 8;
+    uint32_t unit = 0, tile = 0;
+    wait_for_previous();
+    for (uint32_t n = 0;; n++) {
+        barrier_wait(shared_address(&s.asked), n & 1);
+        const Work work = s.work;
+        uint32_t q[kSteps][4];
+#pragma unroll
+        for (int k = 0; k < kSteps; k++) load_matrix(q[k], shared_address(&s.q[lane % 16][k * kLine + part * 16 + lane / 16 * 8]));
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(&s.taken));
+
+        float top = -INFINITY, mass = 0.0f;
+        float acc[8][4] = {};
+        for (uint32_t begin = work.begin; begin < work.end;) {
+            const uint32_t end = min(work.end, (begin / kBlock + 1) * kBlock), keys = end - begin, units = (keys + kBox - 1) / kBox;
+            const auto place = [&](uint32_t i) { return (unit + i) % kUnits; };
+            barrier_wait(shared_address(&s.full[tile % kUnits]), tile / kUnits & 1);
+            tile++;
+            // Units of this warp. All of one is under way to registers before it is multiplied.
+            const uint32_t mine = half * 2, count = units > mine ? min(units - mine, 2u) : 0;
+            uint32_t b[kSteps][4];
+            const auto fetch = [&](uint32_t i, int k) { load_matrix(b[k], key_unit(shared_address(&s.kv[place(mine + i)][0][0]), key, k, part * 2 + lane / 8 % 2)); };
+            float d[2][2][4];
+            const auto multiply = [&](int k) {
+                mma_16816(d[k % 2][0], q[k][0], q[k][1], q[k][2], q[k][3], b[k][0], b[k][1]);
+                mma_16816(d[k % 2][1], q[k][0], q[k][1], q[k][2], q[k][3], b[k][2], b[k][3]);
+            };
+            const auto clear = [&] {
+#pragma unroll
+                for (int i = 0; i < 16; i++) d[i / 8][i / 4 % 2][i % 4] = 0.0f;
+            };
+            const auto store = [&](uint32_t i) {
+#pragma unroll
+                for (int h = 0; h < 4; h++) {
+                    const int n = h / 2, at = h % 2 * 2;
+                    *reinterpret_cast<float2*>(&s.scores[part][g + h % 2 * 8][(mine + i) * kBox + n * 8 + t * 2]) = {
+                        d[0][n][at] + d[1][n][at], d[0][n][at + 1] + d[1][n][at + 1]};
+                }
+            };
+            if (count > 0) {
+                clear();
+#pragma unroll
+                for (int k = 0; k < kSteps; k++) fetch(0, k);
+                if (count > 1) {
+#pragma unroll
+                    for (int k = 0; k < kSteps; k++) {
+                        multiply(k);
+                        fetch(1, k);
+                    }
+                    store(0);
+                    clear();
+                }
+#pragma unroll
+                for (int k = 0; k < kSteps; k++) multiply(k);
+                store(count - 1);
             }
-            __syncthreads();
+            meet();
+            float score[4] = {};
+#pragma unroll
+            for (int of = 0; of < kParts; of++) {
+                const float4 v = *reinterpret_cast<const float4*>(&s.scores[of][line][column]);
+                score[0] += v.x, score[1] += v.y, score[2] += v.z, score[3] += v.w;
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) score[i] = column + i < keys ? score[i] * scale : -INFINITY;
+            float all = fmaxf(top, fmaxf(fmaxf(score[0], score[1]), fmaxf(score[2], score[3])));
+#pragma unroll
+            for (int step = 1; step < 16; step *= 2) all = fmaxf(all, __shfl_xor_sync(0xffffffff, all, step));
+            // Where every score is minus infinity or not a number nothing is subtracted.
+            const float base = all == -INFINITY ? 0.0f : all;
+            const float shrink = exp2_of(top - base);
+            top = all;
+#pragma unroll
+            for (int i = 0; i < 4; i++) score[i] = exp2_of(score[i] - base);
+            mass = mass * shrink + (score[0] + score[1] + (score[2] + score[3]));
+            *reinterpret_cast<uint2*>(&s.prob[line][column]) = {pack_bf16(score[0], score[1]), pack_bf16(score[2], score[3])};
+            if (column == 0) s.shrink[line] = shrink;
+            if (end == work.end) {
+#pragma unroll
+                for (int step = 1; step < 16; step *= 2) mass += __shfl_xor_sync(0xffffffff, mass, step);
+                if (column == 0) {
+                    s.mass[line] = mass;
+                    if (work.slot != kWhole) p.partial_lse[uint64_t(work.slot) * kLines + line] = {top, mass};
+                }
+            }
+            if (keys % kBox != 0) {
+                // What lies beyond may be anything, and nothing times infinity is not nothing.
+                uint4* rest = reinterpret_cast<uint4*>(&s.kv[place(units - 1)][keys % kBox][0]);
+                for (int i = threadIdx.x; i < int(kBox - keys % kBox) * (kWidth / 8); i += kComputing) rest[i] = uint4{};
+                fence_async();
+            }
+            meet();
+            const float by[2] = {s.shrink[g], s.shrink[g + 8]};
 #pragma unroll
             for (int n = 0; n < 8; n++) {
-                acc[n][0] *= shrink[0], acc[n][1] *= shrink[0];
-                acc[n][2] *= shrink[1], acc[n][3] *= shrink[1];
+                acc[n][0] *= by[0], acc[n][1] *= by[0];
+                acc[n][2] *= by[1], acc[n][3] *= by[1];
             }
+            uint32_t a[2][4], v[2][4][4];
+            const auto take = [&](uint32_t u) {
+                const uint32_t keys_at = shared_address(&s.kv[place(u)][0][0]);
+                load_matrix(a[u % 2], shared_address(&s.prob[lane % 16][u * kBox + lane / 16 * 8]));
 #pragma unroll
-            for (int k = 0; k < kBlock; k += 16) {
-                if (k < padded) {
-                    uint32_t a[4];
-                    load_matrix(a, shared_address(&s.prob[lane % 16][k + lane / 16 * 8]));
+                for (int n = 0; n < 4; n++) load_matrix_transposed(v[u % 2][n], key_unit(keys_at, lane % 16, warp, n * 2 + lane / 16));
+            };
+            take(0);
 #pragma unroll
-                    for (int n = 0; n < 4; n++) {
-                        uint32_t b[4];
-                        load_matrix_transposed(b, key_unit(keys_at, k + lane % 16, warp, n * 2 + lane / 16));
-                        mma_16816(acc[2 * n], a[0], a[1], a[2], a[3], b[0], b[1]);
-                        mma_16816(acc[2 * n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-                    }
+            for (uint32_t u = 0; u < kBlock / kBox; u++) {
+                if (u >= units) break;
+                if (u + 1 < units) take(u + 1);
+                const uint32_t(&w)[4] = a[u % 2];
+#pragma unroll
+                for (int n = 0; n < 4; n++) {
+                    const uint32_t(&of)[4] = v[u % 2][n];
+                    mma_16816(acc[2 * n], w[0], w[1], w[2], w[3], of[0], of[1]);
+                    mma_16816(acc[2 * n + 1], w[0], w[1], w[2], w[3], of[2], of[3]);
                 }
             }
-            __syncthreads();
-            if (threadIdx.x == 0 && ahead.any) {
-                load_tile(p, s, stage, ahead);
-                ahead.next(p);
-            }
-            now.next(p);
-            if (!now.any || now.begin == now.at.begin) break;
-        }
-        tile++;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            mass[i] += __shfl_xor_sync(0xffffffff, mass[i], 1);
-            mass[i] += __shfl_xor_sync(0xffffffff, mass[i], 2);
-            if (t == 0) s.top[warp][g + i * 8] = mass[i];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float all = 0.0f;
-#pragma unroll
-            for (int w = 0; w < kWarps; w++) all += s.top[w][g + i * 8];
-            mass[i] = all;
+            __syncwarp();
+            if (lane < units) barrier_arrive(shared_address(&s.empty[place(lane)]));
+            unit += units;
+            begin = end;
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            const uint32_t line = g + i * 8;
-            if (piece.head + line >= p.heads) continue;
-            if (piece.slot == kWhole) {
-                const float by = 1.0f / mass[i];
-                bf16* to = p.out + (uint64_t(piece.row) * p.heads + piece.head + line) * kLatent + warp * 64 + t * 2;
+            const uint32_t of = g + i * 8;
+            if (work.slot == kWhole) {
+                const float by = 1.0f / s.mass[of];
+                bf16* to = p.out + (uint64_t(work.row) * p.heads + work.head + of) * kLatent + warp * 64 + t * 8;
 #pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    *reinterpret_cast<uint32_t*>(to + n * 8) = pack_bf16(acc[n][2 * i] * by, acc[n][2 * i + 1] * by);
+                for (int n = 0; n < 8; n += 4) {
+                    uint32_t v[4];
+#pragma unroll
+                    for (int m = 0; m < 4; m++) v[m] = pack_bf16(acc[n + m][2 * i] * by, acc[n + m][2 * i + 1] * by);
+                    const uint4 all = gathered(v, t);
+                    if (work.head + of < p.heads) *reinterpret_cast<uint4*>(to + n * 8) = all;
                 }
-            } else {
-                const uint64_t place = uint64_t(piece.slot) * kLines + line;
-                float* to = p.partial + place * kLatent + warp * 64 + t * 2;
+            } else if (work.head + of < p.heads) {
+                float* to = p.partial + (uint64_t(work.slot) * kLines + of) * kLatent + warp * 64 + t * 2;
 #pragma unroll
                 for (int n = 0; n < 8; n++) {
                     *reinterpret_cast<float2*>(to + n * 8) = {acc[n][2 * i], acc[n][2 * i + 1]};
                 }
-                if (warp == 0 && t == 0) p.partial_lse[place] = {top[i], mass[i]};
             }
         }
+        if (work.last) return;
+    }
+}
+
+__device__ __forceinline__ void decode(const Params& p) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    Shared& s = *reinterpret_cast<Shared*>(memory);
+    const uint32_t words = words_of(p, blockIdx.x);
+    if (threadIdx.x == kComputing) prefetch_map(&p.cache);
+    const bool any = word_of(words, offsetof(Piece, end)) > word_of(words, offsetof(Piece, begin));
+    // Room for the next kernel. One block stays, so that this kernel ends after the one in front.
+    if (!any) {
+        if (blockIdx.x == 0) wait_for_previous();
+        return;
+    }
+    if (threadIdx.x < kUnits) {
+        barrier_init(shared_address(&s.full[threadIdx.x]), 1);
+        barrier_init(shared_address(&s.empty[threadIdx.x]), kWarps);
+    } else if (threadIdx.x == kUnits) {
+        barrier_init(shared_address(&s.asked), 1);
+        barrier_init(shared_address(&s.taken), kWarps);
+    }
+    if (threadIdx.x <= kUnits) fence_barrier_init();
+    __syncthreads();
+    allow_next();
+    if (threadIdx.x < kComputing) {
+        // Warpgroups: two that compute and a third for one warp of it. Together they have what was launched.
+        more_registers<168>();
+        compute(p, s);
+    } else {
+        fewer_registers<48>();
+        if (threadIdx.x < kComputing + 32) produce(p, s, words);
     }
 }
 
@@ -271,6 +356,7 @@ struct MergeParams {
 
 constexpr int kMergeThreads = 256;
 constexpr int kMergeParts = 8;      // of the latent, where a row has many pieces
+constexpr uint32_t kMergeFew = 4;   // pieces that a warp merges by itself, if others are as busy
 constexpr uint32_t kMergeMany = 16; // pieces
 // Pieces of a row with which it is cut into parts even where these are more than run at once.
 constexpr uint32_t kMergeMost = 64;
@@ -292,31 +378,57 @@ template <int kQuads, int kAtOnce> __device__ void merge_columns(const MergePara
     __syncthreads();
 }
 
-// Any number of blocks. Rows of many pieces are cut into parts; parts come last, so that blocks skip
-// them together where there are none. A block looks at as many items at once as it has threads: in
-// steps of prompts hardly any has work.
+// The same by one warp, where pieces are few.
+__device__ __forceinline__ void merge_line(const MergeParams& p, uint2 mine, uint32_t row, uint32_t head) {
+    Merged all[kLatent / 128];
+#pragma unroll
+    for (int i = 0; i < kLatent / 128; i++) {
+        all[i] = merge_pieces<2>({p.partial, p.partial_lse}, mine, head % kLines, i * 128 + threadIdx.x % 32 * 4, 0, 1);
+    }
+#pragma unroll
+    for (int i = 0; i < kLatent / 128; i++) {
+        const uint32_t column = i * 128 + threadIdx.x % 32 * 4;
+        *reinterpret_cast<uint2*>(p.out + (uint64_t(row) * p.heads + head) * kLatent + column) = all[i].result();
+    }
+}
+
+// Any number of blocks, which look for work before the kernel in front has ended: mostly there is none.
+// Rows of many pieces are cut into parts; parts come last, so that blocks skip them together where there
+// are none. A block looks at as many items at once as it has threads. With a block to each item all of it
+// is at one, otherwise a warp is at one of few pieces.
 __device__ void merge(const MergeParams& p) {
-    wait_for_previous();
     allow_next();
     const uint32_t lines = p.rows * p.heads, all = lines * kMergeParts;
-    __shared__ uint32_t found[kMergeThreads];
-    __shared__ uint32_t count;
-    const uint32_t many = all <= gridDim.x ? kMergeMany : kMergeMost;
+    __shared__ uint32_t found[kMergeThreads];  // those of a warp from the front, those of the block from the back
+    __shared__ uint32_t few, many;
+    const bool roomy = all <= gridDim.x;
+    const uint32_t most = roomy ? kMergeMany : kMergeMost;
+    const auto pieces_of = [&](uint32_t row, uint32_t head) { return p.slots[row * ((p.heads + kLines - 1) / kLines) + head / kLines]; };
+    bool waited = false;
     for (uint32_t base = blockIdx.x; base < all; base += gridDim.x * kMergeThreads) {
-        if (threadIdx.x == 0) count = 0;
+        if (threadIdx.x == 0) few = many = 0;
         __syncthreads();
         const uint32_t mine = base + threadIdx.x * gridDim.x;
         if (mine < all) {
             const uint32_t part = mine / lines, row = mine % lines / p.heads, head = mine % p.heads;
-            const uint32_t pieces = p.slots[row * ((p.heads + kLines - 1) / kLines) + head / kLines].y;
+            const uint32_t pieces = pieces_of(row, head).y;
             // The order of items changes no result: each has its own place.
-            if (pieces > 0 && (part == 0 || pieces >= many)) found[atomicAdd(&count, 1)] = mine;
+            if (pieces > 0 && (part == 0 || pieces >= most)) {
+                const bool alone = !roomy && pieces <= kMergeFew;
+                found[alone ? atomicAdd(&few, 1) : kMergeThreads - 1 - atomicAdd(&many, 1)] = mine;
+            }
         }
+        if (!waited) wait_for_previous();
+        waited = true;
         __syncthreads();
-        for (uint32_t i = 0; i < count; i++) {
-            const uint32_t item = found[i], part = item / lines, line = item % lines, row = line / p.heads, head = line % p.heads;
-            const uint2 pieces = p.slots[row * ((p.heads + kLines - 1) / kLines) + head / kLines];
-            if (pieces.y >= many) {
+        for (uint32_t i = threadIdx.x / 32; i < few; i += kMergeThreads / 32) {
+            const uint32_t line = found[i], row = line / p.heads, head = line % p.heads;
+            merge_line(p, pieces_of(row, head), row, head);
+        }
+        for (uint32_t i = 0; i < many; i++) {
+            const uint32_t item = found[kMergeThreads - 1 - i], part = item / lines, line = item % lines, row = line / p.heads, head = line % p.heads;
+            const uint2 pieces = pieces_of(row, head);
+            if (pieces.y >= most) {
                 merge_columns<kLatent / kMergeParts / 4, 8>(p, pieces, row, head, part * (kLatent / kMergeParts));
             } else {
                 merge_columns<kLatent / 4, 4>(p, pieces, row, head, 0);

@@ -205,6 +205,20 @@ fn pieces_agree_with_f64() {
 }
 
 #[test]
+fn pieces_of_many_short_rows_agree_with_f64() {
+    let Some(device) = device() else { return };
+    // Rows of a tile and less after rows of many, in one block and in as many as there are rows.
+    let short: Vec<_> = (0..60).map(|i| (1, i * i * 7 % 300 + 1)).collect();
+    for heads in [5, 16] {
+        check(&device, &Mla { heads, ..NATIVE }, &short, Dtype::Bf16, &[By::Pieces], absorbed_row);
+    }
+    // Scores far apart: what is subtracted from them changes from tile to tile.
+    let mla = Mla { heads: 16, scale: 0.5, ..NATIVE };
+    check(&device, &mla, &[(1, 1); 40], Dtype::Bf16, &[By::Pieces], absorbed_row);
+    check(&device, &mla, &short[..20], Dtype::Bf16, &[By::Pieces], absorbed_row);
+}
+
+#[test]
 fn pieces_of_many_heads_agree_with_f64() {
     let Some(device) = device() else { return };
     for heads in [17, 40, 64, 70, 128, 136] {
@@ -238,12 +252,13 @@ fn spoil_one_of_three(device: &Device, mla: &Mla) {
     let q = rounded(&random.vector(3 * mla.heads * (mla.nope + mla.rope)), Dtype::Bf16);
     let kv_b = random.vector(mla.heads * (mla.nope + mla.v) * mla.latent);
     let kv_b = rounded(&kv_b.iter().map(|x| x * 0.07).collect::<Vec<_>>(), Dtype::Bf16);
-    for by in [By::Pieces, By::Tiles(Variant::Few)] {
-        let of = |cache: &Cache| run(device, cache, &q, &kv_b, mla, by, 2);
+    // All in one block too, one after the other through the same memory.
+    for (by, splits) in [(By::Pieces, 1), (By::Pieces, 2), (By::Tiles(Variant::Few), 2)] {
+        let of = |cache: &Cache| run(device, cache, &q, &kv_b, mla, by, splits);
         let (clean, broken) = (of(&clean), of(&broken));
         let width = mla.heads * mla.v;
-        assert_eq!(clean[..width], broken[..width], "{by:?}: before");
-        assert_eq!(clean[2 * width..], broken[2 * width..], "{by:?}: after");
-        assert!(broken[width..2 * width].iter().all(|x| x.is_nan()), "{by:?}: itself");
+        assert_eq!(clean[..width], broken[..width], "{by:?} {splits}: before");
+        assert_eq!(clean[2 * width..], broken[2 * width..], "{by:?} {splits}: after");
+        assert!(broken[width..2 * width].iter().all(|x| x.is_nan()), "{by:?} {splits}: itself");
     }
 }
