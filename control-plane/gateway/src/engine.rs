@@ -111,8 +111,7 @@ pub enum SubmitError {
     },
     /// It waited in a full queue and gave its place to another.
     #[error(
-        "the queue is full, and this request gave its place to one of a better priority or of a \
-         user with less in it; try again later"
+        "the queue is full and a more urgent user, or one with less in it, came; try again later"
     )]
     Shed {
         /// When to try again.
