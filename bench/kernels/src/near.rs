@@ -37,15 +37,28 @@ pub(crate) fn near(
     expected: &[f64],
     tolerance: f64,
 ) -> Result<(), Failure> {
-    if got.len() != expected.len() {
+    let squares: f64 = expected.iter().map(|e| e * e).sum();
+    let typical = (squares / expected.len().max(1) as f64).sqrt();
+    let sizes: Vec<f64> = expected.iter().map(|e| e.abs() + typical).collect();
+    near_of(what, got, expected, &sizes, tolerance)
+}
+
+/// The same with `tolerance` relative to the size that is given for each element: where summands were
+/// rounded, that of them, which may be far larger than their sum.
+pub(crate) fn near_of(
+    what: &str,
+    got: &[f32],
+    expected: &[f64],
+    sizes: &[f64],
+    tolerance: f64,
+) -> Result<(), Failure> {
+    if got.len() != expected.len() || got.len() != sizes.len() {
         let lens = [got.len(), expected.len()].map(|len| format!("{len} elements"));
         let [got, expected] = lens;
         return Err(Failure::Wrong { what: what.to_owned(), got, expected });
     }
-    let squares: f64 = expected.iter().map(|e| e * e).sum();
-    let typical = (squares / expected.len().max(1) as f64).sqrt();
-    for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
-        let allowed = tolerance * (expected.abs() + typical);
+    for (i, ((got, expected), size)) in got.iter().zip(expected).zip(sizes).enumerate() {
+        let allowed = tolerance * size;
         // Not the opposite of `>`: NaN is never within anything.
         if (f64::from(*got) - expected).abs() <= allowed {
             continue;
@@ -97,6 +110,9 @@ mod tests {
         assert!(near("x", &[1.0], &[1.0, 2.0], 4e-3).is_err());
         assert!(near("x", &[1.0], &[f64::NAN], 4e-3).is_err());
         assert!(near("x", &[], &[], 4e-3).is_ok());
+        assert!(near_of("x", &[0.03], &[0.0], &[8.0], 4e-3).is_ok());
+        assert!(near_of("x", &[0.03], &[0.0], &[7.0], 4e-3).is_err());
+        assert!(near_of("x", &[f32::NAN], &[0.0], &[8.0], 4e-3).is_err());
         assert!(equal("x", &[1, 2], &[1, 2]).is_ok());
         assert!(equal("x", &[1, 2], &[1, 3]).is_err());
         assert!(equal("x", &[1, 2], &[1]).is_err());

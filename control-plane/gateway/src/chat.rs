@@ -23,7 +23,7 @@ pub(crate) async fn chat_completions(
     let timeout = request::timeout(http.headers())?;
     let bytes = body::read(http, &gateway.limits).await?;
     let checked = request::check(&gateway, bytes, validate::chat).await?;
-    let choices = submit(&checked, &gateway, timeout)?;
+    let choices = submit(&checked, &gateway, &context, timeout)?;
     let streamed = checked.common.stream.is_some();
     let mut chat = Chat { reply: Reply::new(format!("chatcmpl-{}", context.id), checked, gateway) };
     if streamed {

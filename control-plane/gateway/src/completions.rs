@@ -23,7 +23,7 @@ pub(crate) async fn completions(
     let timeout = request::timeout(http.headers())?;
     let bytes = body::read(http, &gateway.limits).await?;
     let checked = request::check(&gateway, bytes, validate::completion).await?;
-    let choices = submit(&checked, &gateway, timeout)?;
+    let choices = submit(&checked, &gateway, &context, timeout)?;
     let streamed = checked.common.stream.is_some();
     let reply = Reply::new(format!("cmpl-{}", context.id), checked, gateway);
     if streamed {

@@ -4,9 +4,11 @@
 //! It does not retry: a refusal or failure is reported as it is. Invariant: a [`Generation`] that
 //! is dropped before its end is aborted, so a client that goes away frees what it held.
 
-use ids::{TokenId, Tokens};
+use ids::{RequestId, TokenId, Tokens};
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use step::{Logprobs, PromptLogprobs, Sampling};
 use tokio::sync::mpsc;
 
@@ -203,6 +205,24 @@ pub struct Limits {
     pub max_context: Tokens,
 }
 
+/// Where a generation's time went: an object whose `parts` touch, each with `from_ms` and `ms`, all
+/// counted from an instant that the caller chose. The rest of it is between the engine and whoever reads.
+pub type Story = serde_json::Value;
+
+/// Why a generation's story is not told.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoStory {
+    /// The engine keeps no journal.
+    #[error("no journal is kept here: the server was started with --journal-bytes 0")]
+    NoJournal,
+    /// It is not in the journal, or the journal cannot be read now; in words for an operator.
+    #[error("{0}")]
+    NotTold(String),
+}
+
+/// The stories of some generations, once they are read.
+pub type Stories = Pin<Box<dyn Future<Output = Vec<Result<Story, NoStory>>> + Send>>;
+
 /// An engine, as the gateway sees it. Implemented over the scheduler, and by fakes in tests.
 pub trait Engine: Send + Sync + 'static {
     /// Queues one generation. Must not block; hashing the prompt here is fine.
@@ -216,6 +236,18 @@ pub trait Engine: Send + Sync + 'static {
 
     /// What a request may ask for.
     fn limits(&self) -> Limits;
+
+    /// Where the time of each of these generations went, counted from `since` and told up to `until`.
+    fn explain(
+        &self,
+        generations: &[RequestId],
+        since: Instant,
+        until: Option<Instant>,
+    ) -> Stories {
+        let _ = (since, until);
+        let untold = vec![Err(NoStory::NoJournal); generations.len()];
+        Box::pin(std::future::ready(untold))
+    }
 }
 
 /// How a generation reaches back into its engine. Each is called at most once, and only one of them.
@@ -229,6 +261,7 @@ pub trait GenerationControl: Send + Sync + 'static {
 
 /// A generation under way. Dropping it before its last event aborts it.
 pub struct Generation {
+    number: Option<RequestId>,
     events: mpsc::UnboundedReceiver<GenerationEvent>,
     control: Option<Box<dyn GenerationControl>>,
 }
@@ -242,7 +275,20 @@ impl Generation {
         events: mpsc::UnboundedReceiver<GenerationEvent>,
         control: Box<dyn GenerationControl>,
     ) -> Self {
-        Self { events, control: Some(control) }
+        Self { number: None, events, control: Some(control) }
+    }
+
+    /// The same, known to the engine's journal under this number.
+    #[must_use]
+    pub fn numbered(mut self, number: RequestId) -> Self {
+        self.number = Some(number);
+        self
+    }
+
+    /// Its number, where the engine gives any.
+    #[must_use]
+    pub fn number(&self) -> Option<RequestId> {
+        self.number
     }
 
     /// The next event. After the last one, and when the engine went away without saying why, a

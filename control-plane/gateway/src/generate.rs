@@ -1,24 +1,28 @@
 //! From a checked request to running choices, and to what replies say about all of them.
 
+use crate::book::Visit;
 use crate::choice::{Choice, Decoder, Delta, Finish, StopReason};
 use crate::engine::{FinishReason, GenerateRequest, Generation, Readiness, SubmitError};
 use crate::error::ApiError;
 use crate::logprobs::Names;
+use crate::request::RequestContext;
 use crate::state::{AppState, Gateway};
 use crate::validate::Checked;
 use crate::validate::prompt::Prompt;
 use futures::stream::{FuturesUnordered, TryStreamExt};
-use ids::TokenId;
+use ids::{RequestId, TokenId};
 use serde::Serialize;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Submits every choice. When one is refused, those before it are aborted.
 pub(crate) fn submit(
     checked: &Checked,
     gateway: &Gateway,
+    context: &RequestContext,
     timeout: Option<Duration>,
 ) -> Result<Vec<Choice>, ApiError> {
+    let mut generations = Vec::new();
     let common = &checked.common;
     let deadline = gateway.deadline(timeout);
     let mut choices = Vec::with_capacity(checked.prompts.len() * common.n as usize);
@@ -45,13 +49,31 @@ pub(crate) fn submit(
             // Nothing to run: the answer is the prompt alone.
             let idle = max_tokens.is_zero() && request.prompt_logprobs.is_none();
             let generation = if idle { None } else { Some(start(request, gateway)?) };
+            generations.extend(generation.as_ref().and_then(Generation::number));
             let decoder = Decoder::new(gateway.text.tokenizer.as_ref(), common);
             let metrics = Arc::clone(&gateway.metrics);
             choices.push(Choice::new(choices.len(), generation, decoder, metrics));
         }
         gateway.metrics.prompt_tokens.inc_by(prompt.tokens.len() as u64);
     }
+    if !generations.is_empty() {
+        enter(context, gateway, generations);
+    }
     Ok(choices)
+}
+
+/// Notes which generations the request became, for whoever asks later where its time went.
+fn enter(context: &RequestContext, gateway: &Gateway, generations: Vec<RequestId>) {
+    let line = gateway.book.enter(Visit {
+        id: context.id.clone(),
+        client_id: context.client_id.clone(),
+        door: context.door,
+        received: context.received,
+        submitted: Instant::now(),
+        replied: None,
+        generations,
+    });
+    let _ = context.line.set(line);
 }
 
 fn start(request: GenerateRequest, gateway: &Gateway) -> Result<Generation, ApiError> {

@@ -5,7 +5,9 @@
 //! knows no scheduler. Invariant: a request that reaches the engine has passed every check of this
 //! crate; nothing a client sends is an engine error.
 
+mod admin;
 mod body;
+mod book;
 mod chat;
 mod choice;
 mod completions;

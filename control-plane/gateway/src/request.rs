@@ -10,8 +10,12 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures::FutureExt;
+use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use std::panic::AssertUnwindSafe;
-use std::time::Duration;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 use telemetry::{Door, RefusedBy, StatusClass};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -22,6 +26,13 @@ const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-ms");
 pub(crate) struct RequestContext {
     /// Unique over this server's life.
     pub(crate) id: String,
+    /// The client's own name for it.
+    pub(crate) client_id: Option<String>,
+    pub(crate) door: &'static str,
+    /// When its header had been read.
+    pub(crate) received: Instant,
+    /// Its line in the book, once it has one.
+    pub(crate) line: Arc<OnceLock<u64>>,
 }
 
 /// Wraps every door.
@@ -30,10 +41,18 @@ pub(crate) async fn around(
     mut request: Request<Body>,
     next: Next,
 ) -> Response {
+    let received = Instant::now();
     let door = door(request.uri().path());
     let id = gateway.draw_id();
     let echoed = client_id(request.headers());
-    request.extensions_mut().insert(RequestContext { id: id.clone() });
+    let line = Arc::new(OnceLock::new());
+    request.extensions_mut().insert(RequestContext {
+        id: id.clone(),
+        client_id: echoed.as_ref().and_then(|id| Some(id.to_str().ok()?.to_owned())),
+        door: door.as_str(),
+        received,
+        line: Arc::clone(&line),
+    });
     let mut response =
         AssertUnwindSafe(next.run(request)).catch_unwind().await.unwrap_or_else(|_| {
             tracing::error!(request_id = id, door = door.as_str(), "a request's handler panicked");
@@ -45,7 +64,46 @@ pub(crate) async fn around(
     response.headers_mut().insert(REQUEST_ID, echoed.unwrap_or(id));
     let class = StatusClass::of(response.status().as_u16());
     gateway.metrics.replies(door, class).inc();
-    response
+    match line.get() {
+        Some(line) => {
+            let noted = |body| Body::new(NotedBody { body, line: *line, gateway });
+            response.map(noted)
+        }
+        None => response,
+    }
+}
+
+/// A reply's body that notes when it is over: sent to its end, or given up.
+struct NotedBody {
+    body: Body,
+    line: u64,
+    gateway: AppState,
+}
+
+impl Drop for NotedBody {
+    fn drop(&mut self) {
+        self.gateway.book.replied(self.line);
+    }
+}
+
+impl HttpBody for NotedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// The label of a path. Unknown paths share one, so clients cannot make labels.
@@ -57,6 +115,7 @@ fn door(path: &str) -> Door {
         "/tokenize" => Door::Tokenize,
         "/detokenize" => Door::Detokenize,
         "/livez" | "/readyz" | "/health" | "/metrics" | "/version" => Door::Operations,
+        path if path.starts_with("/admin/") => Door::Operations,
         path if path.starts_with("/v1/models/") => Door::Models,
         _ => Door::Other,
     }

@@ -5,21 +5,26 @@
 //! slowly or reads nothing is closed. Shutdown stops accepting, refuses new generations, lets
 //! running replies end until the drain time is over, and then drops them, which aborts them.
 
+use crate::admin::Peer;
 use crate::error::ApiError;
 use crate::limits::{MAX_HEADER_BYTES, MAX_HEADERS};
 use crate::stall::StallGuard;
 use crate::state::AppState;
-use crate::{chat, completions, health, models, request, tokenize};
+use crate::{admin, chat, completions, health, models, request, tokenize};
 use axum::Router;
-use axum::http::{Method, StatusCode, Uri};
+use axum::http::{Method, Request, StatusCode, Uri};
 use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use std::convert::Infallible;
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,10 +50,19 @@ pub fn router(state: AppState) -> Router {
         .route("/health", get(health::readyz))
         .route("/metrics", get(health::metrics))
         .route("/version", get(health::version))
+        .nest("/admin", admin(&state))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(from_fn_with_state(Arc::clone(&state), request::around))
         .with_state(state)
+}
+
+/// The doors below `/admin`, behind their guard; also the ones that are not there.
+fn admin(state: &AppState) -> Router<AppState> {
+    admin::routes()
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(Arc::clone(state), admin::guard))
 }
 
 async fn not_found(uri: Uri) -> ApiError {
@@ -80,9 +94,9 @@ pub async fn serve(
             slot = Arc::clone(&slots).acquire_owned() => slot.expect("the semaphore is never closed"),
             () = &mut shutdown => break,
         };
-        let stream = tokio::select! {
+        let (stream, peer) = tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
+                Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!(%error, "a connection was not accepted");
                     sleep(ACCEPT_PAUSE).await;
@@ -92,7 +106,7 @@ pub async fn serve(
             () = &mut shutdown => break,
         };
         while connections.try_join_next().is_some() {}
-        let connection = graceful.watch(connection(stream, &router, &state));
+        let connection = graceful.watch(connection(stream, peer, &router, &state));
         let metrics = Arc::clone(&state.metrics);
         connections.spawn(async move {
             metrics.connections.inc();
@@ -115,9 +129,10 @@ pub async fn serve(
 /// The connection as a future that serves its requests.
 fn connection(
     stream: TcpStream,
+    peer: SocketAddr,
     router: &Router,
     state: &AppState,
-) -> http1::Connection<TokioIo<StallGuard<TcpStream>>, TowerToHyperService<Router>> {
+) -> http1::Connection<TokioIo<StallGuard<TcpStream>>, Doors> {
     // Chunks of a stream are small and urgent.
     let _ = stream.set_nodelay(true);
     let limits = &state.limits;
@@ -127,5 +142,22 @@ fn connection(
         .header_read_timeout(limits.header_read)
         .max_buf_size(MAX_HEADER_BYTES)
         .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()))
+        .serve_connection(TokioIo::new(stream), Doors { router: router.clone(), peer })
+}
+
+/// The doors as one connection sees them.
+struct Doors {
+    router: Router,
+    peer: SocketAddr,
+}
+
+impl Service<Request<Incoming>> for Doors {
+    type Response = <TowerToHyperService<Router> as Service<Request<Incoming>>>::Response;
+    type Error = Infallible;
+    type Future = <TowerToHyperService<Router> as Service<Request<Incoming>>>::Future;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(Peer(self.peer));
+        TowerToHyperService::new(self.router.clone()).call(request)
+    }
 }

@@ -1,5 +1,6 @@
 //! What all doors share: the engine, the model's names and text side, metrics, limits, ids.
 
+use crate::book::Book;
 use crate::engine::{Engine, Readiness};
 use crate::error::ApiError;
 use crate::limits::GatewayLimits;
@@ -36,6 +37,9 @@ pub struct Gateway {
     pub vllm_metric_names: bool,
     /// Version and commit, as `/version` reports.
     pub version: String,
+    /// Opens the doors below `/admin` to whoever brings it; without one, to this machine alone.
+    pub admin_key: Option<String>,
+    pub(crate) book: Book,
     numbers: Numbers,
     draining: AtomicBool,
 }
@@ -63,6 +67,8 @@ impl Gateway {
             metrics,
             vllm_metric_names: false,
             version,
+            admin_key: None,
+            book: Book::default(),
             numbers: Numbers { seed, drawn: AtomicU64::new(0), ids: AtomicU64::new(0) },
             draining: AtomicBool::new(false),
         }
@@ -125,6 +131,17 @@ impl Gateway {
         format!("{:016x}{:016x}", mix(start ^ !count), mix(count))
     }
 
+    /// Whether an id is one that [`Self::draw_id`] drew.
+    #[must_use]
+    pub(crate) fn gave_out(&self, id: &str) -> bool {
+        let half = |range| id.get(range).and_then(|hex| u64::from_str_radix(hex, 16).ok());
+        let (Some(first), Some(second)) = (half(0..16), half(16..32)) else { return false };
+        let count = unmix(second);
+        let start = self.model.created.rotate_left(32) ^ self.numbers.seed;
+        let drawn = self.numbers.ids.load(Ordering::Relaxed);
+        id.len() == 32 && count < drawn && first == mix(start ^ !count)
+    }
+
     /// How long a request may live, given what its client asked for.
     #[must_use]
     pub fn deadline(&self, asked: Option<Duration>) -> Option<Duration> {
@@ -149,4 +166,23 @@ fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
+}
+
+/// What [`mix`] made this of: each of its steps undone, with the inverses of its factors.
+fn unmix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 31) ^ (z >> 62)).wrapping_mul(0x3196_42B2_D24D_8EC3);
+    z = (z ^ (z >> 27) ^ (z >> 54)).wrapping_mul(0x96DE_1B17_3F11_9089);
+    z ^ (z >> 30) ^ (z >> 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unmixing_undoes_mixing() {
+        for z in (0..1000).chain([u64::MAX, GOLDEN, 1 << 63]) {
+            assert_eq!(unmix(mix(z)), z);
+        }
+    }
 }

@@ -91,6 +91,23 @@ pub enum Waits {
     Isolation,
 }
 
+impl Waits {
+    /// The kind as a word.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Worker => "worker",
+            Self::Upload => "upload",
+            Self::Slot { .. } => "slot",
+            Self::Blocks { .. } => "blocks",
+            Self::StepTokens { .. } => "step_tokens",
+            Self::DecodeBudget { .. } => "decode_budget",
+            Self::Turn { .. } => "turn",
+            Self::Isolation => "isolation",
+        }
+    }
+}
+
 /// Figures for metrics; counters only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Gauges {

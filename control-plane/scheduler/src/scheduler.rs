@@ -181,6 +181,18 @@ impl Scheduler {
         all
     }
 
+    /// Those with a seat that the last plan left out, and what each waits for.
+    #[must_use]
+    pub fn stalls(&self) -> &[(RequestId, Waits)] {
+        &self.stalls
+    }
+
+    /// The first in line, and what the last attempt to plan found it to wait for.
+    #[must_use]
+    pub fn first_in_line(&self) -> Option<(RequestId, Waits)> {
+        self.head
+    }
+
     /// The cache of the present life, for tests and simulations.
     #[must_use]
     pub fn cache(&self) -> Option<&kv_cache::KvCache> {

@@ -2,7 +2,8 @@
 //!
 //! Two designs cover the models this engine serves: byte-level BPE, where every character of a
 //! token names a byte, and SentencePiece style, where a marker stands for a space and `<0xAB>` for
-//! a byte. Any other decoder is refused at load, not approximated. Bytes of adjacent byte tokens
+//! a byte. Where a tokenizer has none its tokens are words, with a space between them. Any other decoder
+//! is refused at load, not approximated. Bytes of adjacent byte tokens
 //! are joined before they are read as UTF-8, so one broken character never spoils its neighbours.
 
 use crate::LoadError;
@@ -52,6 +53,8 @@ enum ReplacePattern {
 struct Steps {
     byte_level: bool,
     byte_fallback: bool,
+    /// Whether each token begins with a space, which the first of a text loses.
+    spaced: bool,
     replace: Vec<(String, String)>,
     leading: Option<LeadingSpace>,
 }
@@ -97,7 +100,7 @@ impl Steps {
         {
             return vec![byte];
         }
-        let mut text = token.to_owned();
+        let mut text = if self.spaced { format!(" {token}") } else { token.to_owned() };
         for (from, to) in &self.replace {
             text = text.replace(from, to);
         }
@@ -111,10 +114,13 @@ impl TokenBytes {
         decoder: &serde_json::Value,
         tokens: impl Iterator<Item = Option<&'a str>>,
     ) -> Result<Self, LoadError> {
-        let spec = DecoderSpec::deserialize(decoder)
+        let spec = Option::<DecoderSpec>::deserialize(decoder)
             .map_err(|error| LoadError::Decoder(error.to_string()))?;
         let mut steps = Steps::default();
-        Steps::read(&spec, &mut steps)?;
+        match spec {
+            Some(spec) => Steps::read(&spec, &mut steps)?,
+            None => (steps.spaced, steps.leading) = (true, Some(LeadingSpace::Strip(1))),
+        }
         let mut table = Self {
             bytes: Vec::new(),
             ends: Vec::new(),
@@ -210,11 +216,19 @@ mod tests {
     }
 
     #[test]
+    fn without_a_decoder_tokens_are_words() {
+        let tokens = ["a", "word", " "].map(Some);
+        let table = TokenBytes::new(&json!(null), tokens.into_iter()).expect("supported");
+        assert_eq!(table.get(TokenId(1)), b" word");
+        assert_eq!(table.at_text_start(table.get(TokenId(1))), b"word");
+        assert_eq!(table.at_text_start(table.get(TokenId(2))), b" ");
+    }
+
+    #[test]
     fn an_unknown_decoder_is_refused() {
         for decoder in [
             json!({"type": "WordPiece", "prefix": "##", "cleanup": true}),
             json!({"type": "Strip", "content": " ", "start": 0, "stop": 1}),
-            serde_json::Value::Null,
         ] {
             let result = TokenBytes::new(&decoder, std::iter::empty());
             assert!(matches!(result, Err(LoadError::Decoder(_))), "{decoder}");

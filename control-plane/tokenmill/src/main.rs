@@ -4,6 +4,7 @@ mod bench;
 mod chat;
 mod cli;
 mod doctor;
+mod explain;
 mod first_words;
 mod log;
 mod model_cmd;
@@ -49,6 +50,7 @@ fn run(cli: Cli, began: Instant) -> anyhow::Result<()> {
     match command {
         Command::Serve(args) => serve::run(*args, began),
         Command::Chat(args) => chat::run(args),
+        Command::Explain(args) => explain::run(&args),
         Command::Bench(command) => bench::run(command),
         Command::Model(command) => model_cmd::run(command),
         Command::Recipe(command) => recipe_cmd::run(command),

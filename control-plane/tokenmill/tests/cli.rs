@@ -42,6 +42,7 @@ const COMMANDS: [(&[&str], &[&str]); 18] = [
         ],
     ),
     (&["bench", "kernels"], &["--filter", "--list", "--json", "--record"]),
+    (&["explain"], &["--url", "--steps", "--json"]),
     (&["chat"], &["--url", "--model", "--system", "--max-tokens", "--temperature"]),
     (
         &["bench", "latency"],

@@ -32,6 +32,7 @@ fn every_flag_is_on_its_page() {
     let commands: [&[&str]; 12] = [
         &["serve"],
         &["chat"],
+        &["explain"],
         &["bench", "kernels"],
         &["bench", "latency"],
         &["bench", "throughput"],

@@ -1,7 +1,7 @@
-//! No move here is one that `Decoding` has. Generated from the table in tests/moves.rs.
-#![allow(dead_code, unused_imports)]
+//! No move here is one that `Decoding` has. Generated from the types and the table beside them.
+#![allow(dead_code, unused_imports, unused_variables)]
 
-use scheduler::request::{Closing, Decoding, Finished, Preempted, Prefilling, Queued, Request};
+use scheduler::request::*;
 
 fn any<T>() -> T {
     loop {}

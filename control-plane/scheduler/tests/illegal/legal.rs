@@ -1,7 +1,7 @@
-//! Every legal move. Generated from the table in tests/moves.rs.
-#![allow(dead_code, unused_imports)]
+//! Every legal move. Generated from the types and the table beside them.
+#![allow(dead_code, unused_imports, unused_variables)]
 
-use scheduler::request::{Closing, Decoding, Finished, Preempted, Prefilling, Queued, Request};
+use scheduler::request::*;
 
 fn any<T>() -> T {
     loop {}
@@ -23,23 +23,19 @@ fn preempted_finish(request: Request<Preempted>) {
     let _ = request.finish(any());
 }
 
-fn prefilling_decode(request: Request<Prefilling>) {
-    let _ = request.decode(any());
-}
-
-fn prefilling_preempt(request: Request<Prefilling>) {
-    let _ = request.preempt();
-}
-
 fn prefilling_close(request: Request<Prefilling>) {
     let _ = request.close(any(), any());
+}
+
+fn prefilling_decode(request: Request<Prefilling>) {
+    let _ = request.decode(any());
 }
 
 fn prefilling_lose(request: Request<Prefilling>) {
     let _ = request.lose(any());
 }
 
-fn decoding_preempt(request: Request<Decoding>) {
+fn prefilling_preempt(request: Request<Prefilling>) {
     let _ = request.preempt();
 }
 
@@ -51,12 +47,16 @@ fn decoding_lose(request: Request<Decoding>) {
     let _ = request.lose(any());
 }
 
-fn closing_lose(request: Request<Closing>) {
-    let _ = request.lose(any());
+fn decoding_preempt(request: Request<Decoding>) {
+    let _ = request.preempt();
 }
 
 fn closing_finish(request: Request<Closing>) {
     let _ = request.finish(any());
+}
+
+fn closing_lose(request: Request<Closing>) {
+    let _ = request.lose(any());
 }
 
 fn main() {}

@@ -39,6 +39,9 @@ pub(crate) enum Command {
     Serve(Box<ServeArgs>),
     /// Talk to a running server from the terminal; Ctrl-C stops the answer, Ctrl-D leaves.
     Chat(ChatArgs),
+    /// Where one request's time went, step by step: in line and for what, in which steps and who shared
+    /// them, on its way back. Asks the server that answered it.
+    Explain(ExplainArgs),
     /// Measure: kernels, single-request latency, offline throughput, a running server, the planner.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -78,6 +81,24 @@ pub(crate) struct ChatArgs {
     /// 0 is greedy; the model's own default when left out.
     #[arg(long)]
     pub(crate) temperature: Option<f32>,
+}
+
+/// Arguments of `explain`.
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArgs {
+    /// The request: a reply's x-request-id or id, or the number of a generation that another
+    /// explanation names.
+    pub(crate) request: String,
+    /// Where the server listens. On another machine it wants its TOKENMILL_ADMIN_KEY, which is taken from
+    /// the environment.
+    #[arg(long, default_value = "http://127.0.0.1:8000")]
+    pub(crate) url: String,
+    /// Print every step, not the slowest alone.
+    #[arg(long)]
+    pub(crate) steps: bool,
+    /// Print one JSON object with all that is known instead of a page.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Commands on model folders.

@@ -100,6 +100,10 @@ pub(crate) struct ServeArgs {
     /// Threads of the CPU backend; all cores when left out.
     #[arg(long, help_heading = "Workers")]
     pub(crate) threads: Option<usize>,
+    /// Bytes of the step journal, from which `tokenmill explain` tells where a request's time went; more
+    /// reach further back. 0: none is kept.
+    #[arg(long, default_value_t = 16 << 20, help_heading = "Scheduling")]
+    pub(crate) journal_bytes: u64,
     /// Seconds a step may take before its worker is killed and restarted.
     #[arg(long, default_value_t = 120, help_heading = "Workers")]
     pub(crate) step_timeout: u64,

@@ -10,7 +10,7 @@ use super::startup::Startup;
 use super::streams::Streams;
 use gateway::engine::GenerationEvent;
 use ids::{GroupId, RequestId, Timestamp, Tokens};
-use scheduler::{Event, Output, Scheduler, Submit};
+use scheduler::{Event, Journal, Output, Pages, Scheduler, Submit};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use step::{StepTiming, ToScheduler, ToWorker};
 use telemetry::{BlockState, Metrics, StepKind, StepsAhead};
 use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::oneshot;
 
 /// How often gauges are refreshed while steps run.
 const GAUGES: Duration = Duration::from_millis(100);
@@ -38,6 +39,8 @@ pub(crate) enum Message {
     WorkerDown(String),
     /// The server is stopping.
     Drain,
+    /// Somebody wants to read the journal.
+    Read(oneshot::Sender<Pages>),
 }
 
 /// The way to the driver. Sending never blocks; a driver that is gone loses messages, which is
@@ -60,6 +63,8 @@ pub(crate) fn inbox() -> (Inbox, Receiver<Message>) {
 /// The scheduler with everything around it.
 pub(crate) struct Driver {
     pub(crate) scheduler: Scheduler,
+    /// What is told of it; nothing where none is kept.
+    pub(crate) journal: Option<Journal>,
     pub(crate) inbox: Receiver<Message>,
     pub(crate) life: Life,
     pub(crate) progress: Arc<Progress>,
@@ -104,10 +109,19 @@ impl Driver {
             if self.deliver(&mut said, &mut streams) {
                 self.metrics.deliver.observe(gone.elapsed().as_secs_f64());
             }
+            let delivered = self.now();
+            self.note(|journal| journal.delivered(delivered));
             if gauges_due.is_none_or(|due| Instant::now() >= due) {
                 self.gauges();
                 gauges_due = (!idle).then(|| Instant::now() + GAUGES);
             }
+        }
+    }
+
+    /// Writes into the journal, where one is kept.
+    fn note(&mut self, write: impl FnOnce(&mut Journal)) {
+        if let Some(journal) = &mut self.journal {
+            write(journal);
         }
     }
 
@@ -131,6 +145,7 @@ impl Driver {
             Message::Submit(submit, events) => {
                 self.progress.enters(submit.prompt.len() as u64);
                 streams.open(submit.request, submit.arrival, events);
+                self.note(|journal| journal.submitted(&submit));
                 Event::Submit(submit)
             }
             Message::Abort(request) => Event::Abort(request),
@@ -148,7 +163,22 @@ impl Driver {
                 None => return,
             },
             Message::Drain => return self.progress.drain(),
+            Message::Read(ask) => {
+                // Where none is kept, nobody asks; who asked and left is not told.
+                let _ = self.journal.as_ref().map(|journal| ask.send(journal.read(now)));
+                return;
+            }
         };
+        self.note(|journal| match &event {
+            Event::Outcome(outcome) => journal.answered(now, outcome),
+            Event::WorkerReady(ready) => journal.ready(now, ready.incarnation),
+            Event::WorkerLost(_) => journal.lost(now),
+            Event::Submit(_)
+            | Event::Abort(_)
+            | Event::Stop { .. }
+            | Event::ForcePreempt(_)
+            | Event::Wakeup => {}
+        });
         if let Event::Outcome(outcome) = &event {
             self.observe(&outcome.timing);
             self.progress.step_ended();
@@ -187,12 +217,21 @@ impl Driver {
         let mut any = false;
         loop {
             self.command(said);
-            let Some(planned) = self.scheduler.plan_step(self.now()) else { break };
+            let now = self.now();
+            let Some(planned) = self.scheduler.plan_step(now) else { break };
             self.command(said);
+            if let Some(journal) = &mut self.journal {
+                journal.planned(now, &planned, self.scheduler.stalls());
+            }
             self.metrics.steps_planned(StepsAhead::of(planned.report.ahead)).inc();
+            let seq = planned.plan.seq;
             self.life.command(ToWorker::Step(planned.plan));
+            let sent = self.now();
+            self.note(|journal| journal.sent(sent, seq));
             any = true;
         }
+        let head = self.scheduler.first_in_line();
+        self.note(|journal| journal.looked(head));
         self.command(said);
         let gauges = self.scheduler.gauges();
         self.progress.working(gauges.running + gauges.waiting > 0);
@@ -211,7 +250,13 @@ impl Driver {
                     tracing::error!(%incarnation, %reason, "the worker cannot be trusted");
                     self.life.kill();
                 }
-                for_a_request => said.push_back(for_a_request),
+                for_a_request => {
+                    if let Output::Finished { .. } | Output::Refused { .. } = &for_a_request {
+                        let now = self.now();
+                        self.note(|journal| journal.said(now, &for_a_request));
+                    }
+                    said.push_back(for_a_request);
+                }
             }
         }
     }

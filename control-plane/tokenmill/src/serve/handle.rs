@@ -4,18 +4,24 @@
 
 use super::driver::{Inbox, Message};
 use super::life::Progress;
+use super::story;
 use gateway::engine::{
-    self, GenerateRequest, Generation, GenerationControl, Limits, Readiness, SubmitError,
+    self, GenerateRequest, Generation, GenerationControl, Limits, NoStory, Readiness, SubmitError,
 };
 use ids::{HashKey, RequestId, TenantId, Timestamp, Tokens};
 use scheduler::Submit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use tokio::sync::Semaphore;
 use tokio::sync::mpsc::unbounded_channel;
+use tokio::sync::oneshot;
 
 /// When a client refused before the scheduler saw it should come again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// How many may read the journal at once: each keeps what is written over meanwhile.
+pub(super) const READERS: usize = 2;
 
 /// A handle to the running engine.
 pub(crate) struct Handle {
@@ -26,6 +32,8 @@ pub(crate) struct Handle {
     pub(crate) max_queued: (u32, u64),
     pub(crate) origin: Instant,
     pub(crate) next: AtomicU64,
+    /// Bounds who reads the journal; absent where none is kept.
+    pub(crate) readers: Option<Arc<Semaphore>>,
 }
 
 impl Handle {
@@ -71,7 +79,7 @@ impl engine::Engine for Handle {
         let (events_in, events) = unbounded_channel();
         self.inbox.send(Message::Submit(Box::new(submit), events_in));
         let control = Control { inbox: self.inbox.clone(), request: id };
-        Ok(Generation::new(events, Box::new(control)))
+        Ok(Generation::new(events, Box::new(control)).numbered(id))
     }
 
     fn readiness(&self) -> Readiness {
@@ -80,6 +88,38 @@ impl engine::Engine for Handle {
 
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    fn explain(
+        &self,
+        generations: &[RequestId],
+        since: Instant,
+        until: Option<Instant>,
+    ) -> engine::Stories {
+        let generations = generations.to_vec();
+        let Some(readers) = self.readers.clone() else {
+            let untold = vec![Err(NoStory::NoJournal); generations.len()];
+            return Box::pin(std::future::ready(untold));
+        };
+        let at = |time: Instant| Timestamp::ZERO.after(time.duration_since(self.origin));
+        let (zero, until, inbox) = (at(since), until.map(at), self.inbox.clone());
+        Box::pin(async move {
+            let untold = |why: &str| vec![Err(NoStory::NotTold(why.to_owned())); generations.len()];
+            let Ok(_reader) = readers.acquire().await else { return untold("shutting down") };
+            let (ask, pages) = oneshot::channel();
+            inbox.send(Message::Read(ask));
+            let Ok(pages) = pages.await else { return untold("the scheduler is gone") };
+            // A full journal takes milliseconds to go through.
+            let asked = generations.clone();
+            let read = tokio::task::spawn_blocking(move || {
+                let told = |number: &RequestId| match pages.history(*number) {
+                    Ok(history) => Ok(story::spell(&history, zero, until)),
+                    Err(error) => Err(NoStory::NotTold(error.to_string())),
+                };
+                asked.iter().map(told).collect()
+            });
+            read.await.unwrap_or_else(|_| untold("the journal could not be read"))
+        })
     }
 }
 

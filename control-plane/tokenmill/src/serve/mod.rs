@@ -15,6 +15,7 @@ pub(crate) mod memory_plan;
 mod settings;
 pub(crate) mod source;
 mod startup;
+mod story;
 mod streams;
 mod supervise;
 pub(crate) mod worker_config;
@@ -30,7 +31,7 @@ use gateway::{AppState, Gateway, GatewayLimits, ServedModel};
 use handle::Handle;
 use ids::{HashKey, Tokens};
 use life::{Life, Progress, WorkerLimits};
-use scheduler::Scheduler;
+use scheduler::{Journal, Scheduler};
 use settings::Settings;
 use startup::Startup;
 use std::net::SocketAddr;
@@ -41,7 +42,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use supervise::Supervisor;
 use telemetry::{Metrics, StartupPhase};
 use text::TextFolder;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 /// Work without an ended step for this share (1/4) of the step time-out is a stall.
 const PATIENCE_DIVISOR: u64 = 4;
@@ -137,9 +138,18 @@ fn start_engine(
         max_step_tokens: Tokens(settings.args.max_num_batched_tokens),
         max_context: settings.max_context,
     };
+    let journal = match settings.args.journal_bytes {
+        0 => None,
+        bytes => {
+            let bytes = usize::try_from(bytes).context("--journal-bytes is more than there is")?;
+            Some(Journal::new(bytes, settings.args.max_num_seqs))
+        }
+    };
+    let kept = journal.is_some();
     let driver = Driver {
         pressed: false,
         scheduler,
+        journal,
         inbox: messages,
         life: Life::new(limits, Arc::clone(&progress), Arc::clone(&startup), kill_in),
         progress: Arc::clone(&progress),
@@ -159,6 +169,7 @@ fn start_engine(
         max_queued: (settings.args.max_queued_requests, settings.args.max_queued_tokens.into()),
         origin,
         next: AtomicU64::new(1),
+        readers: kept.then(|| Arc::new(Semaphore::new(handle::READERS))),
     };
     let supervisor = Supervisor {
         config: settings.worker(),
@@ -205,6 +216,7 @@ fn app(
     let version = crate::cli::VERSION.to_owned();
     let mut gateway = Gateway::new(Arc::new(handle), model, text, limits, metrics, seed, version);
     gateway.vllm_metric_names = true;
+    gateway.admin_key = std::env::var("TOKENMILL_ADMIN_KEY").ok().filter(|key| !key.is_empty());
     Ok(Arc::new(gateway))
 }
 
