@@ -62,6 +62,12 @@ impl Client {
         }
     }
 
+    /// What the oracle says, to the end.
+    #[must_use]
+    pub fn expected(&self) -> &[TokenId] {
+        &self.expected
+    }
+
     /// Output tokens seen.
     #[must_use]
     pub fn got(&self) -> u32 {
@@ -136,7 +142,8 @@ impl Client {
             }
             FinishReason::WorkerDied { deaths } => deaths == 3 && usage == billed(self.got()),
             FinishReason::Refused(_) => self.cached.is_none() && usage == billed(0),
-            FinishReason::Fault(_) => false,
+            // That it befell this request is the model's to say.
+            FinishReason::Fault(_) => usage == billed(self.got()),
         };
         if fair {
             return Ok(());

@@ -15,8 +15,12 @@ use step::{Carving, GroupKind, GroupSpec};
 pub struct Scenario {
     /// Everything else random follows from it.
     pub seed: u64,
+    /// Whether the scheduler must do what the naive model does; without, the other checks stand alone.
+    pub compared: bool,
     /// Events after which no more requests come.
     pub events: u64,
+    /// Which groups the model has, in a word.
+    pub model: &'static str,
     /// Cache groups.
     pub groups: Vec<GroupSpec>,
     /// Their carving.
@@ -27,8 +31,12 @@ pub struct Scenario {
     pub prompt_most: u32,
     /// Most output tokens.
     pub output_most: u32,
-    /// Mean time between requests.
+    /// Mean time between sessions.
     pub pause: Duration,
+    /// Tenants, who share no cache.
+    pub tenants: u64,
+    /// Sessions whose requests kill every worker that runs them.
+    pub poisons: u64,
     /// Requests that the client aborts.
     pub aborts: u64,
     /// Requests that end at a stop string.
@@ -37,8 +45,8 @@ pub struct Scenario {
     pub deadlines: u64,
     /// Requests with prompt log-probabilities.
     pub prompt_logprobs: u64,
-    /// Events at which a running request is preempted by force.
-    pub preemptions: u64,
+    /// Mean time between acts of those who meddle; none when zero.
+    pub meddling: Duration,
     /// Outcomes that come again.
     pub repeats: u64,
     /// Outcomes that come before their predecessor, and again after it.
@@ -47,8 +55,14 @@ pub struct Scenario {
     pub lates: u64,
     /// Outcomes that never come.
     pub losses: u64,
-    /// Outcomes that lack a sample or name a slot of their own.
+    /// Outcomes that lack a sample or name a slot of their own, and as many of unknown steps.
     pub lies: u64,
+    /// Outcomes whose bytes break off.
+    pub garbles: u64,
+    /// Outcomes in which a token could not be drawn.
+    pub sample_faults: u64,
+    /// Steps from which on the worker answers no more.
+    pub hangs: u64,
     /// Steps in which the worker dies.
     pub deaths: u64,
 }
@@ -110,13 +124,19 @@ impl Scenario {
             prefix_caching: !rng.one_in(5),
             queue_requests: 20,
             queue_tokens: 4000,
-            step_timeout: Duration::from_secs(2),
+            step_timeout: Duration::from_millis(600),
             release_slice: 1 + rng.below_u32(6),
             ..Config::with_key(HashKey::derive("sim", b""))
         };
         Ok(Self {
             seed,
+            compared: true,
             events,
+            model: match model {
+                Model::Full => "Full",
+                Model::Sliding => "Sliding",
+                Model::Mixed => "Mixed",
+            },
             groups,
             carving,
             config,
@@ -124,32 +144,41 @@ impl Scenario {
             prompt_most: if max_chunk < 60 { 70 } else { 330 },
             output_most: 90,
             pause: Duration::from_micros(20_000 + rng.below(150_000)),
+            tenants: 1 + rng.below(3),
+            poisons: 250,
             aborts: 8,
             stops: 6,
-            deadlines: 10,
+            deadlines: 8,
             prompt_logprobs: 12,
-            preemptions: 40,
+            meddling: Duration::from_millis(40),
             repeats: 50,
             reorders: 60,
             lates: 80,
             losses: 3000,
-            lies: 3000,
-            deaths: 1500,
+            lies: 2000,
+            garbles: 3000,
+            sample_faults: 400,
+            hangs: 4000,
+            deaths: 1200,
         })
     }
 
     /// The same world without anything that goes wrong.
     #[must_use]
     pub fn calm(mut self) -> Self {
+        self.poisons = 0;
         self.aborts = 0;
         self.stops = 0;
         self.deadlines = 0;
-        self.preemptions = 0;
+        self.meddling = Duration::ZERO;
         self.repeats = 0;
         self.reorders = 0;
         self.lates = 0;
         self.losses = 0;
         self.lies = 0;
+        self.garbles = 0;
+        self.sample_faults = 0;
+        self.hangs = 0;
         self.deaths = 0;
         self
     }

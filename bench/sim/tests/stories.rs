@@ -305,6 +305,21 @@ fn everyone_who_waits_is_told_for_what() {
 }
 
 #[test]
+fn nobody_inherits_the_shortage_of_one_who_left() {
+    let mut replica = Replica::new(limits(), &[full(0)], 8);
+    replica.submit(request(1, 250, 50));
+    replica.submit(request(2, 350, 50));
+    replica.plan();
+    assert!(matches!(replica.scheduler.explain()[..], [(RequestId(2), Waits::Blocks { .. })]));
+    replica.handle(Event::Abort(RequestId(2)));
+    replica.submit(request(3, 60, 5));
+    replica.retire();
+    replica.plan();
+    assert_eq!(replica.seated(), [RequestId(1), RequestId(3)]);
+    replica.drive(|_, _| {});
+}
+
+#[test]
 fn a_long_prompt_does_not_break_the_decode_budget() {
     let config = Config { decode_budget: Duration::from_millis(4), ..limits() };
     let mut replica = Replica::new(config, &[full(0)], 200);

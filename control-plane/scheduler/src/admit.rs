@@ -29,6 +29,12 @@ pub(crate) struct Blocked {
     running: usize,
 }
 
+impl Blocked {
+    pub(crate) fn is_of(&self, key: Key) -> bool {
+        self.key == key
+    }
+}
+
 impl Scheduler {
     pub(crate) fn admit_waiting(&mut self, life: &mut Life, draft: &mut Draft) {
         self.head = None;

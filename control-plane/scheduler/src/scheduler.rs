@@ -372,6 +372,8 @@ impl Scheduler {
         }
         self.line.leave(job.flow);
         self.ids.remove(&job.id);
+        // The key will name another request.
+        self.blocked = self.blocked.filter(|blocked| !blocked.is_of(key));
         self.requests.vacate(key);
     }
 }

@@ -2,8 +2,9 @@
 
 mod common;
 
-use cargo_metadata::{DependencyKind, Metadata, PackageId};
+use cargo_metadata::{DependencyKind, Metadata};
 use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
 
 /// Crates that decide and never act: nothing below them may reach a runtime or an I/O stack.
 const PURE: [&str; 6] = ["ids", "step", "kv-cache", "scheduler", "model", "sim"];
@@ -59,27 +60,30 @@ fn the_table_and_the_manifests_agree() {
     assert_eq!(documented(), actual(&common::metadata()));
 }
 
+/// Pure crates are built without a runtime; what others ask of a crate they share is no matter.
 #[test]
 fn pure_crates_reach_no_runtime() {
-    let metadata = common::metadata();
-    let resolve = metadata.resolve.as_ref().expect("a resolved graph");
-    let nodes: BTreeMap<&PackageId, _> = resolve.nodes.iter().map(|n| (&n.id, n)).collect();
-    for package in metadata.workspace_packages() {
-        if !PURE.contains(&package.name.as_str()) {
-            continue;
-        }
-        let mut seen = BTreeSet::new();
-        let mut next = vec![&package.id];
-        while let Some(id) = next.pop() {
-            if !seen.insert(id) {
-                continue;
-            }
-            let name = metadata[id].name.as_str();
-            assert!(!IMPURE.contains(&name), "{} reaches {name}", package.name);
-            next.extend(nodes[id].deps.iter().filter_map(|dep| {
-                let built_in = dep.dep_kinds.iter().any(|kind| kind.kind == DependencyKind::Normal);
-                built_in.then_some(&dep.pkg)
-            }));
+    for package in PURE {
+        let mut tree = Command::new(env!("CARGO"));
+        tree.current_dir(common::root());
+        tree.args([
+            "tree",
+            "--locked",
+            "--edges",
+            "normal",
+            "--prefix",
+            "none",
+            "--package",
+            package,
+        ]);
+        let tree = tree.output().expect("cargo runs");
+        assert!(tree.status.success(), "{}", String::from_utf8_lossy(&tree.stderr));
+        let tree = String::from_utf8(tree.stdout).expect("UTF-8");
+        let reached: BTreeSet<&str> =
+            tree.lines().filter_map(|line| line.split_whitespace().next()).collect();
+        assert!(reached.contains(package), "{package}: {tree}");
+        for name in IMPURE {
+            assert!(!reached.contains(name), "{package} reaches {name}");
         }
     }
 }

@@ -119,7 +119,7 @@ fn processes_sum_as_threads_do() {
 
 #[test]
 fn a_killed_rank_is_named_by_those_who_wait() {
-    let mut ranks = Ranks::start(u64::MAX, 700);
+    let mut ranks = Ranks::start(u64::MAX, 2_000);
     ranks.all_run();
     ranks.children[1].0.kill().expect("a child");
     for rank in [0, 2] {
@@ -133,7 +133,7 @@ fn a_killed_rank_is_named_by_those_who_wait() {
 
 #[test]
 fn a_rank_that_the_system_stops_is_named_too() {
-    let mut ranks = Ranks::start(u64::MAX, 700);
+    let mut ranks = Ranks::start(u64::MAX, 2_000);
     ranks.all_run();
     let id = ranks.children[2].0.id().to_string();
     let sent = Command::new("kill").args(["-STOP", &id]).status().expect("a shell's tool");

@@ -50,8 +50,7 @@ impl From<ToScheduler> for pb::ToScheduler {
 /// those who measure it without a session.
 pub fn encode_step(plan: &StepPlan, into: &mut Vec<u8>) {
     let message = pb::to_worker::Message::Step(step_plan(plan));
-    let encoded = prost::Message::encode(&pb::ToWorker { message: Some(message) }, into);
-    debug_assert!(encoded.is_ok(), "a vector grows as needed");
+    crate::codec::append(&pb::ToWorker { message: Some(message) }, into);
 }
 
 fn raw(tokens: &[TokenId]) -> Vec<u32> {

@@ -59,6 +59,12 @@ pub struct Batch {
     pub wanted: Vec<Wanted>,
     /// Prompt tokens among the rows.
     pub prefill_tokens: usize,
+    /// Number of the step.
+    pub step: u64,
+    /// Rows that each of several ranks runs for every shard.
+    pub bucket: usize,
+    /// Tokens of each of several shards.
+    pub shard_rows: Vec<usize>,
     order: Vec<usize>,
 }
 
@@ -72,6 +78,9 @@ impl Batch {
             runs: Vec::with_capacity(slots),
             wanted: Vec::with_capacity(slots),
             prefill_tokens: 0,
+            step: 0,
+            bucket: 0,
+            shard_rows: Vec::new(),
             order: Vec::with_capacity(slots),
         }
     }

@@ -7,9 +7,11 @@ use crate::cpu::Cpu;
 use crate::cuda::{self, Captured, Cuda};
 use crate::executor::Backend;
 use crate::slots::{MAX_CONTEXT, Slots};
+use crate::standing::Standing;
 use crate::steps::Steps;
 use crate::tables::Carver;
 use crate::{Device, EngineError, Options, PlanError, StepError, WeightSource};
+use device::collectives::Collectives;
 use ids::{Bytes, GroupId, Incarnation, RequestId, Tokens};
 use model::lower::Lowered;
 use model::memory;
@@ -24,7 +26,7 @@ const MAX_SLOTS: u32 = 1 << 16;
 /// The most tokens of one step.
 const MAX_STEP_TOKENS: u32 = 1 << 20;
 
-/// A model on one device, driven by step plans. `'w` is the life of the weights.
+/// A model on one device, or one rank's part of it, driven by step plans. `'w` is the life of the weights.
 pub struct Engine<'w> {
     architecture: String,
     vocab: u32,
@@ -34,6 +36,7 @@ pub struct Engine<'w> {
     /// Of super-blocks, in bytes.
     alignment: u64,
     backend: Backend<'w>,
+    standing: Standing,
     configured: Option<Steps>,
 }
 
@@ -51,13 +54,42 @@ impl<'w> Engine<'w> {
         options: Options,
     ) -> Result<Self, EngineError> {
         match options.device {
-            Device::Cpu => Self::over(program, lowered, options, |lowered, options| {
-                Ok(Backend::Cpu(Box::new(Cpu::new(lowered, weights, options)?)))
-            }),
+            Device::Cpu => {
+                Self::alone(&lowered)?;
+                Self::over(program, lowered, options, |lowered, options| {
+                    Ok(Backend::Cpu(Box::new(Cpu::new(lowered, weights, options, None)?)))
+                })
+            }
             Device::Cuda { ordinal } => {
                 Self::on_device(program, lowered, weights, ordinal, options, &|_, _| {})
             }
         }
+    }
+
+    /// As [`Engine::new`] for one rank of several, on the processor. `weights` hold the rank's parts, see
+    /// [`crate::parts`]; `collectives` are its end of the exchange with the others.
+    ///
+    /// # Errors
+    /// As [`Engine::new`], and where the collectives are another rank's or the options name a CUDA device.
+    pub fn of_rank(
+        program: &Program,
+        lowered: Lowered,
+        weights: &'w dyn WeightSource,
+        collectives: Box<dyn Collectives>,
+        options: Options,
+    ) -> Result<Self, EngineError> {
+        if options.device != Device::Cpu {
+            return Err(EngineError::Ranks { ranks: lowered.mesh.world() });
+        }
+        let (rank, ranks) = (lowered.rank.0, lowered.mesh.world());
+        let (got, got_of) = (collectives.rank(), collectives.world());
+        if (got, got_of) != (rank, ranks) {
+            return Err(EngineError::OtherRank { got, got_of, rank, ranks });
+        }
+        Self::over(program, lowered, options, |lowered, options| {
+            let cpu = Cpu::new(lowered, weights, options, Some(collectives))?;
+            Ok(Backend::Cpu(Box::new(cpu)))
+        })
     }
 
     /// As [`Engine::new`] on a CUDA device, whatever the options say, which gets a copy of all
@@ -73,10 +105,19 @@ impl<'w> Engine<'w> {
         options: Options,
         report: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Self, EngineError> {
+        Self::alone(&lowered)?;
         Self::over(program, lowered, options, |lowered, options| {
             let cuda = Cuda::new(ordinal, &lowered, weights, options, report)?;
             Ok(Backend::Cuda(Box::new(cuda)))
         })
+    }
+
+    /// Refuses programs whose ranks would have to exchange.
+    const fn alone(lowered: &Lowered) -> Result<(), EngineError> {
+        match lowered.mesh.world() {
+            1 => Ok(()),
+            ranks => Err(EngineError::Ranks { ranks }),
+        }
     }
 
     fn over(
@@ -85,10 +126,7 @@ impl<'w> Engine<'w> {
         options: Options,
         backend: impl FnOnce(Lowered, &Options) -> Result<Backend<'w>, EngineError>,
     ) -> Result<Self, EngineError> {
-        let ranks = lowered.mesh.world();
-        if ranks != 1 {
-            return Err(EngineError::Ranks { ranks });
-        }
+        let standing = Standing::new(lowered.mesh, lowered.rank);
         let element = options.kv_dtype.bytes();
         let groups = lowered.groups.iter().enumerate().map(|(number, group)| GroupSpec {
             group: GroupId(number as u8),
@@ -110,6 +148,7 @@ impl<'w> Engine<'w> {
             max_context: Tokens((program.max_context as u64).min(MAX_CONTEXT.into()) as u32),
             groups,
             backend,
+            standing,
             options,
             configured: None,
         })
@@ -132,6 +171,14 @@ impl<'w> Engine<'w> {
     #[must_use]
     pub fn captured(&self) -> Vec<Captured> {
         self.backend.captured()
+    }
+
+    /// Bytes that came from other ranks in the last step, by op of the program's body, then of its head;
+    /// empty on a device that exchanges nothing. As [`model::explain::collective_bytes`] says for the rows
+    /// that the ops ran with.
+    #[must_use]
+    pub fn moved(&self) -> &[u64] {
+        self.backend.moved()
     }
 
     /// What an operator may want to know since the last call: what was chosen at the start, and what went
@@ -180,7 +227,8 @@ impl<'w> Engine<'w> {
         self.backend.configure((max_step_tokens, max_slots as usize, context), cache_bytes)?;
         let slots = Slots::new(carver, max_slots, configure.max_context, self.vocab);
         let limits = (max_step_tokens, max_slots as usize);
-        let steps = Steps::new(configure.incarnation, slots, limits, self.vocab as usize);
+        let steps =
+            Steps::new(configure.incarnation, slots, limits, self.vocab as usize, self.standing);
         self.configured = Some(steps);
         Ok(())
     }

@@ -2,6 +2,7 @@
 //! contradicts its state, a device that fails. After a [`StepError`] the engine's state is not to be
 //! trusted.
 
+use device::collectives::CollectiveError;
 use device::cuda::CudaError;
 use ids::{BlockId, Bytes, GroupId, RequestId, SlotGeneration, SlotId, StepSeq, Tokens};
 
@@ -57,10 +58,27 @@ pub enum EngineError {
     /// The device.
     #[error(transparent)]
     Device(#[from] CudaError),
-    /// More than one rank: an engine executes one.
-    #[error("the engine executes one rank; this program is lowered for {ranks}")]
+    /// A program for several ranks where one is executed alone.
+    #[error(
+        "this program is lowered for {ranks} ranks, which need collectives and run on the processor; \
+         a CUDA device runs one"
+    )]
     Ranks {
         /// Ranks of the mesh.
+        ranks: usize,
+    },
+    /// Collectives of another rank or mesh than the program was lowered for.
+    #[error(
+        "collectives of rank {got} of {got_of} for a program lowered for rank {rank} of {ranks}"
+    )]
+    OtherRank {
+        /// Of the collectives.
+        got: usize,
+        /// Likewise.
+        got_of: usize,
+        /// Of the program.
+        rank: usize,
+        /// Likewise.
         ranks: usize,
     },
     /// A carving that does not fit the cache or the groups.
@@ -106,6 +124,14 @@ pub enum StepError {
         /// What the device said; of an earlier launch where the call only waited.
         source: CudaError,
     },
+    /// The ranks.
+    #[error("step {step} failed between ranks")]
+    Collective {
+        /// Which step.
+        step: StepSeq,
+        /// Who is missing, or what else.
+        source: CollectiveError,
+    },
 }
 
 /// What of a plan or upload contradicts the engine's state.
@@ -130,11 +156,35 @@ pub enum PlanError {
         /// The last executed.
         last: StepSeq,
     },
-    /// A plan without exactly one section for this engine's shard.
-    #[error("the plan has {got} sections, this engine is one shard of one")]
+    /// A plan without a section, or a number of tokens, for each shard.
+    #[error(
+        "the plan has {got} sections and {tokens} numbers of tokens, this engine is a shard of {shards}"
+    )]
     Sections {
         /// Sections.
         got: usize,
+        /// Numbers of tokens.
+        tokens: usize,
+        /// Shards of the mesh.
+        shards: usize,
+    },
+    /// Tokens of a shard that are not those of its section.
+    #[error("the plan names {named} tokens of shard {shard}, its section has {got}")]
+    ShardTokens {
+        /// The shard.
+        shard: usize,
+        /// In the header.
+        named: Tokens,
+        /// In the section.
+        got: usize,
+    },
+    /// Rows too few for a shard.
+    #[error("a step of {rows} padded rows for {tokens} tokens of a shard")]
+    Bucket {
+        /// Of the plan, as far as the configuration allows.
+        rows: usize,
+        /// Of the largest shard.
+        tokens: usize,
     },
     /// Tokens that do not continue what was uploaded.
     #[error("upload of {request} starts at {offset}, {held} tokens are held")]

@@ -7,6 +7,7 @@ use crate::cuda::{Captured, Cuda};
 use crate::sampler::SamplerState;
 use crate::slots::Slots;
 use core::ops::Range;
+use device::collectives::CollectiveError;
 use device::cuda::CudaError;
 use ops::sample::cuda::{SampleRow, UNWANTED};
 use std::time::Duration;
@@ -110,9 +111,33 @@ pub struct Collected<'a> {
     pub time: DeviceTime,
 }
 
-/// Runs batches of one model on one device. Only a device fails; after that nothing may be asked of
-/// the executor any more.
+/// Why an executor fails.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExecutorError {
+    /// Its device did.
+    Cuda(CudaError),
+    /// Ranks could not exchange.
+    Collective(CollectiveError),
+}
+
+impl From<CudaError> for ExecutorError {
+    fn from(error: CudaError) -> Self {
+        Self::Cuda(error)
+    }
+}
+
+impl From<CollectiveError> for ExecutorError {
+    fn from(error: CollectiveError) -> Self {
+        Self::Collective(error)
+    }
+}
+
+/// Runs batches of one model on one device. Only a device fails, or another rank; after that nothing may be
+/// asked of the executor any more.
 pub trait Executor {
+    /// What fails.
+    type Error: Into<ExecutorError>;
+
     /// All rows through the model; their KV is written. What is enqueued on a device may fail later,
     /// in whatever waits for it. `draws` says of each wanted row how its token is drawn where that may
     /// happen beside the logits.
@@ -128,7 +153,7 @@ pub trait Executor {
         batch: &Batch,
         tables: &TableView<'_>,
         draws: &[Option<RowDraw>],
-    ) -> Result<bool, CudaError>;
+    ) -> Result<bool, Self::Error>;
 
     /// Some of the wanted rows of the last step, whose batch and draws these are; at most
     /// [`Executor::tile`].
@@ -140,19 +165,19 @@ pub trait Executor {
         batch: &Batch,
         wanted: Range<usize>,
         draws: &[Option<RowDraw>],
-    ) -> Result<Tile<'_>, CudaError>;
+    ) -> Result<Tile<'_>, Self::Error>;
 
     /// Whether [`Executor::collect`] would not wait.
     ///
     /// # Errors
     /// When the device does.
-    fn ready(&self) -> Result<bool, CudaError>;
+    fn ready(&self) -> Result<bool, Self::Error>;
 
     /// Waits for the oldest step that was enqueued and not collected.
     ///
     /// # Errors
     /// When the device does.
-    fn collect(&mut self) -> Result<Collected<'_>, CudaError>;
+    fn collect(&mut self) -> Result<Collected<'_>, Self::Error>;
 
     /// Most rows of one call of [`Executor::finish`] for a step with these draws.
     fn tile(&self, draws: &[Option<RowDraw>]) -> usize;
@@ -189,6 +214,14 @@ impl Backend<'_> {
         }
     }
 
+    /// Bytes that came from other ranks in the last step, by op; empty where no ranks exchange.
+    pub(crate) fn moved(&self) -> &[u64] {
+        match self {
+            Self::Cpu(cpu) => cpu.moved(),
+            Self::Cuda(_) => &[],
+        }
+    }
+
     /// Parts of the start that ended since the last call; none where loading is not the executor's.
     pub(crate) fn take_phases(&mut self) -> Vec<(StartPhase, Duration)> {
         match self {
@@ -220,15 +253,17 @@ impl Backend<'_> {
 }
 
 impl Executor for Backend<'_> {
+    type Error = ExecutorError;
+
     fn enqueue(
         &mut self,
         batch: &Batch,
         tables: &TableView<'_>,
         draws: &[Option<RowDraw>],
-    ) -> Result<bool, CudaError> {
+    ) -> Result<bool, ExecutorError> {
         match self {
-            Self::Cpu(cpu) => cpu.enqueue(batch, tables, draws),
-            Self::Cuda(cuda) => cuda.enqueue(batch, tables, draws),
+            Self::Cpu(cpu) => Ok(cpu.enqueue(batch, tables, draws)?),
+            Self::Cuda(cuda) => Ok(cuda.enqueue(batch, tables, draws)?),
         }
     }
 
@@ -237,24 +272,24 @@ impl Executor for Backend<'_> {
         batch: &Batch,
         wanted: Range<usize>,
         draws: &[Option<RowDraw>],
-    ) -> Result<Tile<'_>, CudaError> {
+    ) -> Result<Tile<'_>, ExecutorError> {
         match self {
-            Self::Cpu(cpu) => cpu.finish(batch, wanted, draws),
-            Self::Cuda(cuda) => cuda.finish(batch, wanted, draws),
+            Self::Cpu(cpu) => Ok(cpu.finish(batch, wanted, draws)?),
+            Self::Cuda(cuda) => Ok(cuda.finish(batch, wanted, draws)?),
         }
     }
 
-    fn ready(&self) -> Result<bool, CudaError> {
+    fn ready(&self) -> Result<bool, ExecutorError> {
         match self {
-            Self::Cpu(cpu) => cpu.ready(),
-            Self::Cuda(cuda) => cuda.ready(),
+            Self::Cpu(cpu) => Ok(cpu.ready()?),
+            Self::Cuda(cuda) => Ok(cuda.ready()?),
         }
     }
 
-    fn collect(&mut self) -> Result<Collected<'_>, CudaError> {
+    fn collect(&mut self) -> Result<Collected<'_>, ExecutorError> {
         match self {
-            Self::Cpu(cpu) => cpu.collect(),
-            Self::Cuda(cuda) => cuda.collect(),
+            Self::Cpu(cpu) => Ok(cpu.collect()?),
+            Self::Cuda(cuda) => Ok(cuda.collect()?),
         }
     }
 

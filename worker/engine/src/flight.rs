@@ -6,11 +6,10 @@
 
 use crate::batch::{Batch, Purpose, Wanted};
 use crate::digest::Digest;
-use crate::executor::RowDraw;
+use crate::executor::{ExecutorError, RowDraw};
 use crate::sampler::Sampler;
 use crate::slots::Slots;
 use crate::{PlanError, StepError};
-use device::cuda::CudaError;
 use ids::{Incarnation, SlotGeneration, StepSeq};
 use std::time::Instant;
 use step::StepPlan;
@@ -32,6 +31,8 @@ pub(crate) struct Flight {
     /// Whether the executor draws all tokens and keeps them for the next step. Otherwise no other
     /// step can be enqueued before this one's tokens are known.
     pub(crate) ahead: bool,
+    /// Whether the model runs: for tokens of this shard, or beside another shard's.
+    pub(crate) runs: bool,
     /// When its plan was taken.
     pub(crate) began: Instant,
 }
@@ -46,6 +47,7 @@ impl Flight {
             draws: Vec::with_capacity(slots),
             lives: Vec::with_capacity(slots),
             ahead: false,
+            runs: false,
             began: Instant::now(),
         }
     }
@@ -73,9 +75,18 @@ impl Flight {
         Ok(())
     }
 
-    /// A failure of the device in this step.
-    pub(crate) fn failed(&self, during: &'static str, source: CudaError) -> StepError {
+    /// A failure of the device, or between ranks, in this step.
+    pub(crate) fn failed(
+        &self,
+        during: &'static str,
+        source: impl Into<ExecutorError>,
+    ) -> StepError {
         let (rows, requests) = (self.batch.ids.len(), self.batch.runs.len());
-        StepError::Device { during, step: self.seq, rows, requests, source }
+        match source.into() {
+            ExecutorError::Cuda(source) => {
+                StepError::Device { during, step: self.seq, rows, requests, source }
+            }
+            ExecutorError::Collective(source) => StepError::Collective { step: self.seq, source },
+        }
     }
 }

@@ -5,7 +5,7 @@
 
 use device::ThreadPool;
 use ids::{Bytes, Tokens};
-use model::lower::{LocalAttention, Lowered, Op};
+use model::lower::{LocalAttention, Lowered, Op, Rows};
 use model::memory::activation_bytes;
 use ops::sample::Seen;
 use ops::{gqa, mla, moe};
@@ -41,6 +41,10 @@ pub fn step_bytes(lowered: &Lowered, tokens: usize, threads: usize) -> Bytes {
             }
             Op::Experts { x, top_k, intermediate, .. } => {
                 let hidden = lowered.buffers[x.0].width;
+                let tokens = match lowered.buffers[x.0].rows {
+                    Rows::Shard => tokens,
+                    Rows::AllShards(shards) => tokens * shards,
+                };
                 let panels = ops::linear::scratch_len(&one, hidden.max(intermediate));
                 let rest = moe::Scratch::bytes(tokens, top_k, hidden, intermediate);
                 experts = experts.max(rest + panels * threads * size_of::<f32>());

@@ -12,6 +12,7 @@ use crate::executor::{Collected, Executor, TableView, Tile};
 use crate::flight::{Flight, MOST_FLIGHTS};
 use crate::sampler::{Drawn, Sampler, described_on_device, drawn_on_device};
 use crate::slots::Slots;
+use crate::standing::Standing;
 use crate::{PlanError, StepError};
 use ids::{Incarnation, RequestId, SlotGeneration, SlotId, StepSeq, TokenId, Tokens};
 use std::collections::VecDeque;
@@ -32,6 +33,7 @@ pub(crate) struct Steps {
     /// Oldest first.
     flights: VecDeque<Flight>,
     spare: Vec<Flight>,
+    standing: Standing,
     /// When the last outcome was complete: the next step's time begins then at the earliest.
     collected: Instant,
 }
@@ -43,6 +45,7 @@ impl Steps {
         slots: Slots,
         (tokens, max_slots): (usize, usize),
         vocab: usize,
+        standing: Standing,
     ) -> Self {
         let flight = |_| Flight::with_capacity(tokens, max_slots);
         Self {
@@ -54,6 +57,7 @@ impl Steps {
             sampler: Sampler::new(vocab),
             flights: VecDeque::with_capacity(MOST_FLIGHTS),
             spare: (0..MOST_FLIGHTS).map(flight).collect(),
+            standing,
             collected: Instant::now(),
         }
     }
@@ -72,7 +76,7 @@ impl Steps {
     pub(crate) fn ready(&self, backend: &impl Executor) -> Result<bool, StepError> {
         match self.flights.front() {
             None => Ok(false),
-            Some(flight) if !flight.ahead || flight.batch.ids.is_empty() => Ok(true),
+            Some(flight) if !flight.ahead || !flight.runs => Ok(true),
             Some(flight) => backend.ready().map_err(|source| flight.failed(PROGRAM, source)),
         }
     }
@@ -86,9 +90,7 @@ impl Steps {
         if plan.seq <= self.last {
             return Err(PlanError::Sequence { got: plan.seq, last: self.last }.into());
         }
-        let [section] = plan.sections.as_slice() else {
-            return Err(PlanError::Sections { got: plan.sections.len() }.into());
-        };
+        let section = self.standing.section(plan)?;
         let free = if self.accepts() { self.spare.pop() } else { None };
         let Some(mut flight) = free else {
             return Err(PlanError::TooFarAhead { got: plan.seq, last: self.last }.into());
@@ -99,7 +101,8 @@ impl Steps {
         flight.batch.fill(&mut self.slots, section, self.max_step_tokens)?;
         flight.fill_draws(&mut self.slots)?;
         flight.ahead = true;
-        if !flight.batch.ids.is_empty() {
+        flight.runs = self.standing.rows(plan, self.max_step_tokens, &mut flight.batch)?;
+        if flight.runs {
             let tables = TableView::new(&self.slots);
             match backend.enqueue(&flight.batch, &tables, &flight.draws) {
                 Ok(ahead) => flight.ahead = ahead,
@@ -117,13 +120,8 @@ impl Steps {
 
     /// Whose failure it is that enqueueing `flight` met: a device says what went wrong before to
     /// whoever calls it next.
-    fn blame(
-        &self,
-        backend: &mut impl Executor,
-        flight: &Flight,
-        source: device::cuda::CudaError,
-    ) -> StepError {
-        for older in self.flights.iter().filter(|older| !older.batch.ids.is_empty()) {
+    fn blame<E: Executor>(&self, backend: &mut E, flight: &Flight, source: E::Error) -> StepError {
+        for older in self.flights.iter().filter(|older| older.runs) {
             if let Err(source) = backend.collect() {
                 return older.failed(PROGRAM, source);
             }
@@ -153,7 +151,7 @@ impl Steps {
         if !flight.ahead {
             self.finish(backend, &flight, &mut outcome)?;
         }
-        if !flight.batch.ids.is_empty() {
+        if flight.runs {
             let collected = backend.collect().map_err(|source| flight.failed(PROGRAM, source))?;
             outcome.timing.model_ns = collected.time.run_ns;
             outcome.timing.idle_ns = collected.time.idle_ns;

@@ -17,7 +17,7 @@ fn session() -> Session {
 fn plan_error(error: StepError) -> PlanError {
     match error {
         StepError::Plan(error) => error,
-        StepError::Device { .. } => panic!("{error}"),
+        StepError::Device { .. } | StepError::Collective { .. } => panic!("{error}"),
     }
 }
 
@@ -50,7 +50,7 @@ fn every_contradiction_has_its_name() {
     use PlanError as E;
     assert!(matches!(refused(|p| p.incarnation = Incarnation(1)), E::Incarnation { .. }));
     assert!(matches!(refused(|p| p.seq = StepSeq(1)), E::Sequence { .. }));
-    assert!(matches!(refused(|p| p.sections.clear()), E::Sections { got: 0 }));
+    assert!(matches!(refused(|p| p.sections.clear()), E::Sections { got: 0, shards: 1, .. }));
     assert!(matches!(op(SlotOp::Retire { slot: SlotId(1) }), E::NotAdmitted { .. }));
     assert!(matches!(op(SlotOp::Retire { slot: SlotId(4000) }), E::NoSlot { .. }));
     assert!(matches!(extend(9, 0), E::NoGroup(GroupId(9))));

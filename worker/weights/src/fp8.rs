@@ -8,6 +8,7 @@
 //! It reads no file. Invariant: no value that is not a number leaves it unnoticed.
 
 use crate::slice::Element;
+use core::ops::Range;
 
 /// The value of each code.
 const E4M3: [f32; 256] = {
@@ -43,28 +44,33 @@ pub(crate) struct Quantised<'a> {
 }
 
 impl Quantised<'_> {
-    /// Makes the numbers of `out.len() / cols` rows from `first_row` on.
+    /// Makes the numbers of `out.len() / cols.len()` rows from `first_row` on, in these columns, of which
+    /// there are some.
     ///
     /// # Errors
     /// Row and column of the first code that is no number.
     pub(crate) fn dequantise<T: Element>(
         &self,
         first_row: usize,
+        cols: Range<usize>,
         out: &mut [T],
     ) -> Result<(), (usize, usize)> {
         let scale_cols = self.cols.div_ceil(self.block.1);
-        let codes = &self.codes[first_row * self.cols..];
-        let rows = codes.chunks_exact(self.cols).zip(out.chunks_exact_mut(self.cols));
-        for (row, (codes, out)) in (first_row..).zip(rows) {
+        for (row, out) in (first_row..).zip(out.chunks_exact_mut(cols.len())) {
+            let codes = &self.codes[row * self.cols..][cols.clone()];
             let scales = &self.scales[row / self.block.0 * scale_cols..][..scale_cols];
-            let blocks = codes.chunks(self.block.1).zip(out.chunks_mut(self.block.1));
-            for ((codes, out), &scale) in blocks.zip(scales) {
-                for (&code, x) in codes.iter().zip(out) {
-                    *x = T::round(E4M3[usize::from(code)] * scale);
+            let mut from = cols.start;
+            while from < cols.end {
+                let block = from / self.block.1;
+                let end = ((block + 1) * self.block.1).min(cols.end);
+                let piece = from - cols.start..end - cols.start;
+                for (&code, x) in codes[piece.clone()].iter().zip(&mut out[piece]) {
+                    *x = T::round(E4M3[usize::from(code)] * scales[block]);
                 }
+                from = end;
             }
             if let Some(column) = codes.iter().position(|code| code & 0x7F == 0x7F) {
-                return Err((row, column));
+                return Err((row, cols.start + column));
             }
         }
         Ok(())
@@ -113,17 +119,25 @@ mod tests {
                 let matrix = Quantised { codes: &codes, cols, scales: &scales, block };
                 let (mut single, mut brain) =
                     (vec![0f32; rows * cols], vec![bf16::ZERO; rows * cols]);
-                matrix.dequantise(0, &mut single).expect("numbers");
+                matrix.dequantise(0, 0..cols, &mut single).expect("numbers");
                 // In two pieces, the second one not at a block's edge.
                 let (upper, lower) = brain.split_at_mut(cols);
-                matrix.dequantise(0, upper).expect("numbers");
-                matrix.dequantise(1, lower).expect("numbers");
+                matrix.dequantise(0, 0..cols, upper).expect("numbers");
+                matrix.dequantise(1, 0..cols, lower).expect("numbers");
                 for row in 0..rows {
                     for col in 0..cols {
                         let i = row * cols + col;
                         let scale = scales[row / block.0 * scale_cols + col / block.1];
                         assert_eq!(single[i], E4M3[usize::from(codes[i])] * scale);
                         assert_eq!(brain[i], bf16::from_f32(single[i]));
+                    }
+                }
+                // Columns alone, wherever blocks begin.
+                for from in 0..cols {
+                    let mut part = vec![0f32; rows * (cols - from)];
+                    matrix.dequantise(0, from..cols, &mut part).expect("numbers");
+                    for (row, part) in part.chunks_exact(cols - from).enumerate() {
+                        assert_eq!(part, &single[row * cols + from..(row + 1) * cols]);
                     }
                 }
             }
@@ -136,8 +150,10 @@ mod tests {
             let mut codes = [0x38; 15];
             codes[3 * 3 + 2] = code;
             let matrix = Quantised { codes: &codes, cols: 3, scales: &[1.0; 2], block: (4, 4) };
-            assert_eq!(matrix.dequantise(0, &mut [0f32; 15]), Err((3, 2)));
-            assert_eq!(matrix.dequantise(4, &mut [0f32; 3]), Ok(()));
+            assert_eq!(matrix.dequantise(0, 0..3, &mut [0f32; 15]), Err((3, 2)));
+            assert_eq!(matrix.dequantise(3, 1..3, &mut [0f32; 2]), Err((3, 2)));
+            assert_eq!(matrix.dequantise(3, 0..2, &mut [0f32; 2]), Ok(()), "it is elsewhere");
+            assert_eq!(matrix.dequantise(4, 0..3, &mut [0f32; 3]), Ok(()));
         }
     }
 }

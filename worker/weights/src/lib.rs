@@ -18,6 +18,7 @@ mod load;
 #[allow(unsafe_code, reason = "the one memory map of the workspace")]
 mod map_file;
 mod parallel;
+mod part;
 pub mod progress;
 pub mod random;
 mod set;
@@ -29,6 +30,7 @@ pub use error::{CheckpointError, Defect};
 pub use load::LoadOptions;
 pub use map_file::MappedFile;
 pub use parallel::available_threads;
+pub use part::Part;
 pub use progress::Progress;
 pub use safetensors::Dtype;
 pub use set::{Float, Stored, Weight, Weights};

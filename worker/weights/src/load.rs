@@ -8,9 +8,11 @@ use crate::checkpoint::{Checkpoint, TensorView};
 use crate::error::CheckpointError;
 use crate::fp8::Quantised;
 use crate::parallel;
+use crate::part::Part;
 use crate::progress::{Progress, Stage, Tally};
 use crate::set::{Data, Entry, Float, Weights};
 use crate::slice::{self, Buffer, Element};
+use core::ops::Range;
 use half::{bf16, f16};
 use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet};
@@ -70,39 +72,59 @@ impl Weights {
         options: &LoadOptions,
         progress: &dyn Progress,
     ) -> Result<Self, CheckpointError> {
+        let parts: Vec<_> =
+            wanted.into_iter().map(|(name, shape)| Part::whole(name, shape)).collect();
+        Self::load_parts(checkpoint, &parts, options, progress)
+    }
+
+    /// Takes parts of the tensors named, each held to its whole shape. Rows are used as they lie; columns
+    /// are copied together. Nothing else is read.
+    ///
+    /// # Errors
+    /// As [`Weights::load`]; what is no number elsewhere is not looked for.
+    ///
+    /// # Panics
+    /// As [`Weights::load`].
+    pub fn load_parts(
+        checkpoint: &Checkpoint,
+        parts: &[Part],
+        options: &LoadOptions,
+        progress: &dyn Progress,
+    ) -> Result<Self, CheckpointError> {
         let mut used = BTreeSet::new();
         let mut views = Vec::new();
-        for (name, shape) in wanted {
-            let view = checkpoint.tensor(name)?.expect_shape(shape)?;
+        for part in parts {
+            let view = checkpoint.tensor(&part.name)?.expect_shape(&part.shape)?;
             used.insert(view.name);
-            let plan = Plan::of(checkpoint, view, options)?;
+            let plan = Plan::of(checkpoint, view, part, options)?;
             if let Plan::Dequantise { scales, .. } = &plan {
                 used.insert(scales.name);
             }
-            views.push((view, plan));
+            views.push((view, part, plan));
         }
         let made_bytes = views
             .iter()
-            .filter(|(_, plan)| !matches!(plan, Plan::Map(_)))
-            .map(|(view, _)| view.bytes.len() as u64)
+            .filter(|(_, _, plan)| !matches!(plan, Plan::Map { .. }))
+            .map(|(view, part, _)| part_bytes(view, part))
             .sum();
         let tally = (made_bytes > 0).then(|| Tally::new(progress, Stage::Convert, made_bytes));
         let mut entries = BTreeMap::new();
-        for (view, plan) in views {
+        for (view, part, plan) in views {
             let data = match plan {
-                Plan::Map(float) => {
+                Plan::Map { float, elements } => {
                     let (file, bytes) = checkpoint.mapped(&view);
-                    Data::Mapped { file, bytes, float }
+                    let at = |element| bytes.start + element * float.bytes();
+                    Data::Mapped { file, bytes: at(elements.start)..at(elements.end), float }
                 }
                 _ => {
-                    let made = plan.make(&view, options)?;
+                    let made = plan.make(&view, part, options)?;
                     if let Some(tally) = &tally {
-                        tally.add(view.bytes.len() as u64);
+                        tally.add(part_bytes(&view, part));
                     }
                     Data::Made(made)
                 }
             };
-            entries.insert(view.name.to_owned(), Entry { shape: view.shape.to_vec(), data });
+            entries.insert(view.name.to_owned(), Entry { shape: part.kept(), data });
         }
         let unused = checkpoint
             .tensors()
@@ -134,8 +156,8 @@ impl Weights {
 
 /// What has to be done to a stored tensor before it can be computed with.
 enum Plan<'a> {
-    /// Nothing.
-    Map(Float),
+    /// Nothing: these elements are used.
+    Map { float: Float, elements: Range<usize> },
     /// Its elements brought to another type, or copied to where they are aligned.
     Convert(Float),
     /// Numbers made of its codes.
@@ -146,6 +168,7 @@ impl<'a> Plan<'a> {
     fn of(
         checkpoint: &'a Checkpoint,
         view: TensorView<'a>,
+        part: &Part,
         options: &LoadOptions,
     ) -> Result<Self, CheckpointError> {
         if view.dtype == Dtype::F8_E4M3 {
@@ -154,7 +177,10 @@ impl<'a> Plan<'a> {
         let stored = Float::of(view.dtype).ok_or_else(|| view.wrong_dtype(READABLE))?;
         let to = options.matrices.filter(|_| view.shape.len() > 1).unwrap_or(stored);
         let usable = to == stored && view.slice().is_some();
-        Ok(if usable { Self::Map(stored) } else { Self::Convert(to) })
+        Ok(match part.stretch().filter(|_| usable) {
+            Some(elements) => Self::Map { float: stored, elements },
+            None => Self::Convert(to),
+        })
     }
 
     fn dequantise(
@@ -179,50 +205,60 @@ impl<'a> Plan<'a> {
     fn make(
         &self,
         view: &TensorView<'_>,
+        part: &Part,
         options: &LoadOptions,
     ) -> Result<Buffer, CheckpointError> {
-        let (&Self::Map(to) | &Self::Convert(to) | &Self::Dequantise { to, .. }) = self;
+        let (&Self::Map { float: to, .. } | &Self::Convert(to) | &Self::Dequantise { to, .. }) =
+            self;
         Ok(match to {
-            Float::F32 => Buffer::F32(self.make_as(view, options)?),
-            Float::Bf16 => Buffer::Bf16(self.make_as(view, options)?),
-            Float::F16 => Buffer::F16(self.make_as(view, options)?),
+            Float::F32 => Buffer::F32(self.make_as(view, part, options)?),
+            Float::Bf16 => Buffer::Bf16(self.make_as(view, part, options)?),
+            Float::F16 => Buffer::F16(self.make_as(view, part, options)?),
         })
     }
 
     fn make_as<T: Element>(
         &self,
         view: &TensorView<'_>,
+        part: &Part,
         options: &LoadOptions,
     ) -> Result<Vec<T>, CheckpointError> {
         let Self::Dequantise { scales, block, .. } = self else {
-            return Ok(convert(view, options.threads));
+            return Ok(convert(view, part, options.threads));
         };
         let scale_values = scales.to_f32()?;
         if let Some(i) = scale_values.iter().position(|scale| !scale.is_finite()) {
             return Err(scales.no_number(i));
         }
-        let cols = view.shape.last().copied().unwrap_or(1);
-        let codes = Quantised { codes: view.bytes, cols, scales: &scale_values, block: *block };
-        let mut out = slice::zeros(view.bytes.len());
+        let (width, cols, first) = (part.width(), part.cols(), part.rows().start);
+        let codes =
+            Quantised { codes: view.bytes, cols: width, scales: &scale_values, block: *block };
+        let mut out = slice::zeros(part.elements());
         if !out.is_empty() {
-            let rows_each = (CONVERT_CHUNK / cols).max(1);
-            let jobs = out.chunks_mut(rows_each * cols).enumerate();
+            let rows_each = (CONVERT_CHUNK / cols.len()).max(1);
+            let jobs = out.chunks_mut(rows_each * cols.len()).enumerate();
             parallel::for_each(options.threads, jobs, |(job, out)| {
                 codes
-                    .dequantise(job * rows_each, out)
-                    .map_err(|(row, col)| view.no_number(row * cols + col))
+                    .dequantise(first + job * rows_each, cols.clone(), out)
+                    .map_err(|(row, col)| view.no_number(row * width + col))
             })?;
         }
         Ok(out)
     }
 }
 
+/// Bytes of the file that a part is made of, scales apart.
+fn part_bytes(view: &TensorView<'_>, part: &Part) -> u64 {
+    (part.elements() * (view.dtype.bitsize() / 8)) as u64
+}
+
 /// Elements of a stored tensor in another type, rounded to nearest, ties to even.
-fn convert<T: Element>(view: &TensorView<'_>, threads: usize) -> Vec<T> {
-    fn widen<S: Element, T: Element>(bytes: &[u8], threads: usize) -> Vec<T> {
-        let mut out = slice::zeros(bytes.len() / size_of::<S>());
-        let jobs = bytes.chunks(CONVERT_CHUNK * size_of::<S>()).zip(out.chunks_mut(CONVERT_CHUNK));
-        let Ok(()) = parallel::for_each(threads, jobs, |(bytes, out): (&[u8], &mut [T])| {
+fn convert<T: Element>(view: &TensorView<'_>, part: &Part, threads: usize) -> Vec<T> {
+    fn widen<S: Element, T: Element>(bytes: &[u8], part: &Part, threads: usize) -> Vec<T> {
+        let mut out = slice::zeros(part.elements());
+        let jobs = part.pieces(CONVERT_CHUNK, &mut out).into_iter();
+        let Ok(()) = parallel::for_each(threads, jobs, |(first, out): (usize, &mut [T])| {
+            let bytes = &bytes[first * size_of::<S>()..][..out.len() * size_of::<S>()];
             for (x, value) in out.iter_mut().zip(slice::numbers::<S>(bytes)) {
                 *x = T::round(value.widen());
             }
@@ -231,8 +267,8 @@ fn convert<T: Element>(view: &TensorView<'_>, threads: usize) -> Vec<T> {
         out
     }
     match view.dtype {
-        Dtype::F32 => widen::<f32, T>(view.bytes, threads),
-        Dtype::BF16 => widen::<bf16, T>(view.bytes, threads),
-        _ => widen::<f16, T>(view.bytes, threads),
+        Dtype::F32 => widen::<f32, T>(view.bytes, part, threads),
+        Dtype::BF16 => widen::<bf16, T>(view.bytes, part, threads),
+        _ => widen::<f16, T>(view.bytes, part, threads),
     }
 }

@@ -71,7 +71,7 @@ pub(crate) enum Data {
 /// One weight.
 #[derive(Clone, Copy, Debug)]
 pub struct Weight<'a> {
-    /// Dimensions, outermost first; a matrix is `[out, in]`.
+    /// Dimensions of what is held, outermost first; a matrix is `[out, in]`.
     pub shape: &'a [usize],
     /// Its elements, row-major.
     pub data: Slice<'a>,
@@ -134,6 +134,12 @@ impl Weights {
     #[must_use]
     pub fn unused(&self) -> &[String] {
         &self.unused
+    }
+
+    /// Bytes of all elements, wherever they lie.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        self.entries.values().map(|entry| entry.data.slice().bytes()).sum()
     }
 
     /// Bytes in memory of their own, apart from the page cache.

@@ -3,19 +3,23 @@
 
 use crate::{WeightError, WeightSource};
 use device::ThreadPool;
-use model::lower::{BufferId, LocalAttention, LocalSlice, Lowered, Op, Region};
-use model::program::{CacheSlot, GroupScore, Scoring, WeightId};
+use model::lower::{BufferId, LocalAttention, LocalSlice, Lowered, Op, Region, Rows};
+use model::mesh::Axis;
+use model::program::{CacheSlot, Dim, GroupScore, Scoring, WeightId};
 use ops::norm::Heads;
 use ops::paged::KvLayer;
 use ops::rope::Pairing;
 use ops::{Matrix, gqa, mla, moe};
 use std::borrow::Cow;
 
-/// A buffer's place: `[tokens, width]` at `offset * tokens` of its arena.
+/// A buffer's place: `[rows, width]` at `offset * rows` of its arena, where rows are those that all ranks
+/// run, and those of every shard where the buffer has them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
     pub(super) offset: usize,
     pub(super) width: usize,
+    /// Shards whose rows it holds.
+    pub(super) shards: usize,
 }
 
 /// A vector of the checkpoint in 32-bit floats.
@@ -51,6 +55,9 @@ pub(super) enum Launch<'w> {
     SiluMul { gate_up: Place, out: Place },
     Route { logits: Place, router: moe::Router<'static>, correction: Option<Vector<'w>> },
     Experts { x: Place, experts: Experts<'w>, out: Place },
+    AllReduce { x: Place, axis: Axis },
+    AllGather { x: Place, dim: Dim, axis: Axis, out: Place },
+    ReduceScatter { x: Place, axis: Axis, out: Place },
 }
 
 /// One expert layer.
@@ -71,7 +78,11 @@ pub(super) struct Resolver<'a, 'w> {
 impl<'w> Resolver<'_, 'w> {
     pub(super) fn place(&self, id: BufferId) -> Place {
         let buffer = &self.lowered.buffers[id.0];
-        Place { offset: buffer.offset, width: buffer.width }
+        let shards = match buffer.rows {
+            Rows::Shard => 1,
+            Rows::AllShards(shards) => shards,
+        };
+        Place { offset: buffer.offset, width: buffer.width, shards }
     }
 
     pub(super) fn rotations(&self) -> Vec<Rotation> {
@@ -84,12 +95,14 @@ impl<'w> Resolver<'_, 'w> {
     }
 
     pub(super) fn launches(&self, ops: &[Op]) -> Result<Vec<Launch<'w>>, WeightError> {
-        ops.iter().filter_map(|op| self.launch(op).transpose()).collect()
+        ops.iter().map(|op| self.launch(op)).collect()
     }
 
     fn matrix(&self, id: WeightId) -> Result<Matrix<'w>, WeightError> {
         match self.lowered.weights[id.0].as_ref().map(|held| (&held.name, &held.region)) {
-            Some((name, Region::Matrix { of, .. })) => self.source.matrix(name, of.0, of.1),
+            Some((name, Region::Matrix { rows, cols, .. })) => {
+                self.source.matrix(name, rows.len(), cols.len())
+            }
             held => Err(WeightError::Kind {
                 name: held.map_or_else(String::new, |(name, _)| name.clone()),
             }),
@@ -98,7 +111,7 @@ impl<'w> Resolver<'_, 'w> {
 
     fn vector(&self, id: WeightId) -> Result<Vector<'w>, WeightError> {
         match self.lowered.weights[id.0].as_ref().map(|held| (&held.name, &held.region)) {
-            Some((name, Region::Vector { of, .. })) => self.source.vector(name, *of),
+            Some((name, Region::Vector { range, .. })) => self.source.vector(name, range.len()),
             held => Err(WeightError::Kind {
                 name: held.map_or_else(String::new, |(name, _)| name.clone()),
             }),
@@ -120,10 +133,9 @@ impl<'w> Resolver<'_, 'w> {
         Layer { group: slot.group, kv }
     }
 
-    /// The op resolved; `None` for what one rank need not do.
-    fn launch(&self, op: &Op) -> Result<Option<Launch<'w>>, WeightError> {
+    fn launch(&self, op: &Op) -> Result<Launch<'w>, WeightError> {
         let place = |id| self.place(id);
-        Ok(Some(match *op {
+        Ok(match *op {
             Op::Embed { table, first_row, out } => {
                 Launch::Embed { table: self.matrix(table)?, first_row, out: place(out) }
             }
@@ -183,11 +195,14 @@ impl<'w> Resolver<'_, 'w> {
                     out: place(out),
                 }
             }
-            // One rank holds everything already.
-            Op::AllReduce { .. } | Op::AllGather { .. } | Op::ReduceScatter { .. } => {
-                return Ok(None);
+            Op::AllReduce { x, axis } => Launch::AllReduce { x: place(x), axis },
+            Op::AllGather { x, dim, axis, out } => {
+                Launch::AllGather { x: place(x), dim, axis, out: place(out) }
             }
-        }))
+            Op::ReduceScatter { x, axis, out } => {
+                Launch::ReduceScatter { x: place(x), axis, out: place(out) }
+            }
+        })
     }
 
     fn attention(

@@ -1,9 +1,11 @@
-//! The CPU executor: walks the resolved op list over preallocated memory.
+//! The CPU executor: walks the resolved op list over preallocated memory, and exchanges with other ranks
+//! where the list says so.
 //!
 //! No op allocates and none is chosen here. Invariant: after `configure` a forward touches only
 //! memory that exists.
 
 mod arena;
+mod exchange;
 mod launch;
 mod run;
 
@@ -13,10 +15,11 @@ use crate::batch::Batch;
 use crate::executor::{Collected, DeviceTime, Executor, RowDraw, TableView, Tile};
 use crate::memory::HEAD_ROWS;
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
-use arena::Arena;
+use arena::{Arena, Rows};
 use core::ops::Range;
 use device::ThreadPool;
-use device::cuda::CudaError;
+use device::collectives::{CollectiveError, Collectives};
+use exchange::Exchange;
 use half::bf16;
 use half::vec::HalfBitsVecExt;
 use ids::Bytes;
@@ -43,6 +46,9 @@ pub(crate) struct Cpu<'w> {
     head_width: usize,
     tile: usize,
     mla_form: MlaForm,
+    exchange: Option<Exchange>,
+    /// Bytes that came from other ranks in the step at hand, by op of the body and the head.
+    moved: Vec<u64>,
     memory: Memory,
     /// In the step at hand.
     spent: Duration,
@@ -57,7 +63,7 @@ struct Memory {
     routing: Routing,
     kv: KvMemory,
     /// Rows of the last forward.
-    rows: usize,
+    rows: Rows,
     /// Kept empty between steps; see [`recycle`].
     segments: Vec<Segment<'static>>,
 }
@@ -100,18 +106,23 @@ fn recycle<'b>(mut segments: Vec<Segment<'_>>) -> Vec<Segment<'b>> {
 }
 
 impl<'w> Cpu<'w> {
-    /// Resolves a program for one rank.
+    /// Resolves the program of a rank; `collectives` are there where it is one of several.
     pub(crate) fn new(
         lowered: Lowered,
         source: &'w dyn WeightSource,
         options: &Options,
+        collectives: Option<Box<dyn Collectives>>,
     ) -> Result<Self, EngineError> {
         let resolver = Resolver { lowered: &lowered, source };
         let logits = resolver.place(lowered.logits);
+        let (body, head) = (resolver.launches(&lowered.body)?, resolver.launches(&lowered.head)?);
+        let end = |collectives| Exchange::new(collectives, lowered.mesh, lowered.rank);
         Ok(Self {
             pool: ThreadPool::new(options.threads),
-            body: resolver.launches(&lowered.body)?,
-            head: resolver.launches(&lowered.head)?,
+            moved: vec![0; body.len() + head.len()],
+            body,
+            head,
+            exchange: collectives.map(end),
             rotations: resolver.rotations(),
             hidden: resolver.place(lowered.hidden),
             chosen: resolver.place(lowered.chosen),
@@ -131,7 +142,7 @@ impl<'w> Cpu<'w> {
                     KvDtype::F32 => KvMemory::F32(Vec::new()),
                     KvDtype::Bf16 => KvMemory::Bf16(Vec::new()),
                 },
-                rows: 0,
+                rows: Rows::default(),
                 segments: Vec::new(),
             },
         })
@@ -146,7 +157,7 @@ impl<'w> Cpu<'w> {
         let cache = usize::try_from(cache_bytes)
             .map_err(|_| EngineError::Memory { what: "the cache", bytes: Bytes(cache_bytes) })?;
         let (scratch, choices) = (self.scratch_len(tokens), self.choices(tokens));
-        let moe = self.experts().map(|experts| experts.scratch(&self.pool, tokens));
+        let moe = self.experts().map(|(x, experts)| experts.scratch(&self.pool, tokens * x.shards));
         let memory = &mut self.memory;
         memory.arena.allocate(body);
         memory.head_arena.allocate(self.head_width * self.tile);
@@ -164,11 +175,16 @@ impl<'w> Cpu<'w> {
     }
 
     /// The first expert layer; those of a model have one shape.
-    fn experts(&self) -> Option<&Experts<'w>> {
+    fn experts(&self) -> Option<(&Place, &Experts<'w>)> {
         self.body.iter().find_map(|launch| match launch {
-            Launch::Experts { experts, .. } => Some(experts),
+            Launch::Experts { x, experts, .. } => Some((x, experts)),
             _ => None,
         })
+    }
+
+    /// Bytes that came from other ranks in the last step, by op of the body, then of the head.
+    pub(crate) fn moved(&self) -> &[u64] {
+        &self.moved
     }
 
     /// Elements of scratch that the neediest op wants.
@@ -177,10 +193,10 @@ impl<'w> Cpu<'w> {
         launches.map(|launch| scratch_len(&self.pool, launch, tokens)).max().unwrap_or(0)
     }
 
-    /// Choices that a router makes for `tokens` tokens.
+    /// Choices that a router makes where each shard has `tokens` tokens.
     fn choices(&self, tokens: usize) -> usize {
         let choices = self.body.iter().map(|launch| match launch {
-            Launch::Route { router, .. } => router.top_k,
+            Launch::Route { logits, router, .. } => router.top_k * logits.shards,
             _ => 0,
         });
         choices.max().unwrap_or(0) * tokens
@@ -198,20 +214,39 @@ fn scratch_len(pool: &ThreadPool, launch: &Launch<'_>, tokens: usize) -> usize {
 }
 
 impl Executor for Cpu<'_> {
+    type Error = CollectiveError;
+
     fn enqueue(
         &mut self,
         batch: &Batch,
         tables: &TableView<'_>,
         _: &[Option<RowDraw>],
-    ) -> Result<bool, CudaError> {
+    ) -> Result<bool, CollectiveError> {
         let began = Instant::now();
-        let Self { pool, body, rotations, memory, mla_form, .. } = self;
-        let step = Step { pool, rotations, form: *mla_form, ids: &batch.ids };
-        let rows = batch.ids.len();
+        let Self { pool, body, rotations, memory, mla_form, exchange, moved, .. } = self;
+        let own = batch.ids.len();
+        let rows = match exchange {
+            Some(exchange) => {
+                exchange.begin_step(batch.step);
+                Rows { own, padded: batch.bucket }
+            }
+            None => Rows::exactly(own),
+        };
+        let step = Step {
+            pool,
+            rotations,
+            form: *mla_form,
+            ids: &batch.ids,
+            positions: &batch.positions,
+            rows,
+            in_head: false,
+            shard_rows: &batch.shard_rows,
+        };
         memory.rows = rows;
+        moved.fill(0);
         let mut segments = recycle(core::mem::take(&mut memory.segments));
         let mut group = usize::MAX;
-        for launch in body.iter() {
+        for (launch, moved) in body.iter().zip(moved) {
             if let Some(layer) = launch.layer()
                 && layer.group != group
             {
@@ -224,7 +259,7 @@ impl Executor for Cpu<'_> {
                     table: tables.offsets(run.slot, group),
                 }));
             }
-            step.run(launch, rows, &batch.positions, &segments, memory, false);
+            *moved = step.run(launch, &segments, memory, exchange.as_mut())?;
         }
         memory.segments = recycle(segments);
         self.spent = began.elapsed();
@@ -236,31 +271,41 @@ impl Executor for Cpu<'_> {
         batch: &Batch,
         wanted: Range<usize>,
         _: &[Option<RowDraw>],
-    ) -> Result<Tile<'_>, CudaError> {
+    ) -> Result<Tile<'_>, CollectiveError> {
         let began = Instant::now();
         let wanted = &batch.wanted[wanted];
-        let Self { pool, head, rotations, memory, mla_form, .. } = self;
+        let Self { pool, body, head, rotations, memory, mla_form, exchange, moved, .. } = self;
         let (from, to) = (self.hidden, self.chosen);
         let hidden = memory.arena.one(from, memory.rows);
-        let chosen = memory.head_arena.one(to, wanted.len());
+        let rows = Rows::exactly(wanted.len());
+        let chosen = memory.head_arena.one(to, rows);
         for (out, wanted) in chosen.chunks_exact_mut(to.width).zip(wanted) {
             let at = wanted.row as usize * from.width;
             out.copy_from_slice(&hidden[at..at + from.width]);
         }
-        let step = Step { pool, rotations, form: *mla_form, ids: &[] };
-        for launch in head.iter() {
-            step.run(launch, wanted.len(), &[], &[], memory, true);
+        let step = Step {
+            pool,
+            rotations,
+            form: *mla_form,
+            ids: &[],
+            positions: &[],
+            rows,
+            in_head: true,
+            shard_rows: &[],
+        };
+        for (launch, moved) in head.iter().zip(&mut moved[body.len()..]) {
+            *moved += step.run(launch, &[], memory, exchange.as_mut())?;
         }
         self.spent += began.elapsed();
-        let logits = memory.head_arena.one(self.logits, wanted.len());
+        let logits = memory.head_arena.one(self.logits, rows);
         Ok(Tile { logits, drawn: &[], described: &[], described_row: 0 })
     }
 
-    fn ready(&self) -> Result<bool, CudaError> {
+    fn ready(&self) -> Result<bool, CollectiveError> {
         Ok(true)
     }
 
-    fn collect(&mut self) -> Result<Collected<'_>, CudaError> {
+    fn collect(&mut self) -> Result<Collected<'_>, CollectiveError> {
         let time = DeviceTime { run_ns: self.spent.as_nanos() as u64, ..DeviceTime::default() };
         Ok(Collected { tokens: &[], faults: &[], time })
     }

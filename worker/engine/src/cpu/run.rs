@@ -1,8 +1,14 @@
 //! One launch: borrows its buffers and calls its op. Nothing is chosen and nothing allocated here.
+//!
+//! Padding of other shards' rows is given to no expert; a rank without tokens exchanges and computes
+//! nothing else for its own shard.
 
-use super::launch::{Launch, Rotation};
+use super::arena::Rows;
+use super::exchange::Exchange;
+use super::launch::{Launch, Place, Rotation};
 use super::{Memory, Routing};
 use crate::MlaForm;
+use device::collectives::CollectiveError;
 use device::{Isa, ThreadPool};
 use ops::mla::Form;
 use ops::moe;
@@ -18,18 +24,30 @@ pub(super) struct Step<'a> {
     pub(super) rotations: &'a [Rotation],
     pub(super) form: MlaForm,
     pub(super) ids: &'a [u32],
+    pub(super) positions: &'a [u32],
+    pub(super) rows: Rows,
+    /// Whether buffers are the head's.
+    pub(super) in_head: bool,
+    /// Tokens of every shard; empty where there is one.
+    pub(super) shard_rows: &'a [usize],
 }
 
+/// The number of an expert that no rank has.
+const NOBODY: u32 = u32::MAX;
+
 impl Step<'_> {
+    /// Runs an op. Returns the bytes that came from other ranks.
     pub(super) fn run(
         &self,
         launch: &Launch<'_>,
-        rows: usize,
-        positions: &[u32],
         segments: &[Segment<'_>],
         memory: &mut Memory,
-        in_head: bool,
-    ) {
+        exchange: Option<&mut Exchange>,
+    ) -> Result<u64, CollectiveError> {
+        let Self { rows, positions, in_head, .. } = *self;
+        if launch.place().is_some_and(|place| rows.of(place) == 0) {
+            return Ok(0);
+        }
         let pool = self.pool;
         let Memory { arena, head_arena, scratch, moe: moe_scratch, routing, kv, .. } = memory;
         let arena = if in_head { head_arena } else { arena };
@@ -61,8 +79,9 @@ impl Step<'_> {
                 let mut lent: [&[f32]; MAX_PARTS] = [&[]; MAX_PARTS];
                 lent.iter_mut().zip(biases).for_each(|(lent, bias)| *lent = bias);
                 let biases = &lent[..biases.len()];
+                let count = rows.of(*x);
                 let [x, out] = arena.two([*x, *out], rows);
-                ops::linear::linear(pool, x, rows, parts, biases, out, scratch);
+                ops::linear::linear(pool, x, count, parts, biases, out, scratch);
             }
             Launch::WriteKv { rows: x, layer } => {
                 let x = arena.one(*x, rows);
@@ -78,7 +97,7 @@ impl Step<'_> {
                 let form = match self.form {
                     MlaForm::Auto => {
                         ops::mla::attention(pool, q, b, shape, layer, segments, kv, out, scratch);
-                        return;
+                        return Ok(0);
                     }
                     MlaForm::Absorbed => Form::Absorbed,
                     MlaForm::Expanded => Form::Expanded,
@@ -95,16 +114,23 @@ impl Step<'_> {
             }
             Launch::Route { logits, router, correction } => {
                 let router = moe::Router { correction: correction.as_deref(), ..*router };
-                let choices = rows * router.top_k;
+                let choices = rows.of(*logits) * router.top_k;
                 let Routing { experts, weights, top_k } = routing;
                 *top_k = router.top_k;
+                let gathered = logits.shards > 1;
                 let logits = arena.one(*logits, rows);
                 let (experts, weights) = (&mut experts[..choices], &mut weights[..choices]);
                 moe::route(pool, logits, &router, experts, weights);
+                if gathered {
+                    let shards = experts.chunks_exact_mut(rows.padded * router.top_k);
+                    for (chosen, tokens) in shards.zip(self.shard_rows) {
+                        chosen[tokens * router.top_k..].fill(NOBODY);
+                    }
+                }
             }
             Launch::Experts { x, experts, out } => {
+                let choices = rows.of(*x) * routing.top_k;
                 let [x, out] = arena.two([*x, *out], rows);
-                let choices = rows * routing.top_k;
                 let chosen = moe::Routing {
                     experts: &routing.experts[..choices],
                     weights: &routing.weights[..choices],
@@ -120,6 +146,54 @@ impl Step<'_> {
                     moe::experts(pool, x, &chosen, &weights, out, scratch);
                 }
             }
+            Launch::AllReduce { x, axis } => {
+                return with(exchange, |other| other.all_reduce(arena, *x, *axis, rows));
+            }
+            Launch::AllGather { x, dim, axis, out } => {
+                return with(exchange, |other| {
+                    other.all_gather(arena, [*x, *out], (*dim, *axis), rows)
+                });
+            }
+            Launch::ReduceScatter { x, axis, out } => {
+                return with(exchange, |other| {
+                    other.reduce_scatter(arena, [*x, *out], *axis, rows)
+                });
+            }
         }
+        Ok(0)
     }
 }
+
+/// A program of one rank exchanges nothing; one of several has an end of the exchange.
+fn with(
+    exchange: Option<&mut Exchange>,
+    body: impl FnOnce(&mut Exchange) -> Result<u64, CollectiveError>,
+) -> Result<u64, CollectiveError> {
+    body(exchange.expect("an engine of several ranks is made with collectives"))
+}
+
+impl Launch<'_> {
+    /// The buffer whose rows an op works on; `None` where ranks exchange padding too.
+    const fn place(&self) -> Option<Place> {
+        Some(match self {
+            Self::Embed { out, .. } => *out,
+            Self::Norm { x, .. }
+            | Self::Add { x, .. }
+            | Self::HeadNorm { x, .. }
+            | Self::Rope { x, .. }
+            | Self::Linear { x, .. }
+            | Self::Experts { x, .. } => *x,
+            Self::AddNorm { residual, .. } => *residual,
+            Self::WriteKv { rows, .. } => *rows,
+            Self::Gqa { q, .. } | Self::Mla { q, .. } => *q,
+            Self::SiluMul { gate_up, .. } => *gate_up,
+            Self::Route { logits, .. } => *logits,
+            Self::AllReduce { .. } | Self::AllGather { .. } | Self::ReduceScatter { .. } => {
+                return None;
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

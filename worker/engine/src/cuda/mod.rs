@@ -541,6 +541,7 @@ fn not_configured() -> CudaError {
 }
 
 impl Executor for Cuda {
+    type Error = CudaError;
     fn enqueue(
         &mut self,
         batch: &Batch,

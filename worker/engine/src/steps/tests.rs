@@ -36,6 +36,8 @@ struct Memory {
 const BROKEN: CudaError = CudaError::NoDriver;
 
 impl Executor for Memory {
+    type Error = CudaError;
+
     fn enqueue(
         &mut self,
         batch: &Batch,
@@ -103,7 +105,7 @@ fn steps() -> Steps {
     let carving = Carving { super_bytes: Bytes(64), supers: 64, per_super: vec![1] };
     let carver = Carver::new(&carving, &[spec], 64 * 64, 64, 4).expect("a carving");
     let slots = Slots::new(carver, 4, Tokens(256), VOCAB);
-    Steps::new(LIFE, slots, (256, 4), VOCAB as usize)
+    Steps::new(LIFE, slots, (256, 4), VOCAB as usize, Standing::ALONE)
 }
 
 /// What the scheduler would say, one plan after another.

@@ -1,4 +1,4 @@
-//! Tiny models of every family, and a hand that writes plans: the scheduler's part, without policy.
+//! Tiny models of every family, and sessions over them.
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
@@ -7,6 +7,7 @@ pub mod ahead;
 pub mod equalities;
 pub mod forced;
 pub mod goldens;
+pub mod hand;
 pub mod later;
 pub mod launches;
 pub mod long;
@@ -15,29 +16,25 @@ pub mod naive;
 pub mod origins;
 pub mod poison;
 pub mod prompts;
+pub mod ranks;
 pub mod roundings;
 
+pub use hand::{Hand, begin};
+
 use engine::{Device, Engine, EngineError, KvDtype, MlaForm, Options, WeightSource};
-use ids::{
-    BLOCK_TOKENS, BlockId, Bytes, GroupId, Incarnation, RequestId, SlotGeneration, SlotId, StepSeq,
-    TokenId, Tokens,
-};
+use ids::{Bytes, Incarnation, Tokens};
 use model::config::{self, ModelConfig};
 use model::lower::lower;
 use model::mesh::{Mesh, Rank};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use step::{
-    Admit, Carving, Configure, DecodeDelta, GroupTable, Outcome, PrefillRun, Sampling, Section,
-    SlotOp, SlotRef, StepPlan, Upload, WriteSlot,
-};
+use std::ops::{Deref, DerefMut};
+use step::{Carving, Configure, Outcome, Sampling, StepPlan};
 use weights::Weights;
 use weights::progress::Silent;
 use weights::random::{Profile, RandomModel, TensorSpec};
 
 /// A base with the fields given laid over it.
-fn over(mut base: Value, fields: Value) -> Value {
+pub fn over(mut base: Value, fields: Value) -> Value {
     for (key, value) in fields.as_object().expect("an object") {
         base[key] = value.clone();
     }
@@ -153,7 +150,7 @@ pub struct Model {
     /// What the weights are made of.
     pub random: RandomModel,
     pub specs: Vec<TensorSpec>,
-    program: model::program::Program,
+    pub program: model::program::Program,
     lowered: model::lower::Lowered,
 }
 
@@ -248,42 +245,9 @@ impl Model {
         let mut engine = Engine::new(&self.program, lowered, weights, engine_options)
             .expect("weights as the program wants them");
         let hello = engine.hello();
-        let largest = hello.groups.iter().map(|g| g.block_bytes.0).max().expect("a group");
-        let super_bytes = (largest * 3 + 64).next_multiple_of(hello.alignment.0);
-        let supers = options.supers;
-        let per_super: Vec<u32> =
-            hello.groups.iter().map(|g| (super_bytes / g.block_bytes.0) as u32).collect();
-        // Super-blocks go round the groups; within a group, blocks come in a scattered order.
-        let groups = hello.groups.len() as u32;
-        let free = (0..groups).map(|g| {
-            let of = per_super[g as usize];
-            let mut ids: Vec<u32> = (0..supers)
-                .filter(|s| s % groups == g)
-                .flat_map(|s| s * of..(s + 1) * of)
-                .collect();
-            if options.scattered {
-                ids.sort_by_key(|id| id.wrapping_mul(2_654_435_761));
-            }
-            ids
-        });
-        let free = free.collect();
-        let configure = Configure {
-            incarnation: LIFE,
-            max_slots: options.slots,
-            max_step_tokens: Tokens(options.tokens),
-            max_context: Tokens(options.context),
-            carving: Carving { super_bytes: Bytes(super_bytes), supers, per_super },
-        };
+        let (configure, hand) = begin(&hello.groups, hello.alignment.0, &options);
         engine.configure(&configure).expect("a carving that fits");
-        Session {
-            engine,
-            prompt_logprobs: Some(2),
-            seq: StepSeq::ZERO,
-            free,
-            slots: BTreeMap::new(),
-            ops: Vec::new(),
-            generations: 0,
-        }
+        Session { engine, hand }
     }
 }
 
@@ -322,157 +286,39 @@ impl Default for Setup {
     }
 }
 
-/// What the hand knows of a slot.
-struct Known {
-    known: u32,
-    computed: u32,
-    blocks: u32,
-    /// Blocks of every table that were another slot's first.
-    shared: usize,
-    decodes: bool,
-    tables: Vec<Vec<BlockId>>,
-}
-
+/// A hand and the engine that it writes for.
 pub struct Session {
     pub engine: Engine<'static>,
-    /// How many likeliest tokens are listed with each one of a prompt.
-    pub prompt_logprobs: Option<u8>,
-    seq: StepSeq,
-    free: Vec<Vec<u32>>,
-    slots: BTreeMap<u32, Known>,
-    ops: Vec<SlotOp>,
-    generations: u32,
+    hand: Hand,
+}
+
+impl Deref for Session {
+    type Target = Hand;
+
+    fn deref(&self) -> &Hand {
+        &self.hand
+    }
+}
+
+impl DerefMut for Session {
+    fn deref_mut(&mut self) -> &mut Hand {
+        &mut self.hand
+    }
 }
 
 impl Session {
-    /// Known and computed tokens of a slot.
-    pub fn progress(&self, slot: u32) -> (u32, u32) {
-        (self.slots[&slot].known, self.slots[&slot].computed)
-    }
-
-    /// Blocks of a slot as its tables have them, per group.
-    pub fn blocks(&self, slot: u32) -> Vec<Vec<BlockId>> {
-        self.slots[&slot].tables.clone()
-    }
-
-    /// Uploads and admits with the next step.
-    pub fn admit(&mut self, slot: u32, tokens: &[u32], prompt: usize, sampling: Sampling) {
-        let groups = self.free.len();
-        self.admit_shared(slot, tokens, prompt, sampling, vec![vec![]; groups], 0);
-    }
-
-    /// As `admit`, on shared blocks of which the group 1 leaves out the first `skipped`.
-    pub fn admit_shared(
-        &mut self,
-        slot: u32,
-        tokens: &[u32],
-        prompt: usize,
-        sampling: Sampling,
-        shared: Vec<Vec<BlockId>>,
-        skipped: u32,
-    ) {
-        self.generations += 1;
-        let request = RequestId(u64::from(self.generations));
-        let upload = |offset: usize, tokens: &[u32]| Upload {
-            incarnation: LIFE,
-            request,
-            offset: Tokens(offset as u32),
-            tokens: tokens.iter().copied().map(TokenId).collect(),
-        };
-        let (first, rest) = tokens.split_at(tokens.len() / 2);
-        self.engine.upload(&upload(0, first)).expect("first part");
-        self.engine.upload(&upload(first.len(), rest)).expect("second part");
-        self.ops.push(SlotOp::Admit(Box::new(Admit {
-            slot: SlotRef { slot: SlotId(slot), generation: SlotGeneration(self.generations) },
-            request,
-            known: Tokens(tokens.len() as u32),
-            prompt: Tokens(prompt as u32),
-            cached: Tokens(shared[0].len() as u32 * BLOCK_TOKENS),
-            tables: (0..)
-                .zip(&shared)
-                .map(|(group, blocks)| {
-                    let skipped = if group == 1 { skipped } else { 0 };
-                    let blocks = blocks[skipped as usize..].to_vec();
-                    GroupTable { group: GroupId(group), skipped, blocks }
-                })
-                .collect(),
-            sampling: Arc::new(sampling),
-            prompt_logprobs: self.prompt_logprobs,
-        })));
-        let (known, blocks) = (tokens.len() as u32, shared[0].len() as u32);
-        let (computed, of_others) = (blocks * BLOCK_TOKENS, shared[0].len());
-        self.slots.insert(
-            slot,
-            Known { known, computed, blocks, shared: of_others, decodes: false, tables: shared },
-        );
-    }
-
-    /// Its own blocks are the next ones taken, with all that they hold.
-    pub fn retire(&mut self, slot: u32) {
-        let known = self.slots.remove(&slot).expect("admitted");
-        for (free, table) in self.free.iter_mut().zip(&known.tables) {
-            free.extend(table[known.shared..].iter().map(|block| block.0));
+    /// As the hand's, after the engine was told the tokens.
+    pub fn plan(&mut self, chunks: &[(u32, u32)]) -> StepPlan {
+        for upload in self.hand.uploads.drain(..) {
+            self.engine.upload(&upload).expect("tokens in order");
         }
-        self.ops.push(SlotOp::Retire { slot: SlotId(slot) });
+        self.hand.plan(chunks)
     }
 
-    /// One step: chunks of these lengths, and everything that decodes. A chunk that ends the known
-    /// tokens samples and joins the decode set.
+    /// A planned step, executed.
     pub fn step(&mut self, chunks: &[(u32, u32)]) -> Outcome {
         let plan = self.plan(chunks);
         self.engine.step(&plan).expect("a plan that fits")
-    }
-
-    pub fn plan(&mut self, chunks: &[(u32, u32)]) -> StepPlan {
-        let mut prefill = Vec::new();
-        let mut join = Vec::new();
-        let mut grow = Vec::new();
-        let decoding: Vec<u32> =
-            self.slots.iter().filter(|(_, known)| known.decodes).map(|(slot, _)| *slot).collect();
-        for slot in decoding {
-            grow.push((slot, 1));
-        }
-        for &(slot, tokens) in chunks {
-            grow.push((slot, tokens));
-            let known = self.slots.get_mut(&slot).expect("admitted");
-            let sample = known.computed + tokens == known.known;
-            prefill.push(PrefillRun { slot: SlotId(slot), tokens: Tokens(tokens), sample });
-            if sample {
-                known.decodes = true;
-                join.push(SlotId(slot));
-            }
-        }
-        for (slot, tokens) in grow {
-            let known = self.slots.get_mut(&slot).expect("admitted");
-            known.computed += tokens;
-            if known.computed == known.known {
-                known.known += 1;
-            }
-            let mut blocks = Vec::new();
-            while known.blocks * BLOCK_TOKENS < known.computed {
-                for (group, free) in self.free.iter_mut().enumerate() {
-                    let block = BlockId(free.pop().expect("a free block"));
-                    known.tables[group].push(block);
-                    blocks.push(WriteSlot { group: GroupId(group as u8), block });
-                }
-                known.blocks += 1;
-            }
-            if !blocks.is_empty() {
-                self.ops.push(SlotOp::Extend { slot: SlotId(slot), blocks });
-            }
-        }
-        self.seq = self.seq.next();
-        StepPlan {
-            seq: self.seq,
-            incarnation: LIFE,
-            bucket: Tokens(64),
-            shard_tokens: vec![Tokens(1)],
-            sections: vec![Section {
-                ops: core::mem::take(&mut self.ops),
-                prefill,
-                decode: DecodeDelta { join, leave: vec![] },
-            }],
-        }
     }
 
     /// A request alone: its prompt in chunks of `chunk`, then decodes until `output` tokens.

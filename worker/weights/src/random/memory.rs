@@ -5,9 +5,11 @@
 
 use super::{Fill, RandomError, RandomModel, TensorSpec};
 use crate::parallel;
+use crate::part::Part;
 use crate::progress::{Progress, Stage, Tally};
 use crate::set::{Data, Entry, Float, Weights};
 use crate::slice::{self, Buffer, Element};
+use safetensors::Dtype;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 
@@ -26,33 +28,57 @@ impl Weights {
         threads: usize,
         progress: &dyn Progress,
     ) -> Result<Self, RandomError> {
+        let parts: Vec<_> =
+            specs.iter().map(|spec| (Part::whole(&spec.name, &spec.shape), spec.dtype)).collect();
+        Self::random_parts(model, &parts, threads, progress)
+    }
+
+    /// Makes parts of random tensors: the bits that these elements have in the whole ones.
+    ///
+    /// # Errors
+    /// The first tensor that cannot be made.
+    pub fn random_parts(
+        model: &RandomModel,
+        parts: &[(Part, Dtype)],
+        threads: usize,
+        progress: &dyn Progress,
+    ) -> Result<Self, RandomError> {
+        let spec = |(part, dtype): &(Part, Dtype)| TensorSpec {
+            name: part.name.clone(),
+            shape: part.shape.clone(),
+            dtype: *dtype,
+        };
+        let specs: Vec<TensorSpec> = parts.iter().map(spec).collect();
         let mut total = 0;
-        for spec in specs {
+        for (spec, (part, _)) in specs.iter().zip(parts) {
             model.law(spec)?;
-            total += spec.byte_len()?;
+            spec.byte_len()?;
+            total += (part.elements() * spec.float()?.bytes()) as u64;
         }
         let tally = Tally::new(progress, Stage::Generate, total);
         let mut entries = BTreeMap::new();
-        for spec in specs {
+        for (spec, (part, _)) in specs.iter().zip(parts) {
             let fill = Fill::new(model, spec)?;
-            let elements = spec.elements()?;
             let made = match spec.float()? {
-                Float::F32 => Buffer::F32(make(&fill, elements, threads, &tally)),
-                Float::Bf16 => Buffer::Bf16(make(&fill, elements, threads, &tally)),
-                Float::F16 => Buffer::F16(make(&fill, elements, threads, &tally)),
+                Float::F32 => Buffer::F32(make(&fill, part, threads, &tally)),
+                Float::Bf16 => Buffer::Bf16(make(&fill, part, threads, &tally)),
+                Float::F16 => Buffer::F16(make(&fill, part, threads, &tally)),
             };
-            let entry = Entry { shape: spec.shape.clone(), data: Data::Made(made) };
+            let entry = Entry { shape: part.kept(), data: Data::Made(made) };
             entries.insert(spec.name.clone(), entry);
         }
         Ok(Self { entries, unused: Vec::new() })
     }
 }
 
-fn make<T: Element>(fill: &Fill, elements: usize, threads: usize, tally: &Tally<'_>) -> Vec<T> {
-    let mut out = slice::zeros(elements);
-    let jobs = out.chunks_mut(CHUNK).enumerate();
-    let Ok(()) = parallel::for_each(threads, jobs, |(job, out): (usize, &mut [T])| {
-        fill.fill(job * CHUNK, out);
+fn make<T: Element>(fill: &Fill, part: &Part, threads: usize, tally: &Tally<'_>) -> Vec<T> {
+    let mut out = slice::zeros(part.elements());
+    if out.is_empty() {
+        return out;
+    }
+    let jobs = part.pieces(CHUNK, &mut out).into_iter();
+    let Ok(()) = parallel::for_each(threads, jobs, |(first, out): (usize, &mut [T])| {
+        fill.fill(first, out);
         tally.add(size_of_val(out) as u64);
         Ok::<(), Infallible>(())
     });

@@ -178,12 +178,13 @@ impl Map {
         result
     }
 
-    /// Whether a post is there; an error once all were stopped.
+    /// Whether a post is there; an error where it is not and all were stopped. What everybody came to before
+    /// ends well.
     fn is_there(&self, other: usize, group: usize, number: u32) -> Result<bool, CollectiveError> {
-        match self.stopped() {
-            Some(cause) => Err(cause),
-            None => Ok(reached(self.posted(other, group), number)),
+        if reached(self.posted(other, group), number) {
+            return Ok(true);
         }
+        self.stopped().map_or(Ok(false), Err)
     }
 
     fn note_wait(&self, rank: usize, other: usize, meeting: &Meeting, number: u32) {

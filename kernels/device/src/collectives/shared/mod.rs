@@ -62,15 +62,24 @@ impl SharedMemory {
         Stopper::new(Arc::clone(&self.map))
     }
 
-    fn meeting<T: Element>(&self, group: &Group, kind: Kind, bytes: usize) -> Meeting {
-        Meeting {
+    /// What every rank of a group comes to now; an error once all were stopped.
+    fn meeting<T: Element>(
+        &self,
+        group: &Group,
+        kind: Kind,
+        bytes: usize,
+    ) -> Result<Meeting, CollectiveError> {
+        if let Some(cause) = self.map.stopped() {
+            return Err(cause);
+        }
+        Ok(Meeting {
             group: group.number,
             name: group.name,
             kind,
             width: size_of::<T>(),
             bytes: bytes as u64,
             step: self.step,
-        }
+        })
     }
 
     /// Offers what `fill` writes into this rank's next stage, and wakes who waits for it. Returns its number.
@@ -123,7 +132,7 @@ impl SharedMemory {
         if members == 1 {
             return Ok(0);
         }
-        let meeting = self.meeting::<T>(group, Kind::AllReduce, size_of_val(x));
+        let meeting = self.meeting::<T>(group, Kind::AllReduce, size_of_val(x))?;
         let mut read = 0;
         for piece in x.chunks_mut(self.map.stage() / size_of::<T>()) {
             let number = self.post(group, &meeting, |stage| stage.write(0, piece));
@@ -149,7 +158,7 @@ impl SharedMemory {
             return Ok(0);
         }
         fit(Kind::AllGather, x.len(), x.len() / run.max(1) * run)?;
-        let meeting = self.meeting::<T>(group, Kind::AllGather, size_of_val(out));
+        let meeting = self.meeting::<T>(group, Kind::AllGather, size_of_val(out))?;
         let most = self.map.stage() / size_of::<T>();
         for start in (0..x.len()).step_by(most) {
             let piece = start..(start + most).min(x.len());
@@ -172,7 +181,7 @@ impl SharedMemory {
     fn scatter<T: Element>(&mut self, group: &Group, x: &[T], out: &mut [T]) -> Moved {
         let (members, len) = (group.members.len(), out.len());
         fit(Kind::ReduceScatter, x.len(), len * members)?;
-        let meeting = self.meeting::<T>(group, Kind::ReduceScatter, size_of_val(x));
+        let meeting = self.meeting::<T>(group, Kind::ReduceScatter, size_of_val(x))?;
         let most = self.map.stage() / size_of::<T>() / members;
         for start in (0..len).step_by(most) {
             let piece = start..(start + most).min(len);

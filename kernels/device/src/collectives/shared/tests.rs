@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 /// The least stage: 1024 singles, so that longer operations go in pieces.
 const STAGE: usize = 4096;
-const SOON: Duration = Duration::from_millis(300);
+const SOON: Duration = Duration::from_secs(1);
 
 /// What a body returns on each of so many ranks.
 fn on_ranks<R: Send>(

@@ -1,0 +1,145 @@
+//! The bugs to plant: where, and what the line becomes. `PLANTED` is true while the bug is active.
+//!
+//! Shared by the build script, which writes them into a copy of the sources, and by the test that
+//! finds them. Invariant: with none active the copy does what the sources do.
+
+/// A bug that can be switched on.
+#[derive(Clone, Copy, Debug)]
+#[allow(dead_code, reason = "the build script reads what the test does not")]
+pub(crate) struct Bug {
+    /// What goes wrong.
+    pub(crate) name: &'static str,
+    /// The crate below `control-plane` and the file in its `src`.
+    pub(crate) file: (&'static str, &'static str),
+    /// What the file says.
+    pub(crate) from: &'static str,
+    /// What the copy says instead.
+    pub(crate) to: &'static str,
+}
+
+const KV: &str = "kv-cache";
+const SCHEDULER: &str = "scheduler";
+
+macro_rules! bugs {
+    ($($name:literal, $dir:ident / $file:literal, $from:literal => $to:literal;)*) => {
+        /// Every bug.
+        pub(crate) const BUGS: &[Bug] = &[
+            $(Bug { name: $name, file: ($dir, $file), from: $from, to: $to },)*
+        ];
+    };
+}
+
+bugs! {
+    "blocks are reused while steps in flight use them", KV / "epoch.rs",
+        "stamp <= self.through" => "(stamp <= self.through || PLANTED)";
+    "cached blocks are evicted before their epoch retires", KV / "pool.rs",
+        "if proof.covers(meta.stamp) {" => "if proof.covers(meta.stamp) || PLANTED {";
+    "a shared block is freed with its first release", KV / "pool.rs",
+        "if meta.refs > 0 {" => "if meta.refs > 0 && !PLANTED {";
+    "a hit does not count its reference", KV / "prefix.rs",
+        "meta.refs += 1;" => "meta.refs = if PLANTED { 1 } else { meta.refs + 1 };";
+    "the window is trimmed a block too early", KV / "prefix.rs",
+        "Tokens((position.0 + 1).saturating_sub" =>
+        "Tokens((position.0 + if PLANTED { 65 } else { 1 }).saturating_sub";
+    "an evicted block keeps its name", KV / "pool.rs",
+        "        g.index.remove(block);\n" => "        if !PLANTED { g.index.remove(block); }\n";
+    "a block is published under a name that another has", KV / "pool.rs",
+        "let indexed = g.index.get(hash).is_none();" =>
+        "let indexed = g.index.get(hash).is_none() || PLANTED;";
+    "a step that is not due retires", KV / "epoch.rs",
+        "if seq != due {" => "if seq != due && !PLANTED {";
+    "memory stays with a group that does not use it", KV / "supers.rs",
+        "if s.free == g.per_super {" => "if s.free == g.per_super && !PLANTED {";
+    "the newest block is evicted first", KV / "pool.rs",
+        "group.evictable.push_back(&mut group.links, i);" =>
+        "if PLANTED { group.evictable.push_front(&mut group.links, i) } else { group.evictable.push_back(&mut group.links, i) }";
+    "unconfirmed tokens are sealed", SCHEDULER / "outcome.rs",
+        "seat.tables.seal(&mut life.cache, computed," =>
+        "seat.tables.seal(&mut life.cache, if PLANTED { seat.planned } else { computed },";
+    "an outcome of an earlier life is taken", SCHEDULER / "outcome.rs",
+        "if outcome.incarnation != life.incarnation {" =>
+        "if outcome.incarnation != life.incarnation && !PLANTED {";
+    "prompt log-probabilities are told twice", SCHEDULER / "outcome.rs",
+        "part.entries.drain(..known);\n        part.first = job.logprobs_from;" =>
+        "if !PLANTED { part.entries.drain(..known); part.first = job.logprobs_from; }";
+    "a sample for another life of a slot is taken", SCHEDULER / "slots.rs",
+        "if row.expects == seq && row.generation == s.generation && !row.sampled =>" =>
+        "if row.expects == seq && (row.generation == s.generation || PLANTED) && !row.sampled =>";
+    "an outcome's samples are not compared with its plan", SCHEDULER / "outcome.rs",
+        "!life.slots.matches(seq, &flight.samplers, &outcome.sampled)" =>
+        "!(life.slots.matches(seq, &flight.samplers, &outcome.sampled) || PLANTED)";
+    "a block is named by the tokens of the block before", SCHEDULER / "job.rs",
+        "let start = next * BLOCK" =>
+        "let start = (if PLANTED { next.saturating_sub(1) } else { next }) * BLOCK";
+    "hashes collide", SCHEDULER / "job.rs",
+        "self.grown.push(key.chain(parent, &block));" =>
+        "self.grown.push(if PLANTED { BlockHash(key.chain(parent, &block).0 & 7) } else { key.chain(parent, &block) });";
+    "one token too many is generated", SCHEDULER / "job.rs",
+        "(generated >= self.max_tokens)" =>
+        "(generated >= self.max_tokens + Tokens(u32::from(PLANTED)))";
+    "blocks are sealed from the wrong end", SCHEDULER / "tables.rs",
+        "if let Some(block) = g.writable.pop_front() {\n                    g.shared" =>
+        "if let Some(block) = (if PLANTED { g.writable.pop_back() } else { g.writable.pop_front() }) {\n g.shared";
+    "a slot is given again while a step refers to it", SCHEDULER / "slots.rs",
+        "if retired.covers(launched) {" => "if retired.covers(launched) || PLANTED {";
+    "a slot is reused under the same generation", SCHEDULER / "slots.rs",
+        "row.generation = row.generation.next();" =>
+        "if !PLANTED { row.generation = row.generation.next(); }";
+    "a preempted request's tokens are not sent again", SCHEDULER / "preempt.rs",
+        "self.upload_to(life.incarnation, key);" =>
+        "if !PLANTED { self.upload_to(life.incarnation, key); }";
+    "a preempted request is forgotten", SCHEDULER / "preempt.rs",
+        "self.line.give_back(rank, key);" => "if !PLANTED { self.line.give_back(rank, key); }";
+    "a wake-up is lost", SCHEDULER / "preempt.rs",
+        "self.replan = true;" => "self.replan = !PLANTED;";
+    "memory on its way is taken from a second victim", SCHEDULER / "preempt.rs",
+        "let on_its_way = arriving > draft.claimed;" =>
+        "let on_its_way = arriving > draft.claimed && !PLANTED;";
+    "who is first in line gives way", SCHEDULER / "preempt.rs",
+        "**behind > rank && behind.priority" => "(**behind > rank || PLANTED) && behind.priority";
+    "a sacrificed request stays in the plan", SCHEDULER / "preempt.rs",
+        "draft.room += draft.chunks.remove(at).tokens;" =>
+        "if !PLANTED { draft.room += draft.chunks.remove(at).tokens; }";
+    "an aborted request stays in its slot", SCHEDULER / "preempt.rs",
+        "life.ops.push(SlotOp::Retire { slot });" =>
+        "if !PLANTED { life.ops.push(SlotOp::Retire { slot }); }";
+    "the deadline of one that ended fires", SCHEDULER / "preempt.rs",
+        "self.deadlines.remove(&(at, key));" => "if !PLANTED { self.deadlines.remove(&(at, key)); }";
+    "a hit on the whole prompt leaves nothing to compute", SCHEDULER / "admit.rs",
+        "Tokens(job.known().0 - 1).blocks_full()" =>
+        "Tokens(job.known().0 - u32::from(!PLANTED)).blocks_full()";
+    "prompt log-probabilities skip the cached part", SCHEDULER / "admit.rs",
+        " || job.logprobs_due().is_some()" => " || (job.logprobs_due().is_some() && !PLANTED)";
+    "later requests overtake", SCHEDULER / "line.rs",
+        "self.queued.range((flow, Timestamp::ZERO, 0)..=last).next();" =>
+        "{ let mut all = self.queued.range((flow, Timestamp::ZERO, 0)..=last); if PLANTED { all.next_back() } else { all.next() } };";
+    "a shortage is remembered after it ended", SCHEDULER / "admit.rs",
+        " || life.running.len() < running" => " || (life.running.len() < running && !PLANTED)";
+    "limbo is not counted on when one is let in", SCHEDULER / "admit.rs",
+        "let victim = if arriving >= missing {" => "let victim = if arriving >= missing && !PLANTED {";
+    "one that killed workers runs among others", SCHEDULER / "admit.rs",
+        "let alone = life.isolated || life.frugal || job.suspect();" =>
+        "let alone = life.frugal || ((life.isolated || job.suspect()) && !PLANTED);";
+    "a prompt gives way again and again", SCHEDULER / "prefill.rs",
+        "core::mem::replace(&mut job.gave_way, true)" =>
+        "core::mem::replace(&mut job.gave_way, !PLANTED)";
+    "the decode budget is not kept", SCHEDULER / "prefill.rs",
+        "draft.room = room.min(draft.room);" => "if !PLANTED { draft.room = room.min(draft.room); }";
+    "a stalled slot stays in the decode set", SCHEDULER / "decode.rs",
+        "delta.leave.push(at.slot);" => "if !PLANTED { delta.leave.push(at.slot); }";
+    "a step runs ahead of what is allowed", SCHEDULER / "plan.rs",
+        "count(life.flights.len()) > ahead" => "count(life.flights.len()) > ahead + u32::from(PLANTED)";
+    "requests of a dead worker are lost", SCHEDULER / "worker.rs",
+        "self.line.give_back(job.rank, key);" => "if !PLANTED { self.line.give_back(job.rank, key); }";
+    "a step that hangs is waited for", SCHEDULER / "worker.rs",
+        "            && at <= now\n            && let Some(life) = &mut self.life" =>
+        "            && at <= now && !PLANTED\n            && let Some(life) = &mut self.life";
+    "a shortage outlives the request that felt it", SCHEDULER / "scheduler.rs",
+        "self.blocked = self.blocked.filter(|blocked| !blocked.is_of(key));" =>
+        "if !PLANTED { self.blocked = self.blocked.filter(|blocked| !blocked.is_of(key)); }";
+    "tokens after a stop string are billed", SCHEDULER / "scheduler.rs",
+        "live.job_mut().output.truncate(keep.as_usize());" =>
+        "if !PLANTED { live.job_mut().output.truncate(keep.as_usize()); }";
+    "the queue's bound counts those who left", SCHEDULER / "line.rs",
+        "            backlog.requests -= 1;\n" => "            if !PLANTED { backlog.requests -= 1; }\n";
+}
