@@ -2,11 +2,10 @@
 //!
 //! It measures nothing. Invariant: every point of every curve is drawn, with its concurrency beside it.
 
+use crate::chart::{Area, FONT, SIZE, axes, colour, document, failed, legend, line};
 use crate::labels::places;
-use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
-use std::fmt::Display;
 
 /// One load of a sweep.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -42,27 +41,23 @@ pub enum PlotError {
         /// The point.
         concurrency: u32,
     },
+    /// A point that is none.
+    #[error("{label} has the point {x}, {y}; both must be numbers and not below zero")]
+    Point {
+        /// The curve.
+        label: String,
+        /// To the right.
+        x: f64,
+        /// Up.
+        y: f64,
+    },
     /// The drawing library refused.
     #[error("cannot draw: {0}")]
     Draw(String),
 }
 
-const SIZE: (u32, u32) = (900, 600);
-/// Told apart in print and by the colour-blind.
-const COLOURS: [RGBColor; 5] = [
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(86, 86, 86),
-];
 /// Room beyond the furthest point, for what is written beside it.
 const ROOM: f64 = 1.12;
-const FONT: &str = "sans-serif";
-
-fn failed(error: impl Display) -> PlotError {
-    PlotError::Draw(error.to_string())
-}
 
 /// The curves as an SVG document.
 ///
@@ -84,42 +79,17 @@ pub fn draw(title: &str, curves: &[Curve]) -> Result<String, PlotError> {
     if furthest <= 0.0 {
         return Err(PlotError::Empty);
     }
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        area.fill(&WHITE).map_err(failed)?;
-        chart(&area, title, curves, (furthest * ROOM, highest * ROOM))?;
-        area.present().map_err(failed)?;
-    }
-    Ok(svg)
+    document(|area| chart(area, title, curves, (furthest * ROOM, highest * ROOM)))
 }
 
 fn chart(
-    area: &DrawingArea<SVGBackend<'_>, Shift>,
+    area: &Area<'_>,
     title: &str,
     curves: &[Curve],
-    (right, top): (f64, f64),
+    most: (f64, f64),
 ) -> Result<(), PlotError> {
     let whole = |speed: &f64| format!("{speed:.0}");
-    let mut chart = ChartBuilder::on(area)
-        .caption(title, (FONT, 20))
-        .margin(18)
-        .x_label_area_size(46)
-        .y_label_area_size(70)
-        .build_cartesian_2d(0.0..right, 0.0..top)
-        .map_err(failed)?;
-    chart
-        .configure_mesh()
-        .x_desc("tokens/s per user")
-        .y_desc("tokens/s per GPU")
-        .x_label_formatter(&whole)
-        .y_label_formatter(&whole)
-        .label_style((FONT, 14))
-        .axis_desc_style((FONT, 16))
-        .light_line_style(WHITE)
-        .bold_line_style(RGBColor(225, 225, 225))
-        .draw()
-        .map_err(failed)?;
+    let mut chart = axes(area, title, most, ("tokens/s per user", "tokens/s per GPU"), &whole)?;
     let sorted: Vec<Vec<Point>> = curves
         .iter()
         .map(|curve| {
@@ -136,13 +106,9 @@ fn chart(
         sorted.iter().map(|curve| curve.iter().map(pixel).collect()).collect();
     let places = places(&pixels, SIZE.0 as i32);
     for (index, (curve, points)) in curves.iter().zip(&sorted).enumerate() {
-        let colour = COLOURS[index % COLOURS.len()];
-        let line = points.iter().map(|point| (point.per_user, point.per_gpu));
-        chart
-            .draw_series(LineSeries::new(line, colour.stroke_width(2)))
-            .map_err(failed)?
-            .label(&curve.label)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(2)));
+        let colour = colour(index);
+        let through = points.iter().map(|point| (point.per_user, point.per_gpu));
+        line(&mut chart, &curve.label, colour, through)?;
         let anchor = Pos::new(HPos::Left, VPos::Top);
         let style = TextStyle::from((FONT, 13).into_font()).color(&colour).pos(anchor);
         let beside = pixels[index].iter().zip(&places[index]);
@@ -154,14 +120,7 @@ fn chart(
         });
         chart.draw_series(marks).map_err(failed)?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .label_font((FONT, 14))
-        .background_style(WHITE)
-        .border_style(RGBColor(180, 180, 180))
-        .draw()
-        .map_err(failed)
+    legend(&mut chart, SeriesLabelPosition::UpperRight)
 }
 
 #[cfg(test)]

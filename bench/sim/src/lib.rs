@@ -8,9 +8,12 @@
 pub mod act;
 pub mod client;
 pub mod coverage;
+pub mod curves;
+pub mod echo;
 pub mod figures;
 pub mod group;
 pub mod naive;
+pub mod overload;
 pub mod planner_bench;
 pub mod replica;
 pub mod rng;

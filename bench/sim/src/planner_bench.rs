@@ -6,18 +6,16 @@
 //! plan is encoded is the caller's: the scheduler knows no wire.
 //! Invariant: every measured step decodes every request, and the stated number of blocks is sealed.
 
+use crate::echo::Echo;
 use core::time::Duration;
 use ids::{
-    BLOCK_TOKENS, Bytes, GroupId, HashKey, Incarnation, RequestId, Timestamp, TokenId, Tokens,
+    BLOCK_TOKENS, Bytes, GroupId, HashKey, Incarnation, RequestId, TenantId, Timestamp, TokenId,
+    Tokens,
 };
 use kv_cache::carve;
 use scheduler::{Config, Event, Output, Planned, Scheduler, Submit, WorkerReady};
-use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use step::{
-    GroupKind, GroupSpec, Outcome, Sampled, Sampling, Section, SlotOp, SlotRef, StepPlan,
-    StepTiming,
-};
+use step::{GroupKind, GroupSpec, Sampling, StepPlan};
 
 /// What the measured steps do besides decoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +24,12 @@ pub enum Kind {
     Steady,
     /// In each step one request of full context ends and one arrives.
     Churn,
+    /// Nothing, while a thousand requests of sixty-four tenants wait for a seat.
+    Line,
 }
+
+/// Requests that wait in a case of [`Kind::Line`].
+const WAITING: u64 = 1000;
 
 /// A case to measure.
 #[derive(Clone, Copy, Debug)]
@@ -70,74 +73,14 @@ pub enum BenchError {
     Strayed(String),
 }
 
-/// The smallest answer a worker can give: the right slots, token 1 for each.
-struct Echo {
-    decoding: BTreeMap<u32, SlotRef>,
-    generations: BTreeMap<u32, SlotRef>,
-    outcomes: VecDeque<Outcome>,
-}
-
-impl Echo {
-    fn step(&mut self, planned: &Planned, sections: &[Section]) {
-        let mut sampled = Vec::new();
-        for section in sections {
-            for op in &section.ops {
-                match op {
-                    SlotOp::Admit(admit) => {
-                        self.generations.insert(admit.slot.slot.0, admit.slot);
-                    }
-                    SlotOp::Retire { slot } => {
-                        self.decoding.remove(&slot.0);
-                    }
-                    SlotOp::Extend { .. } | SlotOp::Trim { .. } => {}
-                }
-            }
-            for slot in &section.decode.leave {
-                self.decoding.remove(&slot.0);
-            }
-            let ran = section.prefill.iter().filter(|run| run.sample).map(|run| run.slot);
-            let first = ran.filter_map(|slot| self.generations.get(&slot.0).copied());
-            sampled.extend(first.chain(self.decoding.values().copied()).map(answer));
-            for slot in &section.decode.join {
-                if let Some(at) = self.generations.get(&slot.0) {
-                    self.decoding.insert(slot.0, *at);
-                }
-            }
-        }
-        let tokens = planned.plan.shard_tokens.iter().copied().sum::<Tokens>().0;
-        let prefill_tokens = planned.report.prefill_tokens.0;
-        // The engine's time is not measured; a fixed one keeps the cost model calm.
-        let timing = StepTiming {
-            total_ns: 10_000_000,
-            model_ns: 9_000_000,
-            tokens,
-            prefill_tokens,
-            ..StepTiming::default()
-        };
-        self.outcomes.push_back(Outcome {
-            seq: planned.plan.seq,
-            incarnation: planned.plan.incarnation,
-            sampled,
-            prompt_logprobs: Vec::new(),
-            timing,
-            digest: 0,
-        });
-    }
-}
-
-fn answer(at: SlotRef) -> Sampled {
-    let SlotRef { slot, generation } = at;
-    Sampled { slot, generation, token: TokenId(1), fault: None, logprobs: None }
-}
-
-/// Measures a case. `clock` says how long ago an origin of the caller's choice was; `encode` turns a
+/// Measures a case. `meter` runs what it is given and says how much time that took; `encode` turns a
 /// plan into what is sent, and is part of the step.
 ///
 /// # Errors
 /// When the scheduler does not settle into the case.
 pub fn measure(
     case: Case,
-    mut clock: impl FnMut() -> Duration,
+    mut meter: impl FnMut(&mut dyn FnMut()) -> Duration,
     mut encode: impl FnMut(&StepPlan),
 ) -> Result<Timings, BenchError> {
     let mut bench = Bench::new(case)?;
@@ -149,26 +92,29 @@ pub fn measure(
         let Some(outcome) = bench.echo.outcomes.pop_front() else {
             return Err(BenchError::Strayed("no outcome is due".into()));
         };
-        let begun = clock();
-        bench.scheduler.handle(bench.now, Event::Outcome(outcome));
-        if let Some(submit) = arrival {
-            bench.replace_one(submit);
-        }
-        bench.drain();
-        let planned = bench.scheduler.plan_step(bench.now);
-        bench.drain();
-        if let Some(planned) = &planned {
-            encode(&planned.plan);
-        }
-        spent.push(clock().saturating_sub(begun));
+        let (mut outcome, mut arrival, mut planned) = (Some(outcome), arrival, None);
+        spent.push(meter(&mut || {
+            if let Some(outcome) = outcome.take() {
+                bench.scheduler.handle(bench.now, Event::Outcome(outcome));
+            }
+            if let Some(submit) = arrival.take() {
+                bench.replace_one(submit);
+            }
+            bench.drain();
+            planned = bench.scheduler.plan_step(bench.now);
+            bench.drain();
+            if let Some(planned) = &planned {
+                encode(&planned.plan);
+            }
+        }));
         bench.now = bench.now.after(Duration::from_millis(10));
         let Some(planned) = planned else {
             return Err(BenchError::Strayed("nothing was planned".into()));
         };
-        if case.kind == Kind::Steady && planned.report.decode != case.requests {
+        if case.kind != Kind::Churn && planned.report.decode != case.requests {
             return Err(BenchError::Strayed(format!("{} decode", planned.report.decode)));
         }
-        bench.echo.step(&planned, &planned.plan.sections);
+        bench.carry_out(planned);
     }
     let seals = f64::from(bench.sealed().saturating_sub(sealed_before)) / f64::from(case.steps);
     spent.sort_unstable();
@@ -206,12 +152,13 @@ impl Bench {
         let carving = carve(&[spec], Bytes(64 * blocks), Bytes(64))?;
         let key = HashKey::derive("bench", b"");
         let config = Config {
-            max_running: case.requests + 4,
+            // With a line nobody else finds a seat.
+            max_running: case.requests + if case.kind == Kind::Line { 0 } else { 4 },
             max_step_tokens: Tokens(16_384),
             max_chunk: Tokens(16_384),
             max_context: Tokens(case.context.0 + case.steps + 4096),
             queue_tokens: u64::MAX / 2,
-            ..Config::with_key(key.clone())
+            ..Config::serving(key.clone())
         };
         let mut scheduler = Scheduler::new(config)?;
         let ready = WorkerReady { incarnation: Incarnation(1), groups: vec![spec], carving };
@@ -219,12 +166,7 @@ impl Bench {
         let document: Vec<_> = (0..case.context.0).map(TokenId).collect();
         let root = key.root(b"");
         let hashes = key.chain_all(root, &document);
-        let echo = Echo {
-            decoding: BTreeMap::new(),
-            generations: BTreeMap::new(),
-            outcomes: VecDeque::new(),
-        };
-        let now = Timestamp::ZERO;
+        let (echo, now) = (Echo::default(), Timestamp::ZERO);
         Ok(Self { case, scheduler, echo, now, document, hashes, root, next: 1, oldest: 1 })
     }
 
@@ -235,17 +177,26 @@ impl Bench {
             let submit = self.make_request();
             self.scheduler.handle(self.now, Event::Submit(submit));
         }
-        // Prompts run in chunks of the step's size; then a few steps for the last to join.
-        let chunks = u64::from(self.case.context.0) * u64::from(self.case.requests) / 16_000 + 64;
+        let waiting = if self.case.kind == Kind::Line { WAITING } else { 0 };
+        for i in 0..waiting {
+            let mut submit = self.make_request();
+            submit.prompt = submit.prompt[..submit.prompt.len().min(100)].into();
+            submit.prompt_hashes = [].into();
+            // Behind those who run.
+            (submit.priority, submit.tenant) = (10 + (i % 3) as i32, TenantId(i % 64));
+            self.scheduler.handle(self.now, Event::Submit(submit));
+        }
+        // Prompts run in chunks of the step's size; then steps for the last to settle.
+        let chunks = u64::from(self.case.context.0) * u64::from(self.case.requests) / 16_000 + 256;
         let mut steady = 0;
         for _ in 0..4 * chunks {
             self.drain();
             while let Some(planned) = self.scheduler.plan_step(self.now) {
                 self.drain();
                 steady += u32::from(planned.report.decode == self.case.requests);
-                self.echo.step(&planned, &planned.plan.sections);
-                // By then every prompt's outcome is in.
-                if steady > 8 {
+                self.carry_out(planned);
+                // By then every prompt's outcome is in, and each request took three blocks.
+                if steady > 3 * BLOCK_TOKENS {
                     return Ok(());
                 }
             }
@@ -288,10 +239,17 @@ impl Bench {
             ignore_eos: true,
             stop_tokens: [].into(),
             prompt_logprobs: None,
-            priority: 0,
-            deadline: None,
+            priority: (self.next % 3) as i32,
+            tenant: TenantId(self.next % 8),
+            deadline: Some(self.now.after(Duration::from_secs(24 * 3600))),
             arrival: self.now,
         })
+    }
+
+    /// The engine's time is not measured; a fixed one keeps the cost model calm.
+    fn carry_out(&mut self, planned: Planned) {
+        self.echo.step(&planned, 10_000_000, |_| TokenId(1));
+        self.scheduler.recycle(planned.plan);
     }
 
     fn replace_one(&mut self, submit: Box<Submit>) {
@@ -318,20 +276,17 @@ impl Bench {
 mod tests {
     use super::*;
 
-    /// A clock that ticks once per reading: enough to run the cases.
-    fn ticks() -> impl FnMut() -> Duration {
-        let mut at = 0;
-        move || {
-            at += 1;
-            Duration::from_micros(at)
-        }
+    /// A meter by which everything takes a microsecond: enough to run the cases.
+    fn tick(run: &mut dyn FnMut()) -> Duration {
+        run();
+        Duration::from_micros(1)
     }
 
     #[test]
     fn the_cases_are_what_they_say() {
-        for kind in [Kind::Steady, Kind::Churn] {
+        for kind in [Kind::Steady, Kind::Churn, Kind::Line] {
             let case = Case { requests: 256, context: Tokens(700), kind, steps: 256 };
-            let timings = measure(case, ticks(), |_| ()).expect("measures");
+            let timings = measure(case, tick, |_| ()).expect("measures");
             assert!((timings.mean_us - 1.0).abs() < 1e-6);
             if kind == Kind::Steady {
                 assert!((timings.seals - 4.0).abs() < 0.5, "{} seals a step", timings.seals);

@@ -7,7 +7,9 @@
 use crate::client::END;
 use crate::worker::Worker;
 use core::time::Duration;
-use ids::{Bytes, GroupId, HashKey, Incarnation, RequestId, StepSeq, Timestamp, TokenId, Tokens};
+use ids::{
+    Bytes, GroupId, HashKey, Incarnation, RequestId, StepSeq, TenantId, Timestamp, TokenId, Tokens,
+};
 use kv_cache::carve;
 use scheduler::{
     Config, Event, FinishReason, Output, PlanReport, Refusal, Scheduler, Submit, Usage, WorkerReady,
@@ -95,6 +97,7 @@ pub fn request(id: u64, prompt: u32, max_tokens: u32) -> Submit {
         stop_tokens: [].into(),
         prompt_logprobs: None,
         priority: 0,
+        tenant: TenantId(0),
         deadline: None,
         arrival: Timestamp(id),
     }

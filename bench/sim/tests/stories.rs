@@ -133,11 +133,12 @@ fn the_queue_is_bounded_by_requests_and_by_tokens() {
     let mut replica = Replica::new(config, &[full(0)], 64);
     replica.submit(request(1, 50, 5));
     replica.submit(request(2, 51, 5));
-    let waiting = Refusal::QueueTokens { waiting: 50, prompt: Tokens(51), limit: 100 };
+    let wait = Duration::from_secs(1);
+    let waiting = Refusal::QueueTokens { waiting: 50, prompt: Tokens(51), limit: 100, wait };
     assert_eq!(refusal(&replica, 2), Some(waiting));
     replica.submit(request(3, 50, 5));
     replica.submit(request(4, 1, 5));
-    assert_eq!(refusal(&replica, 4), Some(Refusal::QueueFull { waiting: 2, limit: 2 }));
+    assert_eq!(refusal(&replica, 4), Some(Refusal::QueueFull { waiting: 2, limit: 2, wait }));
     replica.plan();
     replica.submit(request(5, 100, 5));
     assert_eq!(refusal(&replica, 5), None, "those admitted count no more");

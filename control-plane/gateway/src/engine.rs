@@ -32,6 +32,8 @@ pub struct GenerateRequest {
     pub cache_salt: Option<Arc<str>>,
     /// Lower runs earlier; 0 is normal.
     pub priority: i32,
+    /// Who it is for; tenants share what there is of a priority. Those without a name are one.
+    pub tenant: Option<Arc<str>>,
     /// Give up this long after submission.
     pub deadline: Option<Duration>,
 }
@@ -106,6 +108,27 @@ pub enum SubmitError {
     /// The queue holds as many requests or tokens as it may.
     #[error("the queue is full; try again later")]
     QueueFull {
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// It waited in a full queue and gave its place to another.
+    #[error(
+        "the queue is full and a more urgent user, or one with less in it, came; try again later"
+    )]
+    Shed {
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// It could not have ended before its deadline.
+    #[error(
+        "{left:.1?} are left until the request's deadline and it would run for about {needs:.1?}; \
+         try again later, ask for fewer tokens, or wait longer"
+    )]
+    DeadlineUnreachable {
+        /// How long it would run.
+        needs: Duration,
+        /// Until its deadline.
+        left: Duration,
         /// When to try again.
         retry_after: Duration,
     },

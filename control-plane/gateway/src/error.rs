@@ -137,6 +137,10 @@ impl From<SubmitError> for ApiError {
             SubmitError::QueueFull { retry_after } => {
                 Self::unavailable("queue_full", message, retry_after)
             }
+            SubmitError::Shed { retry_after } => Self::unavailable("shed", message, retry_after),
+            SubmitError::DeadlineUnreachable { retry_after, .. } => {
+                Self::unavailable("deadline_unreachable", message, retry_after)
+            }
             SubmitError::NotReady(_) => Self::unavailable("not_ready", message, NOT_READY_RETRY),
             SubmitError::TooLarge { .. } => {
                 Self::new(StatusCode::BAD_REQUEST, "kv_cache_too_small", message)
@@ -157,6 +161,8 @@ impl SubmitError {
     pub fn label(&self) -> RefusedBy {
         match self {
             Self::QueueFull { .. } => RefusedBy::QueueFull,
+            Self::Shed { .. } => RefusedBy::Shed,
+            Self::DeadlineUnreachable { .. } => RefusedBy::Deadline,
             Self::NotReady(_) => RefusedBy::NotReady,
             Self::TooLarge { .. } | Self::TooLong { .. } => RefusedBy::TooLarge,
             Self::EmptyPrompt => RefusedBy::Validation,

@@ -43,6 +43,7 @@ pub(crate) fn submit(
                     .filter(|_| choice == 0 || common.stream.is_some()),
                 cache_salt: common.cache_salt.clone(),
                 priority: common.priority,
+                tenant: common.user.clone(),
                 deadline,
             };
             // Nothing to run: the answer is the prompt alone.

@@ -265,6 +265,7 @@ async fn fields_out_of_range_on_every_door() {
         ("stream_options", &["{\"include_usage\":true}", "{}"]),
         ("prompt_logprobs", &["21", "-1", "true"]),
         ("priority", &["2147483648", "0.5"]),
+        ("user", &["7", "[\"u\"]"]),
         ("cache_salt", &["\"\"", "\"a/b\"", "\"a\\u0000\"", "7"]),
         ("ignore_eos", &["1"]),
         ("skip_special_tokens", &["\"no\""]),

@@ -69,7 +69,8 @@ async fn what_the_client_asks_reaches_the_engine() {
         "prompt": "abc", "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "seed": 3,
         "presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 1.5,
         "logit_bias": {"9": -100, "2": 5}, "max_tokens": 8, "min_tokens": 2,
-        "stop_token_ids": [120, 5], "logprobs": 4, "priority": -3, "cache_salt": "s"
+        "stop_token_ids": [120, 5], "logprobs": 4, "priority": -3, "cache_salt": "s",
+        "user": "u-1"
     });
     server.ok(DOOR, body).await;
     let request = server.engine.last_request();
@@ -84,6 +85,7 @@ async fn what_the_client_asks_reaches_the_engine() {
     assert_eq!((sampling.min_tokens, &*sampling.banned_before_min), (Tokens(2), &stops[..]));
     assert_eq!((request.max_tokens, request.priority), (Tokens(8), -3));
     assert_eq!(request.cache_salt.as_deref(), Some("s"));
+    assert_eq!(request.tenant.as_deref(), Some("u-1"));
 }
 
 #[tokio::test]

@@ -280,6 +280,13 @@ async fn a_refusal_after_submission_is_no_internal_error() {
     let too_long = SubmitError::TooLong { prompt, max_tokens, max_context: Tokens(8) };
     for (refusal, status, code, label) in [
         (SubmitError::QueueFull { retry_after }, 503, "queue_full", RefusedBy::QueueFull),
+        (SubmitError::Shed { retry_after }, 503, "shed", RefusedBy::Shed),
+        (
+            SubmitError::DeadlineUnreachable { needs: retry_after, left: retry_after, retry_after },
+            503,
+            "deadline_unreachable",
+            RefusedBy::Deadline,
+        ),
         (too_long, 400, "context_length_exceeded", RefusedBy::TooLarge),
         (
             SubmitError::TooLarge { tokens, need: 2, have: 1 },

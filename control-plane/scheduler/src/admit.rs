@@ -1,15 +1,16 @@
 //! Who leaves the queue: the first in line, when slot, blocks and room for a chunk are there.
 //!
-//! Strictly in order, so that nobody is overtaken and waiting is bounded by those before. A request
-//! is admitted only when its whole known sequence could be held beside what the running need next,
+//! Strictly in the order of the line, so that waiting is bounded by those before. A request is admitted only when its whole known sequence could be held beside what the running need next,
 //! so that admission is not soon undone. Invariant: an admitted request runs at least one token in
 //! the step that admits it.
 
 use crate::job::Rank;
 use crate::life::Life;
+use crate::line::Turn;
 use crate::output::Output;
 use crate::plan::{Chunk, Draft};
-use crate::preempt::worst_behind;
+use crate::policy::fair;
+use crate::preempt::any_behind;
 use crate::report::Waits;
 use crate::request::{Live, Seat};
 use crate::scheduler::{Scheduler, count};
@@ -37,25 +38,36 @@ impl Blocked {
 impl Scheduler {
     pub(crate) fn admit_waiting(&mut self, life: &mut Life, draft: &mut Draft) {
         self.head = None;
-        while let Some((rank, key)) = self.waiting.first_key_value() {
-            let (rank, key) = (*rank, *key);
-            match self.try_admit(life, draft, rank, key) {
-                Ok(()) => draft.report.admitted += 1,
+        while let Some(turn) = self.next_turn() {
+            let key = turn.key;
+            match self.try_admit(life, draft, turn) {
+                Ok(()) => {}
                 Err(waits) => {
-                    self.head = self.requests.get(key).map(|live| (live.job().id, waits));
+                    let Some(live) = self.requests.get(key) else { return };
+                    self.head = Some((live.job().id, waits));
+                    if let (Live::Queued(request), Waits::Blocks { .. }) = (live, waits) {
+                        self.line.hold(&request.job);
+                    }
                     return;
                 }
             }
         }
     }
 
-    fn try_admit(
-        &mut self,
-        life: &mut Life,
-        draft: &mut Draft,
-        rank: Rank,
-        key: Key,
-    ) -> Result<(), Waits> {
+    /// Whose turn it is.
+    fn next_turn(&mut self) -> Option<Turn> {
+        let (requests, outlook) = (&self.requests, &self.outlook);
+        self.line.next(|key| {
+            let Some(live) = requests.get(key) else { return 0 };
+            let (least, most) = live.job().to_come();
+            let output = outlook.likely_output(least, most);
+            fair::PROMPT * u64::from(live.job().prompt_tokens().0)
+                + fair::OUTPUT * u64::from(output.0)
+        })
+    }
+
+    fn try_admit(&mut self, life: &mut Life, draft: &mut Draft, turn: Turn) -> Result<(), Waits> {
+        let Turn { key, rank, .. } = turn;
         let Some(live) = self.requests.get_mut(key) else { return Err(Waits::Worker) };
         let job = live.job_mut();
         if !self.outbox.left(job.upload) {
@@ -72,17 +84,29 @@ impl Scheduler {
         if draft.room.is_zero() {
             return Err(self.no_room(draft));
         }
+        // Nobody gives up a seat for one that could not use it; the prompt may be in the cache.
+        if let Some(end) = self.too_late(draft.now, key, Tokens::ZERO) {
+            self.finish_in(Some(life.incarnation), key, end);
+            return Ok(());
+        }
         self.secure_slot(life, draft, rank)?;
         if let Some(waits) = self.still_blocked(life, rank, key) {
             return Err(waits);
         }
         let (hashes, hit) = self.find_prefix(life, key);
         let known = self.requests.get(key).map_or(Tokens::ZERO, |live| live.job().known());
-        if self.waits_whole(draft, key, known.saturating_sub(hit.boundary.tokens())) {
+        let left = known.saturating_sub(hit.boundary.tokens());
+        if let Some(end) = self.too_late(draft.now, key, left) {
+            self.finish_in(Some(life.incarnation), key, end);
+            return Ok(());
+        }
+        if self.waits_whole(draft, key, left) {
             return Err(self.no_room(draft));
         }
         self.secure_blocks(life, draft, rank, key, &hashes, hit)?;
-        self.take_seat(life, draft, key, &hashes, hit)
+        self.take_seat(life, draft, turn, &hashes, hit)?;
+        draft.report.admitted += 1;
+        Ok(())
     }
 
     /// Waits for a slot on its way, else takes one from the end of the line.
@@ -92,7 +116,7 @@ impl Scheduler {
         }
         let arriving = life.slots.arriving() + life.closing.len();
         if arriving == 0
-            && let Some(victim) = worst_behind(life, rank)
+            && let Some(victim) = self.victim(life, rank)
         {
             self.sacrifice(life, draft, victim);
         }
@@ -113,7 +137,7 @@ impl Scheduler {
             return None;
         }
         let arriving = life.arriving(group);
-        let hopeless = arriving >= need - mintable || worst_behind(life, rank).is_none();
+        let hopeless = arriving >= need - mintable || !any_behind(life, rank);
         hopeless.then_some(Waits::Blocks { group, need, mintable, arriving })
     }
 
@@ -159,7 +183,7 @@ impl Scheduler {
                 }
                 let missing = need - mintable;
                 let arriving = life.arriving(group);
-                let victim = if arriving >= missing { None } else { worst_behind(life, rank) };
+                let victim = if arriving >= missing { None } else { self.victim(life, rank) };
                 let Some(victim) = victim else {
                     let running = life.running.len();
                     self.blocked = Some(Blocked { key, group, need, running });
@@ -186,10 +210,11 @@ impl Scheduler {
         &mut self,
         life: &mut Life,
         draft: &mut Draft,
-        key: Key,
+        turn: Turn,
         hashes: &[BlockHash],
         hit: Hit,
     ) -> Result<(), Waits> {
+        let key = turn.key;
         let Some(live) = self.requests.get(key) else { return Err(Waits::Worker) };
         let (known, limit) = (live.job().known(), live.job().limit());
         let cached = hit.boundary.tokens();
@@ -216,11 +241,12 @@ impl Scheduler {
         }
         let tokens = seat.capacity.min(cached + size) - cached;
         let at = seat.slot.at();
+        // It stands in line under its own rank.
+        if let Some(live) = self.requests.get(key) {
+            self.line.remove(live.job());
+        }
         let request = match self.requests.take(key) {
-            Some(Live::Queued(request)) => {
-                self.left_queue(request.job.prompt_tokens());
-                request.admit(seat)
-            }
+            Some(Live::Queued(request)) => request.admit(seat),
             Some(Live::Preempted(request)) => request.admit(seat),
             // Only these two wait in line.
             Some(other @ (Live::Prefilling(_) | Live::Decoding(_) | Live::Closing(_))) => {
@@ -247,12 +273,16 @@ impl Scheduler {
         }
         self.counters.prefix_query_tokens += u64::from(known.0);
         self.counters.prefix_hit_tokens += u64::from(cached.0);
+        job.rank = turn.seated;
         if job.cached.is_none() {
             job.cached = Some(cached);
+            // What a preempted request runs again is nobody's wish.
+            self.line.charge(job.flow, u64::from((known - cached).0) * fair::PROMPT);
+            self.outlook.admitted(draft.now, job.prompt_tokens(), self.line.len().1 > 0);
+            self.counters.overdue += u64::from(turn.seated != turn.rank);
             self.outbox.say(Output::Started { request: job.id, cached });
         }
         life.isolated |= job.suspect();
-        self.waiting.remove(&job.rank);
         life.running.insert(job.rank, key);
         life.prefilling.insert(job.rank, key);
         self.requests.put(key, Live::Prefilling(request));

@@ -25,6 +25,12 @@ pub struct Config {
     pub decode_budget: Duration,
     /// Whether finished blocks may serve later requests.
     pub prefix_caching: bool,
+    /// How many times its own tokens others are served before the request that waits longest goes
+    /// first, whatever its class and tenant; 0 for never. Also what better classes leave of a full
+    /// queue to every class: one part in `patience + 1`.
+    pub patience: u32,
+    /// Whether a request whose deadline is out of reach is ended rather than run.
+    pub refuse_late: bool,
     /// Most requests waiting for their first admission.
     pub queue_requests: u32,
     /// Most tokens of those requests together.
@@ -38,6 +44,8 @@ pub struct Config {
     pub hash_key: HashKey,
 }
 
+/// [`Config::patience`] when serving.
+const PATIENCE: u32 = 16;
 /// The most steps planned ahead.
 pub const MAX_DEPTH: u32 = 2;
 
@@ -65,12 +73,20 @@ impl Config {
             depth: 2,
             decode_budget: Duration::from_millis(50),
             prefix_caching: true,
+            patience: 0,
+            refuse_late: false,
             queue_requests: 4096,
             queue_tokens: 16 << 20,
             step_timeout: Duration::from_secs(60),
             release_slice: 256,
             hash_key,
         }
+    }
+
+    /// The same with what serving turns on: patience and a look ahead at deadlines.
+    #[must_use]
+    pub fn serving(hash_key: HashKey) -> Self {
+        Self { patience: PATIENCE, refuse_late: true, ..Self::with_key(hash_key) }
     }
 
     /// Refuses limits that contradict each other.

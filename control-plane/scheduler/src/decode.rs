@@ -16,7 +16,7 @@ use step::DecodeDelta;
 impl Scheduler {
     /// Decides who can run; takes blocks for those at a boundary, first in line first.
     pub(crate) fn plan_decodes(&mut self, life: &mut Life, draft: &mut Draft) {
-        let mut short = Vec::new();
+        let mut short = core::mem::take(&mut self.spare.short);
         for key in &life.decoding {
             let Some(Live::Decoding(request)) = self.requests.get_mut(*key) else { continue };
             let (seat, limit) = (&request.state.seat, request.job.limit());
@@ -27,9 +27,10 @@ impl Scheduler {
             }
         }
         short.sort_unstable();
-        for (_, key) in short {
+        for (_, key) in short.drain(..) {
             self.extend_decode(life, draft, key);
         }
+        self.spare.short = short;
         for key in &life.decoding {
             if let Some(Live::Decoding(request)) = self.requests.get(*key)
                 && request.state.ready

@@ -2,7 +2,7 @@
 //!
 //! Events are facts; whether one fits the present state is decided where it is handled.
 
-use ids::{BlockHash, Incarnation, RequestId, Timestamp, TokenId, Tokens};
+use ids::{BlockHash, Incarnation, RequestId, TenantId, Timestamp, TokenId, Tokens};
 use std::sync::Arc;
 use step::{Carving, GroupSpec, Outcome, Sampling};
 
@@ -59,7 +59,9 @@ pub struct Submit {
     pub prompt_logprobs: Option<u8>,
     /// Lower runs first.
     pub priority: i32,
-    /// When the client stops waiting.
+    /// Whose it is; tenants share what there is of a priority.
+    pub tenant: TenantId,
+    /// When the client stops waiting for the end.
     pub deadline: Option<Timestamp>,
     /// When it came in; orders requests of one priority.
     pub arrival: Timestamp,

@@ -5,15 +5,18 @@
 
 use crate::event::Submit;
 use crate::output::{FinishReason, Ticket, Usage};
+use crate::policy::fair::FlowKey;
 use ids::{BLOCK_TOKENS, BlockHash, HashKey, RequestId, Timestamp, TokenId, Tokens};
 use std::sync::Arc;
 use step::Sampling;
 
-/// Place in line: priority, then arrival, then order of submission. Smaller runs first; the
-/// largest is preempted first. Total, so that no two requests can preempt each other in turn.
+/// Place in line: priority, then what the tenant had had when the request got its first seat, then
+/// arrival, then order of submission. Smaller runs first, and only the larger is preempted for it.
+/// Total and fixed from the first seat on, so that no two requests can preempt each other in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Rank {
     pub(crate) priority: i32,
+    pub(crate) start: u64,
     pub(crate) arrival: Timestamp,
     pub(crate) order: u64,
 }
@@ -23,6 +26,8 @@ pub(crate) struct Rank {
 pub struct Job {
     pub(crate) id: RequestId,
     pub(crate) rank: Rank,
+    /// Whose counter it is charged to.
+    pub(crate) flow: FlowKey,
     pub(crate) prompt: Arc<[TokenId]>,
     pub(crate) output: Vec<TokenId>,
     prompt_hashes: Arc<[BlockHash]>,
@@ -38,6 +43,8 @@ pub struct Job {
     /// First prompt position whose log-probability was not delivered.
     pub(crate) logprobs_from: Tokens,
     pub(crate) deadline: Option<Timestamp>,
+    /// When the scheduler looks at its deadline: then, or when it must have begun.
+    pub(crate) alarm: Option<Timestamp>,
     /// Prompt tokens found in the cache at first admission.
     pub(crate) cached: Option<Tokens>,
     /// Whether it waited once for a step that takes its prompt whole.
@@ -51,7 +58,7 @@ pub struct Job {
 }
 
 impl Job {
-    pub(crate) fn new(submit: Submit, order: u64) -> Self {
+    pub(crate) fn new(submit: Submit, flow: FlowKey, order: u64) -> Self {
         let full = submit.prompt.len() / BLOCK_TOKENS as usize;
         let prompt_hashes = if submit.prompt_hashes.len() > full {
             submit.prompt_hashes[..full].into()
@@ -60,7 +67,8 @@ impl Job {
         };
         Self {
             id: submit.request,
-            rank: Rank { priority: submit.priority, arrival: submit.arrival, order },
+            rank: Rank { priority: submit.priority, start: 0, arrival: submit.arrival, order },
+            flow,
             prompt: submit.prompt,
             output: Vec::new(),
             prompt_hashes,
@@ -74,6 +82,7 @@ impl Job {
             prompt_logprobs: submit.prompt_logprobs,
             logprobs_from: Tokens(1),
             deadline: submit.deadline,
+            alarm: None,
             cached: None,
             gave_way: false,
             upload: Ticket::default(),
@@ -134,12 +143,15 @@ impl Job {
         token.unwrap_or_default()
     }
 
-    /// Makes room for the whole output, so that no step allocates for it.
+    /// Makes room for the whole output and its hashes, so that no step allocates for it.
     pub(crate) fn reserve_output(&mut self) {
         // A limit far beyond what is usual is grown into, not reserved.
         const RESERVED: usize = 8192;
         let wanted = self.max_tokens.as_usize().min(RESERVED);
         self.output.reserve(wanted.saturating_sub(self.output.len()));
+        let blocks = (self.prompt.len() + wanted) / BLOCK_TOKENS as usize + 1;
+        let hashed = self.prompt_hashes.len() + self.grown.len();
+        self.grown.reserve(blocks.saturating_sub(hashed));
     }
 
     /// Whether the output ends with the token just added.
@@ -152,6 +164,16 @@ impl Job {
             }
         }
         (generated >= self.max_tokens).then_some(FinishReason::Length)
+    }
+
+    /// Output tokens still to come, at least and at most; a stop string may end it before.
+    pub(crate) fn to_come(&self) -> (Tokens, Tokens) {
+        let had = tokens(self.output.len());
+        let most = self.max_tokens.saturating_sub(had);
+        let ends = !self.ignore_eos && !self.end_tokens.is_empty();
+        let may_end = ends || !self.stop_tokens.is_empty();
+        let least = if may_end { self.sampling.min_tokens } else { self.max_tokens };
+        (least.saturating_sub(had).min(most), most)
     }
 
     /// Whether a token may be generated at all.

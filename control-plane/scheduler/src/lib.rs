@@ -15,10 +15,12 @@
 mod admit;
 mod config;
 mod decode;
+mod door;
 mod event;
 mod job;
 mod journal;
 mod life;
+mod line;
 mod outcome;
 mod output;
 mod plan;
@@ -31,6 +33,7 @@ mod scheduler;
 mod shards;
 mod slab;
 mod slots;
+mod spare;
 mod tables;
 mod worker;
 

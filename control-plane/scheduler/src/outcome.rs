@@ -7,6 +7,7 @@
 
 use crate::life::{Flight, Life};
 use crate::output::{FinishReason, Output, WorkerFault};
+use crate::policy::fair;
 use crate::report::Unfit;
 use crate::request::Live;
 use crate::scheduler::Scheduler;
@@ -40,7 +41,9 @@ impl Scheduler {
         let retired = life.cache.retire(seq).map_err(|_| Unfit::UnknownStep)?;
         let flight = life.flights.pop_front().unwrap_or_default();
         life.head_since = now;
-        self.cost.observe(flight.load, Duration::from_nanos(outcome.timing.total_ns));
+        let took = Duration::from_nanos(outcome.timing.total_ns);
+        self.cost.observe(flight.load, took);
+        self.outlook.step(took);
         for part in outcome.prompt_logprobs {
             self.deliver_prompt(part);
         }
@@ -145,10 +148,13 @@ impl Scheduler {
         let token = sampled.token;
         request.job.output.push(token);
         let (id, verdict) = (request.job.id, request.job.verdict(token));
+        let generated = request.job.usage().output;
+        self.line.charge(request.job.flow, fair::OUTPUT);
         // The step that drew the token had run everything before it.
         self.confirm(life, key, known);
         self.outbox.say(Output::Token { request: id, token, logprobs: sampled.logprobs });
         if let Some(reason) = verdict {
+            self.outlook.ended(generated);
             self.close(life, key, reason);
         }
     }

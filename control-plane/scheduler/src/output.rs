@@ -84,7 +84,7 @@ pub enum FinishReason {
     Deadline,
     /// No token could be drawn.
     Fault(SampleFault),
-    /// It was accepted before a worker was ready, and no worker now can run it.
+    /// Refused after all, before it ran: no worker now can run it, or it had to give way.
     Refused(Refusal),
     /// The worker died each time this request ran, the last time with nothing beside it.
     WorkerDied {
@@ -132,6 +132,8 @@ pub enum Refusal {
         waiting: u32,
         /// The limit.
         limit: u32,
+        /// How long those will last.
+        wait: Duration,
     },
     /// Too many tokens wait.
     #[error("{waiting} prompt tokens wait, {limit} may and this prompt has {prompt}; try later")]
@@ -142,10 +144,48 @@ pub enum Refusal {
         prompt: Tokens,
         /// The limit.
         limit: u64,
+        /// How long those will last.
+        wait: Duration,
+    },
+    /// It waited in a full queue and gave its place to another.
+    #[error(
+        "the queue is full, and this request gave its place to one of a better priority or of a \
+         tenant with less in it; try again later"
+    )]
+    Shed {
+        /// How long the queue will last.
+        wait: Duration,
+    },
+    /// It could not have ended before its deadline.
+    #[error("{left:?} are left until the deadline and the request needs about {needs:?}")]
+    DeadlineUnreachable {
+        /// From its seat to its end.
+        needs: Duration,
+        /// Until the deadline.
+        left: Duration,
+        /// How long the queue will last.
+        wait: Duration,
     },
     /// The deadline passed before it came in.
     #[error("the deadline passed before the request was queued")]
     DeadlinePassed,
+}
+
+impl Refusal {
+    /// When to try again, where that may help: once the queue is gone.
+    #[must_use]
+    pub fn retry_after(self) -> Option<Duration> {
+        match self {
+            Self::QueueFull { wait, .. }
+            | Self::QueueTokens { wait, .. }
+            | Self::Shed { wait }
+            | Self::DeadlineUnreachable { wait, .. } => Some(wait),
+            Self::EmptyPrompt
+            | Self::TooLong { .. }
+            | Self::CacheTooSmall { .. }
+            | Self::DeadlinePassed => None,
+        }
+    }
 }
 
 /// Why a worker's life must end.

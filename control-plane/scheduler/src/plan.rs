@@ -13,7 +13,7 @@ use crate::request::Live;
 use crate::scheduler::{Scheduler, count};
 use crate::slab::Key;
 use ids::{Blocks, Timestamp, Tokens};
-use step::{DecodeDelta, PrefillRun, Section, StepPlan};
+use step::{DecodeDelta, PrefillRun, StepPlan};
 
 /// Prompt tokens from which on a step takes far longer than planning the next one.
 const LONG: u32 = 512;
@@ -36,6 +36,8 @@ pub(crate) struct Draft {
     pub(crate) whole_room: Tokens,
     /// Whether the decode budget, not the step's size, set the room.
     pub(crate) by_budget: bool,
+    /// When it is composed.
+    pub(crate) now: Timestamp,
     /// Blocks on their way that a stalled request counts on.
     pub(crate) claimed: Blocks,
     pub(crate) report: PlanReport,
@@ -54,18 +56,18 @@ impl Scheduler {
         }
         life.slice = self.config.release_slice;
         life.drain();
-        let mut draft = self.compose(life);
+        let mut draft = self.compose(life, now);
         if draft.is_idle() && life.flights.is_empty() {
             if !life.draining.is_empty() {
                 // Nothing else to do: there is no step to keep short.
                 life.slice = u32::MAX;
                 life.drain();
-                draft = self.compose(life);
+                draft = self.compose(life, now);
             }
             let short = matches!(self.head, Some((_, Waits::Blocks { .. })));
             if draft.is_idle() && (short || !life.running.is_empty()) {
                 self.unjam(life);
-                draft = self.compose(life);
+                draft = self.compose(life, now);
             }
         }
         if draft.is_idle() {
@@ -74,8 +76,8 @@ impl Scheduler {
         Some(self.launch(life, draft, now))
     }
 
-    fn compose(&mut self, life: &mut Life) -> Draft {
-        let mut draft = Draft::default();
+    fn compose(&mut self, life: &mut Life, now: Timestamp) -> Draft {
+        let mut draft = Draft { now, ..Draft::default() };
         self.stalls.clear();
         self.plan_decodes(life, &mut draft);
         self.set_room(life, &mut draft);
@@ -104,11 +106,10 @@ impl Scheduler {
         flight.samplers.clear();
         flight.chunks.clear();
         flight.seq = life.cache.launch();
-        let mut section = Section {
-            ops: core::mem::take(&mut life.ops),
-            prefill: Vec::with_capacity(draft.chunks.len()),
-            decode: DecodeDelta { join: Vec::new(), leave: core::mem::take(&mut life.leaving) },
-        };
+        let (mut shard_tokens, mut sections) = self.spare.plan();
+        let section = &mut sections[0];
+        core::mem::swap(&mut section.ops, &mut life.ops);
+        core::mem::swap(&mut section.decode.leave, &mut life.leaving);
         let mut load = self.launch_decodes(life, &mut flight, &mut section.decode);
         let mut prefill_tokens = Tokens::ZERO;
         for chunk in &draft.chunks {
@@ -131,18 +132,19 @@ impl Scheduler {
             prefill_tokens,
             stalled: count(self.stalls.len()),
             running: count(life.running.len()),
-            waiting: count(self.waiting.len()),
+            waiting: count(self.line.len().0),
             head: self.head,
             predicted: self.cost.predict(load),
             cache_usage: life.cache.usage(),
             ..draft.report
         };
+        shard_tokens.push(tokens);
         let plan = StepPlan {
             seq: flight.seq,
             incarnation: life.incarnation,
             bucket: bucket(tokens),
-            shard_tokens: vec![tokens],
-            sections: vec![section],
+            shard_tokens,
+            sections,
         };
         if life.flights.is_empty() {
             life.head_since = now;

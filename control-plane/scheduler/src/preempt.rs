@@ -41,7 +41,7 @@ impl Scheduler {
         let (launched, retired) = (life.cache.launched(), life.cache.proof());
         life.slots.give_back(slot, launched, &retired);
         self.counters.preemptions += 1;
-        self.waiting.insert(rank, key);
+        self.line.give_back(rank, key);
         self.upload_to(life.incarnation, key);
         self.replan = true;
     }
@@ -64,9 +64,12 @@ impl Scheduler {
         };
         let job = &request.job;
         let (id, usage, rank) = (job.id, job.usage(), job.rank);
+        if reason == FinishReason::Deadline {
+            self.outlook.cut(usage.output);
+        }
         unseat(life, rank, request.slot(), tables);
         self.outbox.say(Output::Finished { request: id, reason, usage });
-        if let Some(at) = job.deadline {
+        if let Some(at) = job.alarm {
             self.deadlines.remove(&(at, key));
         }
         self.requests.put(key, Live::Closing(request));
@@ -110,10 +113,12 @@ impl Scheduler {
                 return Ok(());
             };
             let rank = job.rank;
-            let mut blocks = Vec::new();
+            let mut blocks = self.spare.blocks();
             let extended = seat.tables.extend(&mut life.cache, want, life.frugal, &mut blocks);
             seat.capacity = seat.tables.capacity();
-            if !blocks.is_empty() {
+            if blocks.is_empty() {
+                self.spare.give_back(blocks);
+            } else {
                 life.ops.push(SlotOp::Extend { slot: seat.slot.at().slot, blocks });
             }
             let Err(Shortage { group }) = extended else { return Ok(()) };
@@ -122,7 +127,7 @@ impl Scheduler {
             }
             let arriving = life.arriving(group);
             let on_its_way = arriving > draft.claimed;
-            let victim = if on_its_way { None } else { worst_behind(life, rank) };
+            let victim = if on_its_way { None } else { self.victim(life, rank) };
             let Some(victim) = victim else {
                 draft.claimed += Blocks(u32::from(on_its_way));
                 let mintable = life.cache.mintable(group);
@@ -130,6 +135,26 @@ impl Scheduler {
             };
             self.sacrifice(life, draft, victim);
         }
+    }
+
+    /// Who gives way to `rank`: of those behind it the worst class, in that the tenant that had most,
+    /// of that the last in line.
+    pub(crate) fn victim(&self, life: &Life, rank: Rank) -> Option<Key> {
+        let (worst, _) = life.running.last_key_value()?;
+        let of_class = life
+            .running
+            .iter()
+            .rev()
+            .take_while(|(behind, _)| **behind > rank && behind.priority == worst.priority);
+        let mut victim: Option<(u64, Key)> = None;
+        for (_, key) in of_class {
+            let Some(live) = self.requests.get(*key) else { continue };
+            let had = self.line.counter(live.job().flow);
+            if victim.is_none_or(|(most, _)| had > most) {
+                victim = Some((had, *key));
+            }
+        }
+        victim.map(|(_, key)| key)
     }
 
     /// Preempts a request while a step is composed, which may run it already.
@@ -159,9 +184,9 @@ impl Scheduler {
     }
 }
 
-/// The last running request in line, if it stands behind `rank`.
-pub(crate) fn worst_behind(life: &Life, rank: Rank) -> Option<Key> {
-    life.running.last_key_value().filter(|(last, _)| **last > rank).map(|(_, key)| *key)
+/// Whether a running request stands behind `rank`.
+pub(crate) fn any_behind(life: &Life, rank: Rank) -> bool {
+    life.running.last_key_value().is_some_and(|(last, _)| *last > rank)
 }
 
 /// Takes a request out of the life's books and leaves its tables there.

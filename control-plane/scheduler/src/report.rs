@@ -115,6 +115,8 @@ pub struct Gauges {
     pub running: u32,
     /// Requests without.
     pub waiting: u32,
+    /// Requests that never ran.
+    pub queued: u32,
     /// Tokens of requests that never ran.
     pub queued_tokens: u64,
     /// Share of the cache that live requests hold, between 0 and 1.
@@ -131,6 +133,12 @@ pub struct Gauges {
     pub purges: u64,
     /// Steps planned.
     pub steps: u64,
+    /// Requests that gave their place in a full queue to others.
+    pub shed: u64,
+    /// Requests ended because their deadline was out of reach.
+    pub unreachable: u64,
+    /// Requests that got their seat because they had waited longest.
+    pub overdue: u64,
     /// Worker lives lost.
     pub deaths: u64,
     /// Events refused, by [`Unfit`].

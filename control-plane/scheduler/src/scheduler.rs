@@ -7,14 +7,17 @@
 use crate::admit::Blocked;
 use crate::config::{Config, ConfigError};
 use crate::event::{Event, Submit};
-use crate::job::{Job, Rank};
+use crate::job::Job;
 use crate::life::Life;
+use crate::line::Line;
 use crate::output::{FinishReason, Outbox, Output, Refusal};
 use crate::policy::cost::CostModel;
+use crate::policy::outlook::Outlook;
 use crate::report::{Gauges, Planned, Unfit, Waits};
 use crate::request::{Live, Request};
 use crate::shards::Beside;
 use crate::slab::{Key, Slab};
+use crate::spare::Spare;
 use crate::tables::peak;
 use ids::{Incarnation, RequestId, Timestamp, Tokens};
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,20 +31,20 @@ pub struct Scheduler {
     pub(crate) newest: Option<Incarnation>,
     pub(crate) requests: Slab<Live>,
     pub(crate) ids: BTreeMap<RequestId, Key>,
-    /// Requests without a seat, in order.
-    pub(crate) waiting: BTreeMap<Rank, Key>,
+    /// Requests without a seat.
+    pub(crate) line: Line,
     pub(crate) deadlines: BTreeSet<(Timestamp, Key)>,
     pub(crate) outbox: Outbox,
     pub(crate) cost: CostModel,
+    pub(crate) outlook: Outlook,
     pub(crate) counters: Gauges,
-    /// Requests that never ran; the bound on admission counts them.
-    pub(crate) queued: u32,
     pub(crate) submitted: u64,
     /// What the first in line waits for, and running requests that the last plan left out.
     pub(crate) head: Option<(RequestId, Waits)>,
     pub(crate) stalls: Vec<(RequestId, Waits)>,
     /// What the first in line was last short of.
     pub(crate) blocked: Option<Blocked>,
+    pub(crate) spare: Spare,
     /// Set when planning changed something that another attempt may use once outputs have left.
     pub(crate) replan: bool,
     /// The other shards of the group.
@@ -76,21 +79,22 @@ impl Scheduler {
     pub fn new(config: Config) -> Result<Self, ConfigError> {
         config.check()?;
         Ok(Self {
+            line: Line::new(&config),
             config,
             life: None,
             newest: None,
             requests: Slab::default(),
             ids: BTreeMap::new(),
-            waiting: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             outbox: Outbox::default(),
             cost: CostModel::default(),
+            outlook: Outlook::default(),
             counters: Gauges::default(),
-            queued: 0,
             submitted: 0,
             head: None,
             stalls: Vec::new(),
             blocked: None,
+            spare: Spare::default(),
             replan: false,
             beside: Beside::default(),
         })
@@ -128,6 +132,12 @@ impl Scheduler {
         planned
     }
 
+    /// Takes a plan back that has been sent, for what it is made of: a step in which nobody comes or
+    /// goes then takes no memory. Whoever keeps its plans loses nothing but that.
+    pub fn recycle(&mut self, plan: step::StepPlan) {
+        self.spare.take_back(plan);
+    }
+
     /// The next thing said.
     pub fn poll_output(&mut self) -> Option<Output> {
         self.outbox.poll()
@@ -147,9 +157,12 @@ impl Scheduler {
     /// Figures for metrics.
     #[must_use]
     pub fn gauges(&self) -> Gauges {
+        let (waiting, queued, queued_tokens) = self.line.len();
         Gauges {
             running: self.life.as_ref().map_or(0, |life| count(life.running.len())),
-            waiting: count(self.waiting.len()),
+            waiting: count(waiting),
+            queued,
+            queued_tokens,
             cache_usage: self.life.as_ref().map_or(0.0, |life| life.cache.usage()),
             ..self.counters
         }
@@ -159,8 +172,8 @@ impl Scheduler {
     #[must_use]
     pub fn explain(&self) -> Vec<(RequestId, Waits)> {
         let mut all = self.stalls.clone();
-        for (ahead, key) in self.waiting.values().enumerate() {
-            let Some(live) = self.requests.get(*key) else { continue };
+        for (ahead, key) in self.line.in_order().into_iter().enumerate() {
+            let Some(live) = self.requests.get(key) else { continue };
             let id = live.job().id;
             let waits = match self.head {
                 _ if self.life.is_none() => Waits::Worker,
@@ -216,19 +229,23 @@ impl Scheduler {
         if self.ids.contains_key(&request) {
             return Err(Unfit::DuplicateRequest);
         }
-        if let Err(reason) = self.acceptable(now, &submit) {
+        let room = self.acceptable(now, &submit).and_then(|()| self.make_room(&submit));
+        if let Err(reason) = room {
             self.outbox.say(Output::Refused { request, reason });
             return Ok(());
         }
-        let job = Job::new(submit, self.submitted);
+        let flow = self.line.enter(submit.priority, submit.tenant);
+        let job = Job::new(submit, flow, self.submitted);
         self.submitted += 1;
-        self.queued += 1;
-        self.counters.queued_tokens += u64::from(job.prompt_tokens().0);
-        let deadline = job.deadline;
         let key = self.requests.insert(Live::Queued(Request::<crate::request::Queued>::new(job)));
         self.ids.insert(request, key);
-        self.deadlines.extend(deadline.map(|at| (at, key)));
-        self.enqueue(key);
+        if let Some(live) = self.requests.get(key) {
+            self.line.push(live.job(), key);
+        }
+        match self.set_alarm(now, key) {
+            Ok(()) => self.upload(key),
+            Err(reason) => self.finish_waiting(key, FinishReason::Refused(reason)),
+        }
         Ok(())
     }
 
@@ -245,14 +262,6 @@ impl Scheduler {
         }
         if submit.deadline.is_some_and(|at| at <= now) {
             return Err(Refusal::DeadlinePassed);
-        }
-        if self.queued >= config.queue_requests {
-            let limit = config.queue_requests;
-            return Err(Refusal::QueueFull { waiting: self.queued, limit });
-        }
-        let (waiting, limit) = (self.counters.queued_tokens, config.queue_tokens);
-        if waiting + u64::from(prompt.0) > limit {
-            return Err(Refusal::QueueTokens { waiting, prompt, limit });
         }
         match &self.life {
             Some(life) => fits(life, Tokens(prompt.0 + max_tokens.0.max(1) - 1)),
@@ -313,16 +322,21 @@ impl Scheduler {
         }
     }
 
-    /// Ends what waited too long.
+    /// Ends what waited too long, or would.
     fn expire(&mut self, now: Timestamp) {
         while let Some((at, key)) = self.deadlines.first().copied()
             && at <= now
         {
             self.deadlines.pop_first();
-            let request = self.requests.get(key).map(|live| live.job().id);
-            if let Some(request) = request
-                && let Err(unfit) = self.move_request(request, Move::Expire)
-            {
+            let Some(live) = self.requests.get_mut(key) else { continue };
+            live.job_mut().alarm = None;
+            let job = live.job();
+            let request = job.id;
+            if job.deadline.is_some_and(|deadline| deadline > now) {
+                if let Err(reason) = self.set_alarm(now, key) {
+                    self.finish_waiting(key, FinishReason::Refused(reason));
+                }
+            } else if let Err(unfit) = self.move_request(request, Move::Expire) {
                 self.refuse(unfit);
             }
         }
@@ -330,11 +344,13 @@ impl Scheduler {
 
     /// Ends a request that holds nothing.
     pub(crate) fn finish_waiting(&mut self, key: Key, reason: FinishReason) {
+        self.finish_in(self.life.as_ref().map(|life| life.incarnation), key, reason);
+    }
+
+    /// The same while the present life is being planned.
+    pub(crate) fn finish_in(&mut self, life: Option<Incarnation>, key: Key, reason: FinishReason) {
         let finished = match self.requests.take(key) {
-            Some(Live::Queued(request)) => {
-                self.left_queue(request.job.prompt_tokens());
-                request.finish(reason)
-            }
+            Some(Live::Queued(request)) => request.finish(reason),
             Some(Live::Preempted(request)) => request.finish(reason),
             Some(other @ (Live::Prefilling(_) | Live::Decoding(_) | Live::Closing(_))) => {
                 self.requests.put(key, other);
@@ -343,9 +359,9 @@ impl Scheduler {
             None => return,
         };
         let job = &finished.job;
-        self.waiting.remove(&job.rank);
-        if let Some(life) = &self.life {
-            self.outbox.say(Output::Forget(life.incarnation, job.id));
+        self.line.remove(job);
+        if let Some(incarnation) = life {
+            self.outbox.say(Output::Forget(incarnation, job.id));
         }
         let (request, reason, usage) = (job.id, finished.reason(), job.usage());
         self.outbox.say(Output::Finished { request, reason, usage });
@@ -355,19 +371,14 @@ impl Scheduler {
     /// Frees the key and the id of a finished request.
     pub(crate) fn forget(&mut self, key: Key, finished: &Request<crate::request::Finished>) {
         let job = &finished.job;
-        if let Some(at) = job.deadline {
+        if let Some(at) = job.alarm {
             self.deadlines.remove(&(at, key));
         }
+        self.line.leave(job.flow);
         self.ids.remove(&job.id);
         // The key will name another request.
         self.blocked = self.blocked.filter(|blocked| !blocked.is_of(key));
         self.requests.vacate(key);
-    }
-
-    pub(crate) fn left_queue(&mut self, prompt: Tokens) {
-        self.queued = self.queued.saturating_sub(1);
-        let tokens = u64::from(prompt.0);
-        self.counters.queued_tokens = self.counters.queued_tokens.saturating_sub(tokens);
     }
 }
 

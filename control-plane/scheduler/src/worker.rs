@@ -32,17 +32,16 @@ impl Scheduler {
         self.newest = Some(ready.incarnation);
         let life = self.life.insert(Life::new(ready, self.config.max_running, now));
         let mut too_large = Vec::new();
-        for key in self.waiting.values() {
-            let Some(live) = self.requests.get(*key) else { continue };
+        for key in self.line.in_order() {
+            let Some(live) = self.requests.get(key) else { continue };
             if let Err(reason) = fits(life, live.job().limit()) {
-                too_large.push((*key, reason));
+                too_large.push((key, reason));
             }
         }
         for (key, reason) in too_large {
             self.finish_waiting(key, FinishReason::Refused(reason));
         }
-        let waiting: Vec<Key> = self.waiting.values().copied().collect();
-        for key in waiting {
+        for key in self.line.in_order() {
             self.upload(key);
         }
         Ok(())
@@ -70,7 +69,7 @@ impl Scheduler {
             let job = live.job_mut();
             job.deaths += u32::from(in_flight);
             let deaths = job.deaths;
-            self.waiting.insert(job.rank, key);
+            self.line.give_back(job.rank, key);
             if deaths >= DEATHS_MOST {
                 self.finish_waiting(key, FinishReason::WorkerDied { deaths });
             }
@@ -110,15 +109,8 @@ impl Scheduler {
         unseated
     }
 
-    /// Puts a request in line and sends its tokens ahead.
-    pub(crate) fn enqueue(&mut self, key: Key) {
-        if let Some(live) = self.requests.get(key) {
-            self.waiting.insert(live.job().rank, key);
-            self.upload(key);
-        }
-    }
-
-    fn upload(&mut self, key: Key) {
+    /// Sends a request's tokens ahead.
+    pub(crate) fn upload(&mut self, key: Key) {
         let Some(incarnation) = self.life.as_ref().map(|life| life.incarnation) else { return };
         self.upload_to(incarnation, key);
     }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 /// Every command with flags that scripts and documents rely on. Written out, so that a renamed flag fails.
-const COMMANDS: [(&[&str], &[&str]); 18] = [
+const COMMANDS: [(&[&str], &[&str]); 19] = [
     (
         &["serve"],
         &[
@@ -54,6 +54,7 @@ const COMMANDS: [(&[&str], &[&str]); 18] = [
     (&["bench", "serve"], &["--num-prompts", "--max-concurrency", "--request-rate", "--json"]),
     (&["bench", "plot"], &["--out", "--title"]),
     (&["bench", "planner"], &["--json", "--steps"]),
+    (&["bench", "overload"], &["--json", "--seed", "--plots"]),
     (&["model", "explain"], &["--tp", "--dp", "--ep", "--bucket"]),
     (&["model", "random"], &["--out", "--seed", "--dtype", "--profile"]),
     (&["model", "fetch"], &["--revision"]),

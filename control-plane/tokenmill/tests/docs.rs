@@ -29,7 +29,7 @@ fn flags(help: &str) -> Vec<String> {
 #[test]
 fn every_flag_is_on_its_page() {
     let page = page("docs/reference/cli.md");
-    let commands: [&[&str]; 12] = [
+    let commands: [&[&str]; 13] = [
         &["serve"],
         &["chat"],
         &["explain"],
@@ -39,6 +39,7 @@ fn every_flag_is_on_its_page() {
         &["bench", "serve"],
         &["bench", "plot"],
         &["bench", "planner"],
+        &["bench", "overload"],
         &["model", "explain"],
         &["model", "random"],
         &["model", "fetch"],

@@ -94,14 +94,19 @@ fn the_wait_in_the_queue_is_measured() {
         let sum = server.metric(&format!("{name}_sum")).expect("a sum");
         assert!((0.15..10.0).contains(&sum), "{name}: {sum} s in the queue");
     }
-    // One that runs until its deadline counts; one that never ran does not.
-    let asked = body(&[4, 5, 6], 1000, false);
-    std::thread::scope(|scope| {
+    // When these end nobody knows, so one runs until its deadline and counts; the other never ran and does
+    // not. One that surely could not be done in time is told so at once.
+    let mut asked = body(&[4, 5, 6], 1000, false);
+    asked["stop_token_ids"] = json!([31_999]);
+    let both = std::thread::scope(|scope| {
         let both = [0, 1].map(|_| scope.spawn(|| server.post_within(500, &asked)));
-        for answer in both {
-            assert_eq!(answer.join().expect("answered").0, 504);
-        }
+        both.map(|answer| answer.join().expect("answered").0)
     });
+    assert_eq!(both, [504, 504]);
+    let (status, hopeless) = server.post_within(500, &body(&[4, 5, 6], 1000, false));
+    assert_eq!((status, &hopeless["error"]["code"]), (503, &json!("deadline_unreachable")));
+    let refused = "tokenmill_refused_total{refused_by=\"deadline\"}";
+    assert_eq!(server.metric(refused), Some(1.0));
     assert_eq!(server.metric("tokenmill_queue_seconds_count"), Some(3.0));
 }
 

@@ -35,6 +35,11 @@ id! {
     RequestId(u64)
 }
 id! {
+    /// Who a request is for, as far as sharing goes; 0 is everybody who names nobody. A hash, so that
+    /// what a client sent is in no table.
+    TenantId(u64)
+}
+id! {
     /// A row of the worker's slot table.
     SlotId(u32)
 }

@@ -96,6 +96,10 @@ label! {
         Validation = "validation",
         /// The queue is full
         QueueFull = "queue_full",
+        /// It gave its place in a full queue to another
+        Shed = "shed",
+        /// Its deadline was out of reach
+        Deadline = "deadline",
         /// No worker serves
         NotReady = "not_ready",
         /// It can never fit

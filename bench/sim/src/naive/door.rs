@@ -3,8 +3,9 @@
 //! Nobody is let in here. Invariant: whoever is taken can run, if only alone.
 
 use super::{Naive, Phase, Req, State, Taken};
+use core::time::Duration;
 use ids::{Timestamp, Tokens};
-use scheduler::{Output, Refusal, Submit, Unfit};
+use scheduler::{FinishReason, Output, Refusal, Submit, Unfit};
 
 /// Positions that will ever be written: the last token of the output is not.
 pub(super) fn limit(submit: &Submit) -> u32 {
@@ -17,7 +18,8 @@ impl Naive {
         if self.find(request).is_some() {
             return Err(Unfit::DuplicateRequest);
         }
-        if let Err(reason) = self.acceptable(now, submit) {
+        let room = self.acceptable(now, submit).and_then(|()| self.find_place(submit));
+        if let Err(reason) = room {
             self.say(Output::Refused { request, reason });
             return Ok(());
         }
@@ -50,16 +52,43 @@ impl Naive {
         if submit.deadline.is_some_and(|at| at <= now) {
             return Err(Refusal::DeadlinePassed);
         }
-        let queued: Vec<_> = self.requests.iter().filter(|r| r.phase() == Phase::Queued).collect();
-        if queued.len() as u32 >= self.config.queue_requests {
-            let limit = self.config.queue_requests;
-            return Err(Refusal::QueueFull { waiting: queued.len() as u32, limit });
-        }
-        let waiting: u64 = queued.iter().map(|r| r.submit.prompt.len() as u64).sum();
-        if waiting + u64::from(prompt.0) > self.config.queue_tokens {
-            return Err(Refusal::QueueTokens { waiting, prompt, limit: self.config.queue_tokens });
-        }
         self.too_large(submit).map_or(Ok(()), Err)
+    }
+
+    /// Turns the last of the worst class away for one of a better class while the queue is full.
+    fn find_place(&mut self, submit: &Submit) -> Result<(), Refusal> {
+        let prompt = submit.prompt.len() as u64;
+        let Some(full) = self.full(prompt) else { return Ok(()) };
+        let worst = self.queued().map(|r| r.submit.priority).max();
+        let worst = worst.filter(|worst| *worst > submit.priority).ok_or(full)?;
+        if prompt > self.config.queue_tokens {
+            return Err(full);
+        }
+        while let Some(full) = self.full(prompt) {
+            let of_class = self.queued().filter(|r| r.submit.priority == worst);
+            let last = of_class.max_by_key(|r| r.rank()).map(Req::id).ok_or(full)?;
+            let wait = Duration::ZERO;
+            self.end_waiting(last, FinishReason::Refused(Refusal::Shed { wait }));
+        }
+        Ok(())
+    }
+
+    fn queued(&self) -> impl Iterator<Item = &Req> {
+        self.requests.iter().filter(|r| r.phase() == Phase::Queued)
+    }
+
+    /// Why the queue does not take a prompt of so many tokens.
+    fn full(&self, prompt: u64) -> Option<Refusal> {
+        let (requests, limit) = (self.queued().count() as u32, self.config.queue_requests);
+        let wait = Duration::ZERO;
+        if requests >= limit {
+            return Some(Refusal::QueueFull { waiting: requests, limit, wait });
+        }
+        let waiting: u64 = self.queued().map(|r| r.submit.prompt.len() as u64).sum();
+        let limit = self.config.queue_tokens;
+        let prompt_tokens = Tokens(prompt as u32);
+        let refusal = Refusal::QueueTokens { waiting, prompt: prompt_tokens, limit, wait };
+        (waiting + prompt > limit).then_some(refusal)
     }
 
     /// Why a request cannot run even alone.

@@ -9,7 +9,7 @@ use crate::act::Act;
 use crate::client::{Client, END};
 use crate::rng::{Rng, chain};
 use core::time::Duration;
-use ids::{RequestId, TokenId, Tokens};
+use ids::{RequestId, TenantId, TokenId, Tokens};
 use scheduler::{Event, FinishReason, Submit};
 use step::Sampling;
 
@@ -157,6 +157,7 @@ impl World {
             stop_tokens: if rng.one_in(8) { [TokenId(5)].into() } else { [].into() },
             prompt_logprobs: rng.one_in(scenario.prompt_logprobs).then_some(0),
             priority: rng.below(3) as i32,
+            tenant: TenantId(0),
             deadline,
             arrival: self.now,
         }

@@ -89,15 +89,14 @@ bugs! {
         "self.upload_to(life.incarnation, key);" =>
         "if !PLANTED { self.upload_to(life.incarnation, key); }";
     "a preempted request is forgotten", SCHEDULER / "preempt.rs",
-        "self.waiting.insert(rank, key);" => "if !PLANTED { self.waiting.insert(rank, key); }";
+        "self.line.give_back(rank, key);" => "if !PLANTED { self.line.give_back(rank, key); }";
     "a wake-up is lost", SCHEDULER / "preempt.rs",
         "self.replan = true;" => "self.replan = !PLANTED;";
     "memory on its way is taken from a second victim", SCHEDULER / "preempt.rs",
         "let on_its_way = arriving > draft.claimed;" =>
         "let on_its_way = arriving > draft.claimed && !PLANTED;";
     "who is first in line gives way", SCHEDULER / "preempt.rs",
-        "life.running.last_key_value().filter(|(last, _)| **last > rank)" =>
-        "(if PLANTED { life.running.first_key_value() } else { life.running.last_key_value().filter(|(last, _)| **last > rank) })";
+        "**behind > rank && behind.priority" => "(**behind > rank || PLANTED) && behind.priority";
     "a sacrificed request stays in the plan", SCHEDULER / "preempt.rs",
         "draft.room += draft.chunks.remove(at).tokens;" =>
         "if !PLANTED { draft.room += draft.chunks.remove(at).tokens; }";
@@ -111,9 +110,9 @@ bugs! {
         "Tokens(job.known().0 - u32::from(!PLANTED)).blocks_full()";
     "prompt log-probabilities skip the cached part", SCHEDULER / "admit.rs",
         " || job.logprobs_due().is_some()" => " || (job.logprobs_due().is_some() && !PLANTED)";
-    "later requests overtake", SCHEDULER / "admit.rs",
-        "self.waiting.first_key_value()" =>
-        "(if PLANTED { self.waiting.last_key_value() } else { self.waiting.first_key_value() })";
+    "later requests overtake", SCHEDULER / "line.rs",
+        "self.queued.range((flow, Timestamp::ZERO, 0)..=last).next();" =>
+        "{ let mut all = self.queued.range((flow, Timestamp::ZERO, 0)..=last); if PLANTED { all.next_back() } else { all.next() } };";
     "a shortage is remembered after it ended", SCHEDULER / "admit.rs",
         " || life.running.len() < running" => " || (life.running.len() < running && !PLANTED)";
     "limbo is not counted on when one is let in", SCHEDULER / "admit.rs",
@@ -131,7 +130,7 @@ bugs! {
     "a step runs ahead of what is allowed", SCHEDULER / "plan.rs",
         "count(life.flights.len()) > ahead" => "count(life.flights.len()) > ahead + u32::from(PLANTED)";
     "requests of a dead worker are lost", SCHEDULER / "worker.rs",
-        "self.waiting.insert(job.rank, key);" => "if !PLANTED { self.waiting.insert(job.rank, key); }";
+        "self.line.give_back(job.rank, key);" => "if !PLANTED { self.line.give_back(job.rank, key); }";
     "a step that hangs is waited for", SCHEDULER / "worker.rs",
         "            && at <= now\n            && let Some(life) = &mut self.life" =>
         "            && at <= now && !PLANTED\n            && let Some(life) = &mut self.life";
@@ -141,7 +140,6 @@ bugs! {
     "tokens after a stop string are billed", SCHEDULER / "scheduler.rs",
         "live.job_mut().output.truncate(keep.as_usize());" =>
         "if !PLANTED { live.job_mut().output.truncate(keep.as_usize()); }";
-    "the queue's bound counts those who left", SCHEDULER / "scheduler.rs",
-        "self.queued = self.queued.saturating_sub(1);" =>
-        "if !PLANTED { self.queued = self.queued.saturating_sub(1); }";
+    "the queue's bound counts those who left", SCHEDULER / "line.rs",
+        "            backlog.requests -= 1;\n" => "            if !PLANTED { backlog.requests -= 1; }\n";
 }

@@ -10,7 +10,6 @@ use telemetry::{Door, Metrics};
 
 /// Accepted without effect.
 pub(crate) const IGNORED: &[&str] = &[
-    "user",
     "metadata",
     "store",
     "service_tier",
@@ -121,7 +120,7 @@ mod tests {
         };
         let neutral = r#"{"tools": [], "response_format": { "type": "text" }, "suffix": null}"#;
         assert_eq!(judge(neutral), Ok(()));
-        assert_eq!(judge(r#"{"user": "u", "no_such_field": [1]}"#), Ok(()));
+        assert_eq!(judge(r#"{"metadata": {}, "no_such_field": [1]}"#), Ok(()));
         assert_eq!(metrics.unknown_fields(Door::Chat).get(), 1);
         for (name, _) in REFUSED {
             assert_eq!(judge(&format!("{{\"{name}\": [{{}}]}}")), Err(Some((*name).into())));

@@ -51,6 +51,7 @@ pub(crate) struct Common {
     pub(crate) stream: Option<StreamOptions>,
     pub(crate) priority: i32,
     pub(crate) cache_salt: Option<Arc<str>>,
+    pub(crate) user: Option<Arc<str>>,
 }
 
 /// Takes the shared fields. `max_tokens` names the door's field for it, in order of precedence.
@@ -91,6 +92,7 @@ pub(crate) fn parse(
             .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
             .unwrap_or(0) as i32,
         cache_salt: cache_salt(fields)?,
+        user: fields.take::<String>("user", "a string")?.map(Arc::from),
     })
 }
 

@@ -74,6 +74,15 @@ impl CostModel {
         Some(Duration::from_nanos(ns as u64))
     }
 
+    /// What so many more prompt tokens add to steps.
+    #[must_use]
+    pub fn prefill_time(&self, tokens: u32) -> Duration {
+        if self.seen < TRUSTED_AFTER {
+            return Duration::ZERO;
+        }
+        Duration::from_nanos((self.weights[2] / SCALE[2] * f64::from(tokens)) as u64)
+    }
+
     /// Prompt tokens that fit beside `load` within `budget`; `None` while nothing is known.
     #[must_use]
     pub fn prefill_room(&self, load: Load, budget: Duration) -> Option<u32> {

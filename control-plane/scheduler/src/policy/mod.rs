@@ -3,3 +3,5 @@
 
 pub(crate) mod bucket;
 pub(crate) mod cost;
+pub(crate) mod fair;
+pub(crate) mod outlook;

@@ -74,7 +74,8 @@ impl Scheduler {
 
     /// What a request would find here, `owed` tokens of others being ahead of it that have not started.
     pub(super) fn weigh(&self, submit: &Submit, owed: u64) -> Weighed {
-        let waiting = count(self.waiting.len());
+        let (waiting, ..) = self.line.len();
+        let waiting = count(waiting);
         let Some(life) = &self.life else {
             return Weighed { hit: Tokens::ZERO, ahead: owed, live: waiting, short: 0 };
         };

@@ -161,14 +161,15 @@ impl Shards {
     /// Whether more wait in all shards together than may.
     fn crowded(&self, submit: &Submit) -> Option<Refusal> {
         let config = self.shards.first()?.config();
-        let waiting: u32 = self.shards.iter().map(|shard| shard.queued).sum();
+        let wait = self.shards.iter().map(Scheduler::queue_lasts).max().unwrap_or_default();
+        let waiting: u32 = self.shards.iter().map(|shard| shard.line.len().1).sum();
         if waiting >= config.queue_requests {
-            return Some(Refusal::QueueFull { waiting, limit: config.queue_requests });
+            return Some(Refusal::QueueFull { waiting, limit: config.queue_requests, wait });
         }
-        let waiting: u64 = self.shards.iter().map(|shard| shard.counters.queued_tokens).sum();
+        let waiting: u64 = self.shards.iter().map(|shard| shard.line.len().2).sum();
         let (prompt, limit) = (Tokens(count(submit.prompt.len())), config.queue_tokens);
         let full = waiting + u64::from(prompt.0) > limit;
-        full.then_some(Refusal::QueueTokens { waiting, prompt, limit })
+        full.then_some(Refusal::QueueTokens { waiting, prompt, limit, wait })
     }
 
     /// Takes the result of a step: the outcome of every shard, in their order.

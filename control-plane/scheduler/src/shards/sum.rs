@@ -13,6 +13,7 @@ pub(super) fn gauges(all: &mut Gauges, one: &Gauges) {
     let Gauges {
         running,
         waiting,
+        queued,
         queued_tokens,
         cache_usage,
         prefix_query_tokens,
@@ -21,11 +22,14 @@ pub(super) fn gauges(all: &mut Gauges, one: &Gauges) {
         dropped_tokens,
         purges,
         steps,
+        shed,
+        unreachable,
+        overdue,
         deaths,
         refused,
     } = one;
-    add!(all: running, waiting, queued_tokens, cache_usage, prefix_query_tokens);
-    add!(all: prefix_hit_tokens, preemptions, dropped_tokens, purges, steps);
+    add!(all: running, waiting, queued, queued_tokens, cache_usage, prefix_query_tokens);
+    add!(all: prefix_hit_tokens, preemptions, dropped_tokens, purges, steps, shed, unreachable, overdue);
     // A death is the whole group's.
     all.deaths = all.deaths.max(*deaths);
     for (sum, count) in all.refused.iter_mut().zip(refused) {

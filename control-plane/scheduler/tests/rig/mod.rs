@@ -97,6 +97,7 @@ impl Rig {
             stop_tokens: Arc::default(),
             prompt_logprobs: None,
             priority: 0,
+            tenant: ids::TenantId(0),
             deadline: Some(DEADLINE),
             arrival: self.now,
         };

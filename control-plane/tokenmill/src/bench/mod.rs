@@ -5,6 +5,7 @@
 //! measured in this run.
 
 mod kernels;
+mod overload;
 mod planner;
 mod plot;
 mod server;
@@ -30,6 +31,7 @@ pub(crate) fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Kernels(args) if args.list => return kernels::run(&args),
         BenchCommand::Kernels(args) => kernels::run(&args),
         BenchCommand::Planner(args) => planner::run(&args),
+        BenchCommand::Overload(args) => overload::run(&args),
         BenchCommand::Latency(args) => block_on(latency(args)),
         BenchCommand::Throughput(args) => block_on(throughput(args)),
         BenchCommand::Serve(args) => block_on(sweep::run(args)),

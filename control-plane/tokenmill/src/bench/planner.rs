@@ -13,13 +13,17 @@ use std::time::Instant;
 use step::StepPlan;
 
 /// Requests, context, kind.
-const CASES: [(u32, u32, Kind); 6] = [
+const CASES: [(u32, u32, Kind); 10] = [
+    (16, 1_000, Kind::Steady),
     (16, 60_000, Kind::Steady),
     (256, 1_000, Kind::Steady),
     (256, 60_000, Kind::Steady),
+    (512, 1_000, Kind::Steady),
     (512, 8_000, Kind::Steady),
+    (512, 60_000, Kind::Steady),
     (256, 1_000, Kind::Churn),
     (256, 60_000, Kind::Churn),
+    (256, 60_000, Kind::Line),
 ];
 
 /// Measures every case.
@@ -38,17 +42,22 @@ pub(crate) fn run(args: &PlannerArgs) -> Result<()> {
     }
     for (requests, context, kind) in CASES {
         let case = Case { requests, context: Tokens(context), kind, steps: args.steps };
-        let origin = Instant::now();
         let mut message = Vec::with_capacity(1 << 16);
         let encode = |plan: &StepPlan| {
             message.clear();
             wire::encode_step(plan, &mut message);
         };
-        let t = measure(case, || origin.elapsed(), encode)
+        let time = |run: &mut dyn FnMut()| {
+            let begun = Instant::now();
+            run();
+            begun.elapsed()
+        };
+        let t = measure(case, time, encode)
             .with_context(|| format!("measure {requests} x {context}"))?;
         let kind = match kind {
             Kind::Steady => "steady",
             Kind::Churn => "churn",
+            Kind::Line => "line",
         };
         if args.json {
             let line = json!({

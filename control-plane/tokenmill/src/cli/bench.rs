@@ -18,6 +18,9 @@ pub(crate) enum BenchCommand {
     Plot(PlotArgs),
     /// The scheduler alone: microseconds per step by requests and context.
     Planner(PlannerArgs),
+    /// The scheduler in virtual time with up to ten times the work it can take: goodput, recovery,
+    /// shares of tenants, waits of the least urgent.
+    Overload(OverloadArgs),
 }
 
 /// `bench kernels`.
@@ -139,4 +142,18 @@ pub(crate) struct PlannerArgs {
     /// Steps timed per case.
     #[arg(long, default_value_t = 2000)]
     pub(crate) steps: u32,
+}
+
+/// `bench overload`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct OverloadArgs {
+    /// Print one JSON object per figure.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Seed of arrivals and lengths.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Write the plots to this folder: overload.svg, fairness.svg, fairness-arrival.svg.
+    #[arg(long)]
+    pub(crate) plots: Option<PathBuf>,
 }

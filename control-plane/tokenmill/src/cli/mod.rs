@@ -8,8 +8,8 @@ mod bench;
 mod serve;
 
 pub(crate) use bench::{
-    BenchCommand, KernelsArgs, LatencyArgs, PlannerArgs, PlotArgs, ServeBenchArgs, Target,
-    ThroughputArgs,
+    BenchCommand, KernelsArgs, LatencyArgs, OverloadArgs, PlannerArgs, PlotArgs, ServeBenchArgs,
+    Target, ThroughputArgs,
 };
 pub(crate) use serve::{Dtype, ServeArgs};
 

@@ -154,6 +154,7 @@ impl Driver {
     fn take(&mut self, now: Timestamp, message: Message, streams: &mut Streams) {
         let event = match message {
             Message::Submit(submit, events) => {
+                self.progress.enters(submit.prompt.len() as u64);
                 streams.open(submit.request, submit.arrival, events);
                 self.note(|journal| journal.submitted(&submit));
                 Event::Submit(submit)
@@ -261,7 +262,6 @@ impl Driver {
         self.command(said);
         let gauges = self.scheduler.gauges();
         self.progress.working(gauges.running + gauges.waiting > 0);
-        self.progress.queued(gauges.waiting, gauges.queued_tokens);
         any
     }
 

@@ -8,7 +8,7 @@ use super::story;
 use gateway::engine::{
     self, GenerateRequest, Generation, GenerationControl, Limits, NoStory, Readiness, SubmitError,
 };
-use ids::{HashKey, RequestId, Timestamp, Tokens};
+use ids::{HashKey, RequestId, TenantId, Timestamp, Tokens};
 use scheduler::Submit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,8 +17,8 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::unbounded_channel;
 use tokio::sync::oneshot;
 
-/// When a client refused for a full queue should come again.
-pub(super) const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// When a client refused before the scheduler saw it should come again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// How many may read the journal at once: each keeps what is written over meanwhile.
 pub(super) const READERS: usize = 2;
@@ -36,6 +36,13 @@ pub(crate) struct Handle {
     pub(crate) readers: Option<Arc<Semaphore>>,
 }
 
+impl Handle {
+    /// A tenant's number. Keyed, so that nobody can choose a name to share another's.
+    fn tenant(&self, name: &str) -> TenantId {
+        TenantId(self.hash_key.root(name.as_bytes()).0 as u64)
+    }
+}
+
 impl engine::Engine for Handle {
     fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
         match self.progress.readiness() {
@@ -43,9 +50,9 @@ impl engine::Engine for Handle {
             Readiness::Ready | Readiness::Restarting | Readiness::Stalled => {}
             not_ready => return Err(SubmitError::NotReady(not_ready)),
         }
-        let (requests, tokens) = self.progress.waiting();
-        if requests >= self.max_queued.0
-            || tokens.saturating_add(request.prompt.len() as u64) > self.max_queued.1
+        // Whom a full queue turns away is the scheduler's choice; here only those are bounded of whom
+        // it does not know yet.
+        if !self.progress.knocks(self.max_queued.0, request.prompt.len() as u64, self.max_queued.1)
         {
             return Err(SubmitError::QueueFull { retry_after: RETRY_AFTER });
         }
@@ -65,6 +72,7 @@ impl engine::Engine for Handle {
             stop_tokens: request.stop_token_ids,
             prompt_logprobs: request.prompt_logprobs,
             priority: request.priority,
+            tenant: request.tenant.map_or(TenantId(0), |name| self.tenant(&name)),
             deadline: request.deadline.map(|wait| arrival.after(wait)),
             arrival,
         };

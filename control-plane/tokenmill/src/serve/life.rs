@@ -256,8 +256,9 @@ pub(crate) struct Progress {
     /// Of the newest ended step or the newest start of work, in ns since `origin`.
     moved: AtomicU64,
     working: AtomicBool,
-    queued_requests: AtomicU32,
-    queued_tokens: AtomicU64,
+    /// Sent to the driver and not seen by it: requests and prompt tokens.
+    knocking: AtomicU32,
+    knocking_tokens: AtomicU64,
     /// Work without an ended step for this long is a stall.
     patience: Duration,
 }
@@ -277,8 +278,8 @@ impl Progress {
             origin: Instant::now(),
             moved: AtomicU64::new(0),
             working: AtomicBool::new(false),
-            queued_requests: AtomicU32::new(0),
-            queued_tokens: AtomicU64::new(0),
+            knocking: AtomicU32::new(0),
+            knocking_tokens: AtomicU64::new(0),
             patience,
         }
     }
@@ -321,14 +322,22 @@ impl Progress {
         }
     }
 
-    pub(crate) fn queued(&self, requests: u32, tokens: u64) {
-        self.queued_requests.store(requests, Ordering::Relaxed);
-        self.queued_tokens.store(tokens, Ordering::Relaxed);
+    /// A request is about to be sent to the driver; false, and nothing is noted, when too many are
+    /// on their way already.
+    pub(crate) fn knocks(&self, most: u32, tokens: u64, tokens_most: u64) -> bool {
+        let before = self.knocking.fetch_add(1, Ordering::Relaxed);
+        let tokens_before = self.knocking_tokens.fetch_add(tokens, Ordering::Relaxed);
+        let taken = before < most && tokens_before.saturating_add(tokens) <= tokens_most;
+        if !taken {
+            self.enters(tokens);
+        }
+        taken
     }
 
-    /// Requests and tokens that wait.
-    pub(crate) fn waiting(&self) -> (u32, u64) {
-        (self.queued_requests.load(Ordering::Relaxed), self.queued_tokens.load(Ordering::Relaxed))
+    /// The driver saw it.
+    pub(crate) fn enters(&self, tokens: u64) {
+        self.knocking.fetch_sub(1, Ordering::Relaxed);
+        self.knocking_tokens.fetch_sub(tokens, Ordering::Relaxed);
     }
 
     /// Whether requests make progress.
@@ -354,6 +363,17 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn those_on_their_way_are_bounded_by_number_and_tokens() {
+        let progress = Progress::new(Duration::from_secs(1));
+        assert!(progress.knocks(2, 60, 100));
+        assert!(!progress.knocks(2, 41, 100), "101 tokens");
+        assert!(progress.knocks(2, 40, 100));
+        assert!(!progress.knocks(2, 0, 100), "three requests");
+        progress.enters(60);
+        assert!(progress.knocks(2, 60, 100), "what was refused is not counted");
+    }
 
     #[test]
     fn readiness_means_that_steps_end() {

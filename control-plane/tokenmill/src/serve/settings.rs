@@ -221,7 +221,7 @@ impl Settings {
             queue_requests: self.args.max_queued_requests,
             queue_tokens: self.args.max_queued_tokens.into(),
             step_timeout: Duration::from_secs(self.args.step_timeout),
-            ..Config::with_key(hash_key)
+            ..Config::serving(hash_key)
         }
     }
 }

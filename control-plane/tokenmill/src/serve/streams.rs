@@ -2,7 +2,6 @@
 //!
 //! It holds channels, no request state. Invariant: a channel is dropped with the request's last event.
 
-use super::handle::RETRY_AFTER;
 use gateway::engine::{
     FinishReason, GeneratedToken, GenerationError, GenerationEvent, SubmitError,
 };
@@ -85,8 +84,12 @@ fn refused(refusal: Refusal) -> GenerationError {
         Refusal::CacheTooSmall { tokens, need, have } => {
             SubmitError::TooLarge { tokens, need, have }
         }
-        Refusal::QueueFull { .. } | Refusal::QueueTokens { .. } => {
-            SubmitError::QueueFull { retry_after: RETRY_AFTER }
+        Refusal::QueueFull { wait, .. } | Refusal::QueueTokens { wait, .. } => {
+            SubmitError::QueueFull { retry_after: wait }
+        }
+        Refusal::Shed { wait } => SubmitError::Shed { retry_after: wait },
+        Refusal::DeadlineUnreachable { needs, left, wait } => {
+            SubmitError::DeadlineUnreachable { needs, left, retry_after: wait }
         }
         Refusal::DeadlinePassed => return GenerationError::DeadlineExceeded,
     })
@@ -113,6 +116,7 @@ mod tests {
     use super::*;
     use gateway::ApiError;
     use ids::Tokens;
+    use std::time::Duration;
     use tokio::sync::mpsc::unbounded_channel;
 
     /// The last event of a request that ended so.
@@ -129,6 +133,8 @@ mod tests {
     #[test]
     fn every_refusal_of_the_scheduler_has_a_status_of_its_own() {
         let (tokens, waiting, limit) = (Tokens(9), 3, 3);
+        let wait = Duration::from_secs(7);
+        let (needs, left) = (wait, wait / 2);
         let cases = [
             (Refusal::EmptyPrompt, 400, "invalid_value", false),
             (
@@ -138,13 +144,15 @@ mod tests {
                 false,
             ),
             (Refusal::CacheTooSmall { tokens, need: 2, have: 1 }, 400, "kv_cache_too_small", false),
-            (Refusal::QueueFull { waiting, limit }, 503, "queue_full", true),
+            (Refusal::QueueFull { waiting, limit, wait }, 503, "queue_full", true),
             (
-                Refusal::QueueTokens { waiting: 3, prompt: tokens, limit: 3 },
+                Refusal::QueueTokens { waiting: 3, prompt: tokens, limit: 3, wait },
                 503,
                 "queue_full",
                 true,
             ),
+            (Refusal::Shed { wait }, 503, "shed", true),
+            (Refusal::DeadlineUnreachable { needs, left, wait }, 503, "deadline_unreachable", true),
             (Refusal::DeadlinePassed, 504, "deadline_exceeded", false),
         ];
         for (reason, status, code, comes_back) in cases {
@@ -159,6 +167,7 @@ mod tests {
                 let error = ApiError::from(error);
                 let got = (error.status.as_u16(), error.code, error.retry_after.is_some());
                 assert_eq!(got, (status, Some(code), comes_back), "{reason:?}: {error}");
+                assert_eq!(error.retry_after, reason.retry_after(), "when, too");
             }
         }
     }
