@@ -39,6 +39,9 @@ struct Options {
     /// Leave out everything that goes wrong.
     #[arg(long)]
     calm: bool,
+    /// Tell tenants apart, with patience and a look ahead at deadlines; not compared with the model.
+    #[arg(long)]
+    shared: bool,
     /// Let nothing happen but these acts of the seed, as --shrink prints them: a12,s40,m7.
     #[arg(long, value_delimiter = ',')]
     only: Option<Vec<Act>>,
@@ -101,9 +104,13 @@ fn main() -> anyhow::Result<()> {
 fn run(options: &Options, seed: u64, model: Model, depth: u32) -> anyhow::Result<Figures> {
     let events = options.events;
     let storm = Scenario::storm(seed, events, depth, model).context("carve the cache")?;
-    let scenario = if options.calm { storm.calm() } else { storm };
+    let storm = if options.calm { storm.calm() } else { storm };
+    let scenario = if options.shared { storm.shared() } else { storm };
+    let calm = if options.calm { " --calm" } else { "" };
+    let shared = if options.shared { " --shared" } else { "" };
     let replay = format!(
-        "cargo run -p sim -- --seed {seed} --events {events} --depth {depth} --model {model:?}"
+        "cargo run -p sim -- --seed {seed} --events {events} --depth {depth} --model \
+         {model:?}{calm}{shared}"
     );
     let world = World::new(scenario.clone()).context("check the limits")?;
     let world = match &options.only {

@@ -35,6 +35,8 @@ pub struct Scenario {
     pub pause: Duration,
     /// Tenants, who share no cache.
     pub tenants: u64,
+    /// Whether requests name their tenants, who then share seats and queue fairly.
+    pub named: bool,
     /// Sessions whose requests kill every worker that runs them.
     pub poisons: u64,
     /// Requests that the client aborts.
@@ -145,6 +147,7 @@ impl Scenario {
             output_most: 90,
             pause: Duration::from_micros(20_000 + rng.below(150_000)),
             tenants: 1 + rng.below(3),
+            named: false,
             poisons: 250,
             aborts: 8,
             stops: 6,
@@ -161,6 +164,17 @@ impl Scenario {
             hangs: 4000,
             deaths: 1200,
         })
+    }
+
+    /// The same world with what serving turns on: tenants that are told apart, patience, and a look
+    /// ahead at deadlines. The model knows none of it, so the other checks stand alone.
+    #[must_use]
+    pub fn shared(mut self) -> Self {
+        self.compared = false;
+        self.named = true;
+        self.config.patience = 1 + (self.seed % 16) as u32;
+        self.config.refuse_late = true;
+        self
     }
 
     /// The same world without anything that goes wrong.

@@ -61,6 +61,29 @@ fn no_storm_breaks_an_invariant() {
     assert!(sum.ends.iter().all(|n| *n > 0), "every way to end: {:?}", sum.ends);
 }
 
+/// Tenants told apart, patience, deadlines looked ahead at: what the model does not know, under the
+/// same faults and all other checks.
+#[test]
+fn no_storm_breaks_an_invariant_where_tenants_share() {
+    let mut sum = Figures::default();
+    for seed in 100..106 {
+        for model in [Model::Full, Model::Sliding, Model::Mixed] {
+            for depth in 0..=2 {
+                let storm = Scenario::storm(seed, 3000, depth, model).expect("carves");
+                let figures = World::new(storm.shared()).expect("consistent").run();
+                sum.add(&figures.unwrap_or_else(|violation| {
+                    panic!(
+                        "{violation}\nreplay with: cargo run -p sim -- --seed {seed} --events 3000 \
+                         --depth {depth} --model {model:?} --shared --shrink"
+                    )
+                }));
+            }
+        }
+    }
+    assert!(sum.gauges.deaths >= 100 && sum.gauges.preemptions > 1000, "{sum:?}");
+    assert!(sum.full_cache_steps * 5 > sum.steps, "the cache is hardly ever full");
+}
+
 #[test]
 fn a_seed_is_a_run() {
     for depth in 0..=2 {

@@ -18,7 +18,7 @@ impl Naive {
         if self.find(request).is_some() {
             return Err(Unfit::DuplicateRequest);
         }
-        let room = self.acceptable(now, submit).and_then(|()| self.find_place(submit));
+        let room = self.acceptable(now, submit).and_then(|()| self.shed_for(submit));
         if let Err(reason) = room {
             self.say(Output::Refused { request, reason });
             return Ok(());
@@ -56,7 +56,7 @@ impl Naive {
     }
 
     /// Turns the last of the worst class away for one of a better class while the queue is full.
-    fn find_place(&mut self, submit: &Submit) -> Result<(), Refusal> {
+    fn shed_for(&mut self, submit: &Submit) -> Result<(), Refusal> {
         let prompt = submit.prompt.len() as u64;
         let Some(full) = self.full(prompt) else { return Ok(()) };
         let worst = self.queued().map(|r| r.submit.priority).max();

@@ -3,8 +3,9 @@
 //!
 //! Written apart from the scheduler and slower by far. It shares the types of the protocol, the
 //! limits, and one thing that decides: the cost model's fit, whose floats would differ in the last
-//! bit if they were summed in another order, and which has its own tests. The simulated world hands
-//! every event to both and compares every refusal, output, wake-up and plan.
+//! bit if they were summed in another order, and which has its own tests. It knows one tenant, no
+//! patience, no deadline out of reach: what is fair among tenants has its own tests. The simulated
+//! world hands every event to both and compares every refusal, output, wake-up and plan.
 //! Invariant: nothing here is kept that can be counted from the list.
 
 mod cache;

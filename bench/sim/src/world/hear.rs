@@ -3,7 +3,7 @@
 //! It answers nothing at once. Invariant: every output is the model's, and one that its client can
 //! justify.
 
-use super::{Check, Happening, World, rank_of};
+use super::{Check, Happening, Rank, World, rank_of};
 use crate::client::Client;
 use crate::rng::{Rng, chain};
 use core::time::Duration;
@@ -56,10 +56,9 @@ impl World {
                 let (rank, arrival) = (rank_of(client), client.submit.arrival);
                 let waited = self.now.since(arrival);
                 self.figures.longest_wait = self.figures.longest_wait.max(waited);
-                // Where the longest waiting goes first in the end, it may be of any class.
-                let strict = self.scenario.config.patience == 0;
-                if strict && self.unstarted.first() != Some(&rank) {
-                    return Err(format!("{request} overtook {:?}", self.unstarted.first()));
+                let first = self.first_of_line(request);
+                if first != Some(rank) {
+                    return Err(format!("{request} overtook {first:?}"));
                 }
                 self.unstarted.remove(&rank);
                 Ok(())
@@ -85,6 +84,17 @@ impl World {
                 Ok(())
             }
         }
+    }
+
+    /// Who was to be let in before any other: of all, or where tenants are told apart of the
+    /// request's tenant and class.
+    fn first_of_line(&self, request: RequestId) -> Option<Rank> {
+        let flow = |id: &RequestId| {
+            let submit = self.clients.get(id).map(|client| &client.submit);
+            submit.map(|submit| (submit.priority, submit.tenant))
+        };
+        let mut line = self.unstarted.iter();
+        line.find(|(.., id)| !self.scenario.named || flow(id) == flow(&request)).copied()
     }
 
     fn hear_token(&mut self, request: RequestId, token: TokenId) -> Check {

@@ -67,7 +67,7 @@ impl World {
         let s = &self.scenario;
         // Lies are told where they hurt most: while a slot waits for its last step.
         let closing = !self.model.in_phase(Phase::Closing).is_empty();
-        let lies = if closing { s.lies.div_ceil(20) } else { s.lies };
+        let lies = if closing { s.lies.div_ceil(40) } else { s.lies };
         let rates = [
             (Fault::Late, s.lates),
             (Fault::Lost, s.losses),

@@ -81,7 +81,7 @@ pub struct World {
     /// What was submitted under ids that ended not long ago.
     ended: VecDeque<Submit>,
     /// Ranks of requests that were never admitted.
-    unstarted: BTreeSet<(i32, Timestamp, RequestId)>,
+    unstarted: BTreeSet<Rank>,
     documents: Vec<Vec<TokenId>>,
     /// Whether this life's worker gave reason to distrust it.
     misbehaved: bool,
@@ -91,6 +91,8 @@ pub struct World {
 }
 
 type Check<T = ()> = Result<T, String>;
+/// Priority, arrival, id.
+type Rank = (i32, Timestamp, RequestId);
 
 impl World {
     /// A world at its beginning.
@@ -384,6 +386,6 @@ fn token(rng: &mut Rng) -> TokenId {
     TokenId(1 + rng.below_u32(VOCAB - 1))
 }
 
-fn rank_of(client: &Client) -> (i32, Timestamp, RequestId) {
+fn rank_of(client: &Client) -> Rank {
     (client.submit.priority, client.submit.arrival, client.submit.request)
 }

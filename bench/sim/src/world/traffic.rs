@@ -157,7 +157,7 @@ impl World {
             stop_tokens: if rng.one_in(8) { [TokenId(5)].into() } else { [].into() },
             prompt_logprobs: rng.one_in(scenario.prompt_logprobs).then_some(0),
             priority: rng.below(3) as i32,
-            tenant: TenantId(0),
+            tenant: TenantId(if scenario.named { 1 + tenant } else { 0 }),
             deadline,
             arrival: self.now,
         }
