@@ -128,7 +128,7 @@ bugs! {
     "a stalled slot stays in the decode set", SCHEDULER / "decode.rs",
         "delta.leave.push(at.slot);" => "if !PLANTED { delta.leave.push(at.slot); }";
     "a step runs ahead of what is allowed", SCHEDULER / "plan.rs",
-        "count(life.flights.len()) > ahead" => "count(life.flights.len()) > ahead + u32::from(PLANTED)";
+        "count(life.flights.len()) <= ahead" => "count(life.flights.len()) <= ahead + u32::from(PLANTED)";
     "requests of a dead worker are lost", SCHEDULER / "worker.rs",
         "self.line.give_back(job.rank, key);" => "if !PLANTED { self.line.give_back(job.rank, key); }";
     "a step that hangs is waited for", SCHEDULER / "worker.rs",
