@@ -162,9 +162,16 @@ fn waits_are_as_long_as_they_were_and_name_what_was_short() {
 }
 
 #[test]
-fn a_request_under_way_and_one_that_left_are_told() {
+fn one_that_left_and_a_request_under_way_are_told() {
     let server = Server::start(&FAKE);
     let http = connected(&server);
+    // Before steps were seen nobody is sent away for a forecast, so it runs until its client has waited.
+    let (status, _) = server.post_within(150, &body(3, 10, 400));
+    assert_eq!(status, 504);
+    let (_, newest) = explain(&server, "2");
+    let story = stories(&newest)[0];
+    assert_eq!(story["ended_by"], "deadline", "{newest}");
+    assert!((140.0..250.0).contains(&sum(story)), "{newest}");
     let url = server.url.clone();
     let running = std::thread::spawn({
         let http = http.clone();
@@ -176,14 +183,7 @@ fn a_request_under_way_and_one_that_left_are_told() {
     let story = stories(&answer)[0];
     assert_eq!(story["state"], "running");
     assert!((60.0..400.0).contains(&sum(story)), "{story}");
-    let (status, _) = server.post_within(150, &body(3, 10, 400));
-    assert_eq!(status, 504);
     running.join().expect("no panic");
-    // Told as far as its client waited.
-    let (_, newest) = explain(&server, "3");
-    let story = stories(&newest)[0];
-    assert_eq!(story["ended_by"], "deadline", "{newest}");
-    assert!((140.0..250.0).contains(&sum(story)), "{newest}");
 }
 
 fn run(server: &Server, environment: &[(&str, &str)], args: &[&str]) -> (bool, String) {
