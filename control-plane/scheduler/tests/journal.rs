@@ -2,9 +2,9 @@
 
 mod rig;
 
-use ids::{Incarnation, RequestId, ShardId, StepSeq, Timestamp, Tokens};
+use ids::{Incarnation, RequestId, ShardId, StepSeq, Timestamp, TokenId, Tokens};
 use rig::{Rig, STEP, parts};
-use scheduler::{Ending, Event, Journal, NotKept, PlanReport, Planned, Role, Wait, Waits};
+use scheduler::{Ending, Event, History, Journal, NotKept, PlanReport, Planned, Role, Wait, Waits};
 use std::time::Duration;
 use step::{DecodeDelta, PrefillRun, Section, StepPlan, StepTiming};
 
@@ -28,6 +28,41 @@ fn a_request_that_runs_at_once_is_its_steps() {
     assert_eq!(history.first_token, Some(Timestamp::ZERO.after(3 * STEP)));
     assert_eq!((history.prompt, history.cached), (Tokens(300), Tokens(0)));
     assert_eq!(history.end, rig.ended.get(&RequestId(1)).copied());
+    each_took_its_time(&history);
+}
+
+/// The worker runs one step after another.
+fn each_took_its_time(history: &History) {
+    for step in &history.steps {
+        let (start, answered) = step.start.zip(step.answered).expect("has ended");
+        assert_eq!(answered.since(start), STEP, "{step:?}");
+    }
+}
+
+#[test]
+fn steps_launched_behind_the_end_are_not_told() {
+    let mut rig = Rig::new(4, ROOM);
+    rig.ready(64);
+    // The first token is a stop token; two steps behind it are under way by then.
+    rig.stop_tokens = vec![TokenId(1)];
+    rig.submit(1, 10, 50);
+    rig.settle();
+    let history = rig.history(1);
+    assert_eq!(history.ending, Some((Ending::Stop, Tokens(1))));
+    assert_eq!((parts(&history), history.steps.len()), (vec![("prefill", "", 10)], 1));
+}
+
+#[test]
+fn steps_under_way_are_found_across_segments() {
+    let mut rig = Rig::new(4, ROOM);
+    rig.ready(1000);
+    rig.submit(1, 10, 30_000);
+    for request in 2..3000 {
+        rig.step();
+        rig.submit(request, 10, 2);
+        rig.step();
+        assert_eq!(parts(&rig.history(request))[0].0, "ahead", "{request}");
+    }
 }
 
 #[test]
@@ -47,6 +82,7 @@ fn outcomes_that_answer_nothing_leave_no_trace() {
     rig.turn(None);
     rig.settle();
     assert_eq!(parts(&rig.history(1)), [("prefill", "", 30), ("decode", "", 40)]);
+    each_took_its_time(&rig.history(1));
 }
 
 #[test]
@@ -210,6 +246,20 @@ fn what_was_written_over_says_so_and_what_never_came_too() {
     assert!(reach > STEP && reach < rig.now.since(Timestamp::ZERO), "{reach:?}");
     assert_eq!(pages.history(RequestId(2000)).expect_err("never came"), NotKept::Unknown);
     assert_eq!(parts(&rig.history(1999)).len(), 2);
+}
+
+#[test]
+fn the_newest_request_may_be_written_over() {
+    let mut rig = Rig::new(2, 0);
+    rig.ready(1000);
+    rig.submit(1, 10, 30_000);
+    rig.submit(2, 10, 4);
+    // Steps of the first alone write over all that was said of the second.
+    (0..6000).for_each(|_| assert!(rig.step()));
+    let gone = rig.journal.read(rig.now).history(RequestId(2)).expect_err("is gone");
+    assert!(matches!(gone, NotKept::WrittenOver { .. }), "{gone:?}");
+    let never = rig.journal.read(rig.now).history(RequestId(3)).expect_err("never came");
+    assert_eq!(never, NotKept::Unknown);
 }
 
 #[test]

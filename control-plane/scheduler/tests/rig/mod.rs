@@ -26,6 +26,8 @@ pub(crate) struct Rig {
     pub(crate) now: Timestamp,
     /// When each request ended, as its client saw it.
     pub(crate) ended: BTreeMap<RequestId, Timestamp>,
+    /// What ends requests submitted from now on.
+    pub(crate) stop_tokens: Vec<TokenId>,
     /// What was submitted.
     pub(crate) submits: Vec<Submit>,
     /// Output tokens of each.
@@ -53,6 +55,7 @@ impl Rig {
             journal: Journal::new(bytes, slots, 1),
             now: Timestamp::ZERO,
             ended: BTreeMap::new(),
+            stop_tokens: Vec::new(),
             submits: Vec::new(),
             tokens: BTreeMap::new(),
             life: Incarnation(0),
@@ -94,7 +97,7 @@ impl Rig {
             max_tokens: Tokens(max_tokens),
             end_tokens: Arc::default(),
             ignore_eos: true,
-            stop_tokens: Arc::default(),
+            stop_tokens: self.stop_tokens.as_slice().into(),
             prompt_logprobs: None,
             priority: 0,
             tenant: ids::TenantId(0),
