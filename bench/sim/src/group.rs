@@ -14,6 +14,7 @@ use scheduler::{
     WorkerReady,
 };
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use step::{Carving, Digest, GroupSpec, Mesh, Outcome, StepPlan, StepTiming, ToWorker};
 
 /// One rank's process.
@@ -283,7 +284,7 @@ impl Group {
             return Err(format!("bucket {} for {:?}", plan.bucket, plan.shard_tokens));
         }
         self.steps.push(plan.shard_tokens.clone());
-        let command = ToWorker::Step(plan);
+        let command = ToWorker::Step(Arc::new(plan));
         self.told.iter_mut().for_each(|told| told.take(&command));
         let ToWorker::Step(plan) = &command else { return Ok(()) };
         self.join.sent(plan.seq, &self.told);

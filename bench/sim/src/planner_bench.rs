@@ -1,7 +1,8 @@
 //! How long the scheduler takes for a step, measured from outside: the caller passes the clock.
 //!
 //! One step is what the driver does between two outcomes: handle the outcome (with churn also one
-//! abort and one submission), drain what is said, plan the next step, drain again, encode the plan.
+//! abort and one submission), drain what is said, plan the next step, drain again, tell the journal of all
+//! that, encode the plan.
 //! Contexts are private from their first token on, so that tables are as large as they get. How a
 //! plan is encoded is the caller's: the scheduler knows no wire.
 //! Invariant: every measured step decodes every request, and the stated number of blocks is sealed.
@@ -9,13 +10,13 @@
 use crate::echo::Echo;
 use core::time::Duration;
 use ids::{
-    BLOCK_TOKENS, Bytes, GroupId, HashKey, Incarnation, RequestId, TenantId, Timestamp, TokenId,
-    Tokens,
+    BLOCK_TOKENS, Bytes, GroupId, HashKey, Incarnation, RequestId, ShardId, TenantId, Timestamp,
+    TokenId, Tokens,
 };
 use kv_cache::carve;
-use scheduler::{Config, Event, Output, Planned, Scheduler, Submit, WorkerReady};
+use scheduler::{Config, Event, Journal, Output, Planned, Scheduler, Submit, WorkerReady};
 use std::sync::Arc;
-use step::{GroupKind, GroupSpec, Sampling, StepPlan};
+use step::{GroupKind, GroupSpec, Outcome, Sampling, StepPlan};
 
 /// What the measured steps do besides decoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +29,8 @@ pub enum Kind {
     Line,
 }
 
+/// Bytes of the journal, as the server keeps it.
+const JOURNAL: usize = 16 << 20;
 /// Requests that wait in a case of [`Kind::Line`].
 const WAITING: u64 = 1000;
 
@@ -95,17 +98,18 @@ pub fn measure(
         let (mut outcome, mut arrival, mut planned) = (Some(outcome), arrival, None);
         spent.push(meter(&mut || {
             if let Some(outcome) = outcome.take() {
-                bench.scheduler.handle(bench.now, Event::Outcome(outcome));
+                bench.answer(outcome);
             }
             if let Some(submit) = arrival.take() {
                 bench.replace_one(submit);
             }
             bench.drain();
-            planned = bench.scheduler.plan_step(bench.now);
-            bench.drain();
+            planned = bench.plan();
             if let Some(planned) = &planned {
                 encode(&planned.plan);
+                bench.journal.sent(bench.now, planned.plan.seq);
             }
+            bench.journal.delivered(bench.now);
         }));
         bench.now = bench.now.after(Duration::from_millis(10));
         let Some(planned) = planned else {
@@ -134,6 +138,7 @@ pub fn measure(
 struct Bench {
     case: Case,
     scheduler: Scheduler,
+    journal: Journal,
     echo: Echo,
     now: Timestamp,
     document: Vec<TokenId>,
@@ -163,11 +168,13 @@ impl Bench {
         let mut scheduler = Scheduler::new(config)?;
         let ready = WorkerReady { incarnation: Incarnation(1), groups: vec![spec], carving };
         scheduler.handle(Timestamp::ZERO, Event::WorkerReady(Box::new(ready)));
+        let mut journal = Journal::new(JOURNAL, scheduler.config().max_running, 1);
+        journal.ready(Timestamp::ZERO, Incarnation(1));
         let document: Vec<_> = (0..case.context.0).map(TokenId).collect();
         let root = key.root(b"");
         let hashes = key.chain_all(root, &document);
         let (echo, now) = (Echo::default(), Timestamp::ZERO);
-        Ok(Self { case, scheduler, echo, now, document, hashes, root, next: 1, oldest: 1 })
+        Ok(Self { case, scheduler, journal, echo, now, document, hashes, root, next: 1, oldest: 1 })
     }
 
     /// Brings all requests to decoding, their contexts private: each differs from its first token,
@@ -175,7 +182,7 @@ impl Bench {
     fn settle(&mut self) -> Result<(), BenchError> {
         for _ in 0..self.case.requests {
             let submit = self.make_request();
-            self.scheduler.handle(self.now, Event::Submit(submit));
+            self.submit(submit);
         }
         let waiting = if self.case.kind == Kind::Line { WAITING } else { 0 };
         for i in 0..waiting {
@@ -184,15 +191,15 @@ impl Bench {
             submit.prompt_hashes = [].into();
             // Behind those who run.
             (submit.priority, submit.tenant) = (10 + (i % 3) as i32, TenantId(i % 64));
-            self.scheduler.handle(self.now, Event::Submit(submit));
+            self.submit(submit);
         }
         // Prompts run in chunks of the step's size; then steps for the last to settle.
         let chunks = u64::from(self.case.context.0) * u64::from(self.case.requests) / 16_000 + 256;
         let mut steady = 0;
         for _ in 0..4 * chunks {
             self.drain();
-            while let Some(planned) = self.scheduler.plan_step(self.now) {
-                self.drain();
+            while let Some(planned) = self.plan() {
+                self.journal.sent(self.now, planned.plan.seq);
                 steady += u32::from(planned.report.decode == self.case.requests);
                 self.carry_out(planned);
                 // By then every prompt's outcome is in, and each request took three blocks.
@@ -201,8 +208,9 @@ impl Bench {
                 }
             }
             if let Some(outcome) = self.echo.outcomes.pop_front() {
-                self.scheduler.handle(self.now, Event::Outcome(outcome));
+                self.answer(outcome);
             }
+            self.journal.delivered(self.now);
             self.now = self.now.after(Duration::from_millis(10));
         }
         let running = self.scheduler.gauges().running;
@@ -256,13 +264,44 @@ impl Bench {
     fn replace_one(&mut self, submit: Box<Submit>) {
         self.scheduler.handle(self.now, Event::Abort(RequestId(self.oldest)));
         self.oldest += 1;
+        self.submit(submit);
+    }
+
+    fn submit(&mut self, submit: Box<Submit>) {
+        self.journal.submitted(&submit);
         self.scheduler.handle(self.now, Event::Submit(submit));
+    }
+
+    fn answer(&mut self, outcome: Outcome) {
+        self.journal.answered(self.now, outcome.incarnation, outcome.seq, &outcome.timing);
+        self.scheduler.handle(self.now, Event::Outcome(outcome));
+    }
+
+    /// Plans; what the plan made the scheduler say is drained.
+    fn plan(&mut self) -> Option<Planned> {
+        let planned = self.scheduler.plan_step(self.now);
+        self.drain();
+        self.journal.looked(ShardId(0), self.scheduler.first_in_line());
+        if let Some(planned) = &planned {
+            self.journal.planned(self.now, planned, self.scheduler.stalls());
+        }
+        planned
     }
 
     fn drain(&mut self) {
         while let Some(output) = self.scheduler.poll_output() {
-            if let Output::Token { token, .. } = output {
-                core::hint::black_box(token);
+            match output {
+                Output::Token { token, .. } => {
+                    core::hint::black_box(token);
+                }
+                Output::Finished { .. } | Output::Refused { .. } => {
+                    self.journal.said(self.now, &output);
+                }
+                Output::Upload(_)
+                | Output::Forget(..)
+                | Output::Started { .. }
+                | Output::PromptLogprobs(_)
+                | Output::RestartWorker { .. } => {}
             }
         }
     }

@@ -20,7 +20,7 @@ pub enum ToWorker {
     /// The tokens of a request that will not be admitted any more.
     Forget(Incarnation, RequestId),
     /// A step; the stream's order is execution order.
-    Step(StepPlan),
+    Step(Arc<StepPlan>),
 }
 
 /// From a worker to the scheduler, in order.

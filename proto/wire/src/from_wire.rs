@@ -43,7 +43,7 @@ impl TryFrom<pb::ToWorker> for ToWorker {
             Message::Configure(c) => Self::Configure(configure(c)),
             Message::Upload(u) => Self::Upload(upload(u)),
             Message::Forget(f) => Self::Forget(Incarnation(f.incarnation), RequestId(f.request)),
-            Message::Step(plan) => Self::Step(step_plan(plan)?),
+            Message::Step(plan) => Self::Step(Arc::new(step_plan(plan)?)),
         })
     }
 }

@@ -82,7 +82,7 @@ fn command() -> impl Strategy<Value = ToWorker> {
         slots,
     )
         .prop_map(|((seq, incarnation, bucket), ops, prefill, join, leave)| {
-            ToWorker::Step(StepPlan {
+            ToWorker::Step(Arc::new(StepPlan {
                 seq: StepSeq(seq),
                 incarnation: Incarnation(incarnation),
                 bucket: Tokens(bucket),
@@ -99,7 +99,7 @@ fn command() -> impl Strategy<Value = ToWorker> {
                         .collect(),
                     decode: DecodeDelta { join, leave },
                 }],
-            })
+            }))
         });
     prop_oneof![
         4 => step,

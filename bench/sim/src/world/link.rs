@@ -12,6 +12,7 @@ use crate::worker::Worker;
 use core::time::Duration;
 use ids::{Incarnation, StepSeq};
 use scheduler::Event;
+use std::sync::Arc;
 use step::{Outcome, SampleFault, StepPlan, ToScheduler, ToWorker};
 
 impl World {
@@ -32,7 +33,7 @@ impl World {
         if self.worker.is_none() {
             return Ok(());
         }
-        let ToWorker::Step(plan) = self.carry(ToWorker::Step(plan))? else {
+        let ToWorker::Step(plan) = self.carry(ToWorker::Step(Arc::new(plan)))? else {
             return Err("a plan became another message".into());
         };
         let Some(worker) = &mut self.worker else { return Ok(()) };

@@ -273,6 +273,13 @@ impl Shards {
         })
     }
 
+    /// Takes a plan back, as [`Scheduler::recycle`] does.
+    pub fn recycle(&mut self, plan: StepPlan) {
+        if let [only] = self.shards.as_mut_slice() {
+            only.recycle(plan);
+        }
+    }
+
     /// The next thing said, and for which shard's workers it is, where it is for workers.
     pub fn poll_output(&mut self) -> Option<(ShardId, Output)> {
         let several = self.shards.len() > 1;

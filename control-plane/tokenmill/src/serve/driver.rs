@@ -6,6 +6,7 @@
 //! admits it; a request's channel is dropped right after its last event.
 
 use super::life::{Life, Progress};
+use super::plans::Plans;
 use super::startup::Startup;
 use super::streams::Streams;
 use gateway::engine::GenerationEvent;
@@ -71,6 +72,8 @@ pub(crate) struct Driver {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) startup: Arc<Startup>,
     pub(crate) origin: Instant,
+    /// Sent and not answered.
+    pub(crate) plans: Plans,
     /// Whether there were requests after the last outcome.
     pub(crate) pressed: bool,
     /// The step at which this thread is to panic, for tests.
@@ -164,6 +167,7 @@ impl Driver {
             Message::GroupUp(sessions) => return self.life.begin(sessions),
             Message::GroupDown(reason) => {
                 self.metrics.worker_restarts.inc();
+                self.plans.clear();
                 match self.life.end(&reason) {
                     Some(incarnation) => Event::WorkerLost(incarnation),
                     None => return,
@@ -208,6 +212,9 @@ impl Driver {
             self.note(|journal| journal.answered(now, life, seq, &timing));
             self.observe(&timing);
             self.progress.step_ended();
+            if let Some(plan) = self.plans.back(seq) {
+                self.scheduler.recycle(plan);
+            }
             if joined.outcomes.iter().any(|outcome| !outcome.sampled.is_empty()) {
                 self.startup.token();
             }
@@ -253,7 +260,8 @@ impl Driver {
             self.metrics.steps_planned(StepsAhead::of(planned.report.ahead)).inc();
             let seq = planned.plan.seq;
             assert!(self.planted_panic != Some(seq.0), "planted at step {seq}");
-            self.life.command_all(ToWorker::Step(planned.plan));
+            let plan = self.plans.share(planned.plan);
+            self.life.command_all(ToWorker::Step(plan));
             let sent = self.now();
             self.note(|journal| journal.sent(sent, seq));
             any = true;

@@ -14,6 +14,7 @@ mod member;
 pub(crate) mod memory;
 pub(crate) mod memory_plan;
 mod offers;
+mod plans;
 mod settings;
 pub(crate) mod source;
 mod startup;
@@ -33,6 +34,7 @@ use gateway::{AppState, Gateway, GatewayLimits, ServedModel};
 use handle::Handle;
 use ids::{HashKey, Tokens};
 use life::{Life, Progress, WorkerLimits};
+use plans::Plans;
 use scheduler::{Journal, Shards};
 use settings::Settings;
 use startup::Startup;
@@ -158,6 +160,7 @@ fn start_engine(
     let kept = journal.is_some();
     let driver = Driver {
         pressed: false,
+        plans: Plans::default(),
         planted_panic: settings.args.panic_at_step,
         scheduler,
         journal,
