@@ -8,7 +8,7 @@
 #[path = "tests/planted/bugs.rs"]
 mod bugs;
 
-use bugs::BUGS;
+use bugs::{BUGS, UNFAIR};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,7 @@ fn main() {
     let here = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
     println!("cargo:rerun-if-changed=tests/planted/bugs.rs");
-    let mut found = vec![false; BUGS.len()];
+    let mut found = vec![false; BUGS.len() + UNFAIR.len()];
     let mut copy = String::new();
     for (name, folder, uses) in CRATES {
         println!("cargo:rerun-if-changed={folder}/src");
@@ -34,8 +34,14 @@ fn main() {
         let text = source.module(&folder.join("src/lib.rs"), &folder.join("src"), &mut found);
         copy += &format!("pub mod {name} {{\n{text}\n}}\n");
     }
-    let missing: Vec<_> =
-        BUGS.iter().zip(found).filter(|(_, found)| !found).map(|(bug, _)| bug.name).collect();
+    copy += &promises(&here);
+    let missing: Vec<_> = BUGS
+        .iter()
+        .chain(UNFAIR)
+        .zip(found)
+        .filter(|(_, found)| !found)
+        .map(|(bug, _)| bug.name)
+        .collect();
     copy += &format!("pub const NOT_FOUND: &[&str] = &{missing:?};\n");
     fs::write(out.join("planted.rs"), copy).expect("the output folder is writable");
 }
@@ -80,7 +86,7 @@ impl Source {
 
     /// Every bug of the file, asleep.
     fn plant(&self, file: &Path, mut text: String, found: &mut [bool]) -> String {
-        for (at, bug) in BUGS.iter().enumerate() {
+        for (at, bug) in BUGS.iter().chain(UNFAIR).enumerate() {
             let (krate, name) = bug.file;
             if krate == self.krate && file == self.src.join(name) && text.contains(bug.from) {
                 found[at] = true;
@@ -95,19 +101,41 @@ impl Source {
     fn paths(&self, text: &str) -> String {
         let mut text = text.replace("crate::switch", "@switch");
         text = text.replace("crate::", &format!("crate::planted::{}::", self.name));
-        for name in self.uses {
-            let named = format!("{name}::");
-            let mut parts = text.split(&named);
-            let mut joined = parts.next().unwrap_or_default().to_owned();
-            for part in parts {
-                let inside = |c: char| c == ':' || c == '_' || c.is_alphanumeric();
-                let extern_path = !joined.ends_with(inside);
-                joined += if extern_path { "crate::planted::" } else { "" };
-                joined += &named;
-                joined += part;
-            }
-            text = joined;
-        }
-        text.replace("@switch", "crate::switch")
+        extern_paths(text, self.uses).replace("@switch", "crate::switch")
     }
+}
+
+/// Paths that begin with a crate of the copy.
+fn extern_paths(mut text: String, crates: &[&str]) -> String {
+    for name in crates {
+        let named = format!("{name}::");
+        let mut parts = text.split(&named);
+        let mut joined = parts.next().unwrap_or_default().to_owned();
+        for part in parts {
+            let inside = |c: char| c == ':' || c == '_' || c.is_alphanumeric();
+            let extern_path = !joined.ends_with(inside);
+            joined += if extern_path { "crate::planted::" } else { "" };
+            joined += &named;
+            joined += part;
+        }
+        text = joined;
+    }
+    text
+}
+
+/// The tests of fairness and overload as functions over the copy, and a list of them.
+fn promises(here: &Path) -> String {
+    let (mut modules, mut names) = (String::new(), String::new());
+    for name in ["fairness", "overload"] {
+        println!("cargo:rerun-if-changed=tests/{name}.rs");
+        let file = here.join("tests").join(format!("{name}.rs"));
+        let text = fs::read_to_string(&file).unwrap_or_else(|error| panic!("{file:?}: {error}"));
+        let text = extern_paths(text, &["scheduler", "sim"]);
+        for test in text.split("#[test]\nfn ").skip(1) {
+            let test = test.split('(').next().unwrap_or_default();
+            names += &format!("(\"{test}\", {name}::{test}), ");
+        }
+        modules += &format!("pub mod {name} {{\n{}\n}}\n", text.replace("#[test]\nfn ", "pub fn "));
+    }
+    format!("{modules}pub const PROMISES: &[(&str, fn())] = &[{names}];\n")
 }

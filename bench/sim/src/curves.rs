@@ -4,7 +4,7 @@
 //! The settings are fixed, so that a record can be made again. Invariant: only what came in the
 //! measured span counts, and what came in it counts whatever its ending.
 
-use crate::overload::{Record, Sample, Setting, Source, Way, limits, run};
+use crate::overload::{Ending, Record, Sample, Setting, Source, Way, limits, run};
 use core::time::Duration;
 use ids::{TenantId, Timestamp};
 use scheduler::Config;
@@ -251,8 +251,10 @@ pub struct Least {
     pub full: u64,
     /// Longest wait.
     pub longest: Duration,
-    /// What the stated bound allowed it.
+    /// What the stated bound allowed that request.
     pub bound: Duration,
+    /// Requests that waited longer than the bound allowed them.
+    pub over: u64,
     /// 99th percentile of the most urgent class's waits.
     pub urgent_p99: Duration,
 }
@@ -280,6 +282,7 @@ pub fn least_urgent(seed: u64, capacity: Capacity, patience: u32) -> Least {
         full: 0,
         longest: Duration::ZERO,
         bound: Duration::ZERO,
+        over: 0,
         urgent_p99: Duration::ZERO,
     };
     let mut urgent = Vec::new();
@@ -291,7 +294,11 @@ pub fn least_urgent(seed: u64, capacity: Capacity, patience: u32) -> Least {
                 least.done += u64::from(end.way == Way::Done);
                 least.full += u64::from(end.way == Way::Full);
                 let waited = waited.unwrap_or_else(|| end.ended.since(end.arrival));
-                least.longest = least.longest.max(waited);
+                let bound = longest_wait(&record, end, patience, capacity);
+                least.over += u64::from(waited > bound);
+                if waited >= least.longest {
+                    (least.longest, least.bound) = (waited, bound);
+                }
             }
             (0, Some(waited)) => urgent.push(waited),
             _ => {}
@@ -299,14 +306,19 @@ pub fn least_urgent(seed: u64, capacity: Capacity, patience: u32) -> Least {
     }
     urgent.sort_unstable();
     least.urgent_p99 = urgent.get(urgent.len() * 99 / 100).copied().unwrap_or_default();
-    let queued = record.samples.iter().map(|sample| u64::from(sample.queued)).max().unwrap_or(0);
-    let cost =
-        |prompt: u32, output: u32| CHARGES.0 * u64::from(prompt) + CHARGES.1 * u64::from(output);
-    let most = cost(PROMPT.1, OUTPUT.1);
-    let seated = u64::from(limits().max_running) * most;
-    let allowed = u64::from(patience + 1) * (queued + 1) * most + seated;
-    least.bound = Duration::from_secs_f64(allowed as f64 / capacity.virtual_tokens);
     least
+}
+
+/// The stated bound for one request: what is served to others before it and each that was in line when
+/// it came are overdue, and what those with a seat can still be given when they are.
+fn longest_wait(record: &Record, of: &Ending, patience: u32, capacity: Capacity) -> Duration {
+    let cost = |prompt: u32| CHARGES.0 * u64::from(prompt) + CHARGES.1 * u64::from(OUTPUT.1);
+    let seated = u64::from(limits().max_running) * cost(PROMPT.1);
+    let in_line = record.endings.iter().filter(|other| {
+        other.arrival <= of.arrival && other.started.unwrap_or(other.ended) > of.arrival
+    });
+    let allowed: u64 = in_line.map(|one| u64::from(patience) * cost(one.prompt) + seated).sum();
+    Duration::from_secs_f64(allowed as f64 / capacity.virtual_tokens)
 }
 
 /// Jain's index: 1 when all have the same, 1/n when one has all.

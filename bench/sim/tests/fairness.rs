@@ -217,3 +217,44 @@ fn what_cannot_be_done_in_time_is_not_begun() {
     assert_eq!(replica.told[&RequestId(3)].tokens.len(), Tokens(60).as_usize());
     assert_eq!(replica.scheduler.gauges().unreachable, 2);
 }
+
+#[test]
+fn a_prompt_that_cannot_be_computed_in_time_is_not_begun() {
+    let config = Config { refuse_late: true, ..limits() };
+    let mut replica = Replica::new(config, &[full(0)], 64);
+    replica.cost = Some(|_, prefill| Duration::from_millis(10 + u64::from(prefill)));
+    for id in 1..=40 {
+        replica.submit(request(id, 5 + 20 * (id as u32 % 7), 20));
+        replica.drive(|_, _| {});
+    }
+    // Ten tokens go into 300 ms, a prompt of 500 beside them does not.
+    let deadline = Some(replica.now.after(Duration::from_millis(300)));
+    let submit = Submit { deadline, end_tokens: [].into(), ..request(41, 500, 10) };
+    let begun = replica.now;
+    replica.submit(submit);
+    replica.drive(|_, _| {});
+    let Some(FinishReason::Refused(Refusal::DeadlineUnreachable { needs, .. })) =
+        reason(&replica, 41)
+    else {
+        panic!("{:?}", replica.told[&RequestId(41)]);
+    };
+    // Half a second of it is for the prompt, which nobody had looked up when it came.
+    assert!(needs > Duration::from_millis(450) && needs < Duration::from_millis(700), "{needs:?}");
+    assert_eq!(replica.now, begun, "nothing was computed for it");
+}
+
+#[test]
+fn the_queue_is_bounded_in_tokens_too() {
+    let config = Config { max_running: 1, queue_tokens: 64, ..limits() };
+    let mut replica = Replica::new(config, &[full(0)], 64);
+    for id in 1..=3 {
+        replica.submit(of(1, request(id, 30, 5)));
+    }
+    let wait = Duration::from_secs(1);
+    let full_queue = Refusal::QueueTokens { waiting: 60, prompt: Tokens(30), limit: 64, wait };
+    assert_eq!(replica.told[&RequestId(3)].refused, Some(full_queue));
+    // A tenant with less in it gets in, and takes no more than it needs.
+    replica.submit(of(2, request(4, 20, 5)));
+    assert_eq!((reason(&replica, 1), replica.scheduler.gauges().queued_tokens), (None, 50));
+    assert_eq!(order(&mut replica), [1, 4]);
+}

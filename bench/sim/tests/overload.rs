@@ -48,7 +48,8 @@ fn the_least_urgent_wait_no_longer_than_stated() {
     let least = least_urgent(SEED, capacity(SEED), 16);
     assert!(least.requests > 20 && least.done * 10 >= least.requests * 9, "{least:?}");
     assert_eq!(least.done + least.full, least.requests, "who got in is served: {least:?}");
-    assert!(least.longest <= least.bound, "{least:?}");
+    assert_eq!(least.over, 0, "{least:?}");
+    assert!(!least.longest.is_zero() && least.longest <= least.bound, "{least:?}");
     // Without patience they would hardly be served at all.
     let never = least_urgent(SEED, capacity(SEED), 0);
     assert!(never.done * 4 < never.requests, "{never:?}");

@@ -21,15 +21,15 @@ const KV: &str = "kv-cache";
 const SCHEDULER: &str = "scheduler";
 
 macro_rules! bugs {
-    ($($name:literal, $dir:ident / $file:literal, $from:literal => $to:literal;)*) => {
-        /// Every bug.
-        pub(crate) const BUGS: &[Bug] = &[
+    ($all:ident: $($name:literal, $dir:ident / $file:literal, $from:literal => $to:literal;)*) => {
+        pub(crate) const $all: &[Bug] = &[
             $(Bug { name: $name, file: ($dir, $file), from: $from, to: $to },)*
         ];
     };
 }
 
-bugs! {
+// What storms find.
+bugs! { BUGS:
     "blocks are reused while steps in flight use them", KV / "epoch.rs",
         "stamp <= self.through" => "(stamp <= self.through || PLANTED)";
     "cached blocks are evicted before their epoch retires", KV / "pool.rs",
@@ -142,4 +142,42 @@ bugs! {
         "if !PLANTED { live.job_mut().output.truncate(keep.as_usize()); }";
     "the queue's bound counts those who left", SCHEDULER / "line.rs",
         "            backlog.requests -= 1;\n" => "            if !PLANTED { backlog.requests -= 1; }\n";
+}
+
+// What the tests of fairness and overload find: nothing is broken but a promise.
+bugs! { UNFAIR:
+    "nothing is charged", SCHEDULER / "policy/fair.rs",
+        "counter += virtual_tokens;" => "counter += if PLANTED { 0 } else { virtual_tokens };";
+    "an output counts as a prompt token", SCHEDULER / "outcome.rs",
+        "self.line.charge(request.job.flow, fair::OUTPUT);" =>
+        "self.line.charge(request.job.flow, if PLANTED { fair::PROMPT } else { fair::OUTPUT });";
+    "a pause earns", SCHEDULER / "policy/fair.rs",
+        "flow.counter = flow.counter.max(clock);" =>
+        "if !PLANTED { flow.counter = flow.counter.max(clock); }";
+    "the worst class goes first", SCHEDULER / "policy/fair.rs",
+        "let priority = *self.ready.first()?;" =>
+        "let priority = *(if PLANTED { self.ready.last() } else { self.ready.first() })?;";
+    "a worse class gives way to nobody", SCHEDULER / "line.rs",
+        "let takes = *worst > priority" => "let takes = (*worst > priority && !PLANTED)";
+    "patience has no end", SCHEDULER / "line.rs",
+        "if self.patience == 0 {\n" => "if self.patience == 0 || PLANTED {\n";
+    "who was overdue gives its seat up at once", SCHEDULER / "line.rs",
+        "priority: i32::MIN, start: 0" => "priority: if PLANTED { i32::MAX } else { i32::MIN }, start: 0";
+    "a full queue has no place for the least urgent", SCHEDULER / "line.rs",
+        "if self.patience == 0 { 0 }" => "if self.patience == 0 || PLANTED { 0 }";
+    "a full queue keeps those who have most in it", SCHEDULER / "line.rs",
+        "(own != Some(flow) && more(backlog) < largest)" =>
+        "(own != Some(flow) && more(backlog) < largest && !PLANTED)";
+    "the first to come gives way", SCHEDULER / "line.rs",
+        "let (_, entry) = self.queued.range((flow, Timestamp::ZERO, 0)..=last).next_back()?;" =>
+        "let mut all = self.queued.range((flow, Timestamp::ZERO, 0)..=last); let (_, entry) = (if PLANTED { all.next() } else { all.next_back() })?;";
+    "what cannot be done in time is begun", SCHEDULER / "door.rs",
+        ".filter(|needs| *needs >= left)?;" => ".filter(|needs| *needs >= left && !PLANTED)?;";
+    "a forecast is made for the mean alone", SCHEDULER / "door.rs",
+        "if self.line.len().0 > 1 {" => "if self.line.len().0 > 1 && !PLANTED {";
+    "who is turned away is told to come at once", SCHEDULER / "door.rs",
+        ".unwrap_or(LEAST).clamp(LEAST, MOST)" =>
+        ".unwrap_or(LEAST).clamp(if PLANTED { Duration::ZERO } else { LEAST }, if PLANTED { Duration::ZERO } else { MOST })";
+    "the queue's bound of tokens is not kept", SCHEDULER / "door.rs",
+        "if tokens + u64::from(prompt.0) > limit {" => "if tokens + u64::from(prompt.0) > limit && !PLANTED {";
 }

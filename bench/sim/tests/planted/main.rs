@@ -11,12 +11,14 @@ mod planted {
     include!(concat!(env!("OUT_DIR"), "/planted.rs"));
 }
 
-use bugs::BUGS;
+use bugs::{BUGS, UNFAIR};
 use planted::sim::Scenario;
 use planted::sim::act::Act;
 use planted::sim::scenario::Model;
 use planted::sim::shrink::{attempt, shrink};
 use std::fs;
+use std::ops::Range;
+use std::panic::catch_unwind;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -68,9 +70,13 @@ fn hunt(seeds: u64, compared: bool) -> Option<(Scenario, String)> {
     })
 }
 
-/// Does something for every bug, two at a time.
+/// Does something for every bug that storms find, two at a time.
 fn for_every_bug(each: impl Fn(usize) + Sync) {
-    let next = Mutex::new(0..BUGS.len());
+    for_bugs(0..BUGS.len(), each);
+}
+
+fn for_bugs(bugs: Range<usize>, each: impl Fn(usize) + Sync) {
+    let next = Mutex::new(bugs);
     let work = || {
         while let Some(at) = next.lock().ok().and_then(|mut next| next.next()) {
             switch::turn(Some(at));
@@ -101,6 +107,37 @@ fn every_planted_bug_is_found() {
                 let what: String =
                     what.lines().next().unwrap_or_default().chars().take(120).collect();
                 eprintln!("found: {name}: seed {}: {what}", scenario.seed);
+            }
+            None => missed.lock().expect("no panic under it").push(name),
+        }
+    });
+    let missed = missed.into_inner().expect("no panic under it");
+    assert!(missed.is_empty(), "not found: {missed:#?}");
+}
+
+/// The first promise that is not held, and the words of its test.
+fn broken_promise() -> Option<(&'static str, String)> {
+    planted::PROMISES.iter().find_map(|(promise, test)| {
+        let payload = catch_unwind(*test).err()?;
+        let words = payload.downcast_ref::<String>().cloned();
+        let words =
+            words.or_else(|| payload.downcast_ref::<&str>().map(|words| (*words).to_owned()));
+        Some((*promise, words.unwrap_or_default()))
+    })
+}
+
+#[test]
+fn every_unfair_bug_breaks_a_promise() {
+    assert_eq!(planted::PROMISES.len(), 15, "the tests of fairness and overload");
+    switch::turn(None);
+    assert_eq!(broken_promise(), None, "with no bug the copy must pass");
+    let missed = Mutex::new(Vec::new());
+    for_bugs(BUGS.len()..BUGS.len() + UNFAIR.len(), |at| {
+        let name = UNFAIR[at - BUGS.len()].name;
+        match broken_promise() {
+            Some((promise, words)) => {
+                let words: String = words.chars().take(120).collect();
+                eprintln!("found: {name}: {promise}: {}", words.replace('\n', " "));
             }
             None => missed.lock().expect("no panic under it").push(name),
         }
