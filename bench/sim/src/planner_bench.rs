@@ -294,11 +294,10 @@ impl Bench {
                 Output::Token { token, .. } => {
                     core::hint::black_box(token);
                 }
-                Output::Finished { .. } | Output::Refused { .. } => {
+                Output::Upload(_) | Output::Finished { .. } | Output::Refused { .. } => {
                     self.journal.said(self.now, &output);
                 }
-                Output::Upload(_)
-                | Output::Forget(..)
+                Output::Forget(..)
                 | Output::Started { .. }
                 | Output::PromptLogprobs(_)
                 | Output::RestartWorker { .. } => {}

@@ -140,12 +140,35 @@ fn a_preempted_request_is_in_line_again() {
     let parts = parts(&history);
     assert_eq!(history.preemptions, 1);
     let kinds: Vec<_> = parts.iter().map(|part| part.0).collect();
-    let runs = |kind: &str| kinds.iter().filter(|k| **k == kind).count();
-    assert_eq!((runs("prefill"), runs("decode")), (2, 2), "{parts:?}");
+    // Three steps were under way for the seat that it lost.
+    let expected = [
+        ("prefill", "", 10),
+        ("decode", "", 40),
+        ("dropped", "", 30),
+        ("prefill", "", 10),
+        ("decode", "", 60),
+    ];
+    assert_eq!(parts, expected, "{kinds:?}");
+    assert_eq!(history.steps.iter().filter(|step| step.dropped).count(), 3);
     let total: u128 = parts.iter().map(|part| part.2).sum();
     let lived = rig.ended[&RequestId(1)].since(history.arrival);
     assert_eq!(total, lived.as_millis());
     assert_eq!(rig.tokens[&RequestId(1)], 12);
+}
+
+#[test]
+fn a_first_token_that_was_dropped_is_not_the_first() {
+    let mut rig = Rig::new(2, ROOM);
+    rig.ready(64);
+    rig.submit(1, 100, 4);
+    rig.turn(Some(Event::ForcePreempt(RequestId(1))));
+    rig.settle();
+    let history = rig.history(1);
+    let kinds: Vec<_> = parts(&history).iter().map(|part| part.0).collect();
+    assert_eq!(kinds[..2], ["dropped", "prefill"], "its only chunk was under way");
+    // Three steps for nothing, then its prompt.
+    assert_eq!(history.first_token, Some(Timestamp::ZERO.after(4 * STEP)));
+    assert_eq!(rig.tokens[&RequestId(1)], 4);
 }
 
 #[test]

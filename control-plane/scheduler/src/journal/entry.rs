@@ -35,6 +35,8 @@ pub(crate) enum Entry {
         known: Tokens,
         cached: Tokens,
     },
+    /// Its seat is taken away; the row is vacated with the next plan.
+    Unseated(RequestId, Timestamp),
     Vacated(Row),
     Chunk {
         row: Row,

@@ -77,6 +77,8 @@ pub struct StepShare {
     pub beside: Vec<(RequestId, Tokens)>,
     /// The worker died before it answered.
     pub lost: bool,
+    /// It ended after the seat was taken away, and is done again.
+    pub dropped: bool,
 }
 
 /// The story.
@@ -147,7 +149,12 @@ impl Pages {
         };
         // A request that draws nothing still ends with a step.
         let generated = found.finished.is_none_or(|(_, _, output)| !output.is_zero());
-        let first_token = found.slices.iter().filter(|_| generated).find(draws).and_then(delivered);
+        let first_token = found
+            .slices
+            .iter()
+            .filter(|_| generated)
+            .find(|slice| draws(slice) && !slice.dropped())
+            .and_then(delivered);
         let spans = cut(&found, arrival, end.unwrap_or(self.now));
         let mut mates: Vec<_> = found.mates.into_iter().collect();
         mates.sort_by_key(|(request, steps)| (u32::MAX - steps, *request));
@@ -174,6 +181,7 @@ impl Pages {
             .filter_map(|entry| match entry {
                 Entry::Submitted { arrival: at, .. }
                 | Entry::Finished { at, .. }
+                | Entry::Unseated(_, at)
                 | Entry::Ready(at)
                 | Entry::Lost(at) => Some(*at),
                 Entry::Planned(plan) => Some(plan.at),
@@ -219,5 +227,6 @@ fn share(slice: &Slice) -> Option<StepShare> {
         cache_percent: plan.cache_percent,
         beside: slice.beside.clone(),
         lost: slice.lost.is_some(),
+        dropped: slice.lost.is_none() && slice.dropped(),
     })
 }

@@ -25,7 +25,7 @@ use ids::{Incarnation, RequestId, ShardId, StepSeq, Timestamp, Tokens};
 use ring::{Ring, Segment};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use step::{Section, SlotOp, StepTiming};
+use step::{Section, SlotOp, StepTiming, Upload};
 
 /// Steps that can be under way or ended in one turn, with room to spare.
 const UNDER_WAY: usize = 16;
@@ -86,6 +86,12 @@ impl Journal {
                 (*request, Ending::of(*reason), usage.output)
             }
             Output::Refused { request, .. } => (*request, Ending::Refused, Tokens::ZERO),
+            // The tokens of one that sits are sent again when it loses its seat.
+            Output::Upload(Upload { request, offset: Tokens::ZERO, .. })
+                if self.ring.seats().row_of(*request).is_some() =>
+            {
+                return self.ring.push(Entry::Unseated(*request, now));
+            }
             Output::Upload(_)
             | Output::Forget(..)
             | Output::Started { .. }

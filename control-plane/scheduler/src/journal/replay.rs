@@ -38,6 +38,16 @@ pub(crate) struct Slice {
     pub(crate) start: Option<Timestamp>,
     /// The worker died before it answered.
     pub(crate) lost: Option<Timestamp>,
+    /// When the seat was taken away; what is answered later is not used.
+    pub(crate) unseated: Option<Timestamp>,
+}
+
+impl Slice {
+    /// Whether what the step did for the request was thrown away, as it had no seat any more.
+    pub(crate) fn dropped(&self) -> bool {
+        let late = |at| self.end.is_none_or(|end| end.answered > at);
+        matches!(self.share, Share::Chunk { .. } | Share::Decode) && self.unseated.is_some_and(late)
+    }
 }
 
 /// What was found about the request.
@@ -68,6 +78,7 @@ fn names(entry: &Entry, of: RequestId) -> bool {
     match entry {
         Entry::Submitted { request, .. }
         | Entry::Placed(request, _)
+        | Entry::Unseated(request, _)
         | Entry::Head(_, request, _)
         | Entry::Stalled(request, _)
         | Entry::Admitted { request, .. }
@@ -194,6 +205,13 @@ impl Replay {
             Entry::Stalled(request, waits) => {
                 self.stalled = self.stalled.or((request == self.of).then_some(waits));
             }
+            Entry::Unseated(request, at) => {
+                if request == self.of {
+                    for slice in self.open() {
+                        slice.unseated = Some(at);
+                    }
+                }
+            }
             Entry::Vacated(row) => {
                 if let Some(seat) = self.seats.get(row) {
                     self.stop(seat.request);
@@ -255,7 +273,15 @@ impl Replay {
             // Only those that are still under way when it comes concern it.
             self.found.slices.retain(|slice| slice.end.is_none() && slice.lost.is_none());
         }
-        self.found.slices.push(Slice { plan, share, beside, end: None, start: None, lost: None });
+        self.found.slices.push(Slice {
+            plan,
+            share,
+            beside,
+            end: None,
+            start: None,
+            lost: None,
+            unseated: None,
+        });
     }
 
     fn share(&self, chunks: &[(Row, Tokens, bool)], stalled: Option<Waits>) -> Share {
@@ -304,9 +330,14 @@ impl Replay {
         }
     }
 
-    fn lost(&mut self, at: Timestamp) {
+    /// Those under way, the newest first.
+    fn open(&mut self) -> impl Iterator<Item = &mut Slice> {
         let open = |slice: &&mut Slice| slice.end.is_none() && slice.lost.is_none();
-        for slice in self.found.slices.iter_mut().rev().take_while(open) {
+        self.found.slices.iter_mut().rev().take_while(open)
+    }
+
+    fn lost(&mut self, at: Timestamp) {
+        for slice in self.open() {
             slice.lost = Some(at);
             slice.start = Some(slice.plan.at);
         }

@@ -77,6 +77,7 @@ impl Seats {
             Entry::Lost(_) => self.all.fill(None),
             Entry::Submitted { .. }
             | Entry::Placed(..)
+            | Entry::Unseated(..)
             | Entry::Head(..)
             | Entry::NoHead(_)
             | Entry::Stalled(..)

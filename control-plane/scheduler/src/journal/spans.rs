@@ -47,6 +47,8 @@ pub enum Part {
     Decode,
     /// It had a seat, and the step went without it.
     Stalled(Waits),
+    /// A step that ended after the seat was taken away: it is done again.
+    Dropped,
     /// A step that a dying worker took with it.
     Lost,
     /// Results on their way to those who wait for them.
@@ -65,6 +67,7 @@ impl Part {
             Self::Prefill(_) => "prefill",
             Self::Decode => "decode",
             Self::Stalled(_) => "stalled",
+            Self::Dropped => "dropped",
             Self::Lost => "lost",
             Self::Deliver => "deliver",
         }
@@ -80,6 +83,7 @@ impl Part {
             | Self::Host
             | Self::Prefill(_)
             | Self::Decode
+            | Self::Dropped
             | Self::Lost
             | Self::Deliver => return None,
         };
@@ -150,10 +154,12 @@ impl Cut<'_> {
         let stop = slice.lost.or(slice.end.map(|end| end.answered)).unwrap_or(self.to);
         let part = match (slice.lost, &slice.share) {
             (Some(_), _) => Part::Lost,
+            (None, _) if slice.dropped() => Part::Dropped,
             (None, share) => self.part(share),
         };
         self.idle(start, Part::Host);
-        let own = matches!(part, Part::Prefill(_) | Part::Decode) && slice.end.is_some();
+        let own =
+            matches!(part, Part::Prefill(_) | Part::Decode | Part::Dropped) && slice.end.is_some();
         let steps = u32::from(own || stop.min(self.to) > self.cursor);
         self.put(stop, part, steps, Some(slice.plan.seq));
     }

@@ -79,6 +79,7 @@ struct Step {
     decoding: u32,
     prompt_tokens: u32,
     lost: bool,
+    dropped: bool,
     beside: Vec<Beside>,
 }
 
@@ -264,7 +265,11 @@ fn rows(parts: &[Part]) -> Vec<Part> {
         let pause = part.part == "host" && part.ms < PAUSE_MS;
         let goes_on = |last: &Part| parts.get(at + 1).is_some_and(|next| next.part == last.part);
         match rows.last_mut() {
-            Some(last) if pause && matches!(&*last.part, "decode" | "prefill") && goes_on(last) => {
+            Some(last)
+                if pause
+                    && matches!(&*last.part, "decode" | "prefill" | "dropped")
+                    && goes_on(last) =>
+            {
                 last.ms += part.ms;
                 last.paused_ms += part.ms;
             }
@@ -323,7 +328,12 @@ fn lines(page: &mut String, title: &str, steps: &[&Step]) {
         for beside in &step.beside {
             let _ = write!(page, ", {} of generation {}", beside.tokens, beside.generation);
         }
-        let _ = writeln!(page, "{}", if step.lost { "; lost with its worker" } else { "" });
+        let fate = match (step.lost, step.dropped) {
+            (true, _) => "; lost with its worker",
+            (_, true) => "; dropped with its slot",
+            (false, false) => "",
+        };
+        let _ = writeln!(page, "{fate}");
     }
 }
 
@@ -336,7 +346,7 @@ mod tests {
         json!({
             "step": step, "role": if tokens > 1 { "prefill" } else { "decode" }, "tokens": tokens,
             "start_ms": from, "answered_ms": from + ms, "worker_ms": ms, "model_ms": ms / 2.0,
-            "decoding": 3, "prompt_tokens": 40, "lost": false,
+            "decoding": 3, "prompt_tokens": 40, "lost": false, "dropped": false,
             "beside": [{ "generation": 9, "tokens": 40 }],
         })
     }

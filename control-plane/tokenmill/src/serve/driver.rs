@@ -276,6 +276,10 @@ impl Driver {
     /// Does what the scheduler asks for; what is for requests waits in `said`, in its order.
     fn command(&mut self, said: &mut VecDeque<Output>) {
         while let Some((shard, output)) = self.scheduler.poll_output() {
+            if let Output::Upload(_) | Output::Finished { .. } | Output::Refused { .. } = &output {
+                let now = self.now();
+                self.note(|journal| journal.said(now, &output));
+            }
             match output {
                 Output::Upload(upload) => self.life.command(shard, ToWorker::Upload(upload)),
                 Output::Forget(incarnation, request) => {
@@ -286,13 +290,7 @@ impl Driver {
                     tracing::error!(%incarnation, why, "the workers cannot be trusted");
                     self.life.kill(why);
                 }
-                for_a_request => {
-                    if let Output::Finished { .. } | Output::Refused { .. } = &for_a_request {
-                        let now = self.now();
-                        self.note(|journal| journal.said(now, &for_a_request));
-                    }
-                    said.push_back(for_a_request);
-                }
+                for_a_request => said.push_back(for_a_request),
             }
         }
     }

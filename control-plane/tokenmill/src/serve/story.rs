@@ -96,6 +96,7 @@ fn step(step: &StepShare, zero: Timestamp) -> Value {
         "waiting": step.waiting,
         "cache_percent": step.cache_percent,
         "lost": step.lost,
+        "dropped": step.dropped,
         "beside": step
             .beside
             .iter()
