@@ -91,8 +91,11 @@ pub enum GenerationError {
     /// Bans and biases left no token to draw.
     #[error("logit_bias and min_tokens leave no token that may be generated")]
     NothingAllowed,
-    /// The worker died too often while this request was running.
-    #[error("the worker was lost while this request was running")]
+    /// The workers died too often while this request was running, at last while it ran alone.
+    #[error(
+        "the workers died several times while this request was running, at last while nothing else was; \
+         it is not tried again"
+    )]
     WorkerLost,
     /// The server is shutting down and its drain time is over.
     #[error("the server is shutting down")]
@@ -176,12 +179,26 @@ pub enum Readiness {
         /// Of the bytes to load, 0 to 100.
         percent: u8,
     },
-    /// The worker group is being restarted.
-    Restarting,
+    /// The worker group is gone and another is being started.
+    Restarting {
+        /// Until it should serve, as far as earlier starts tell.
+        left: Duration,
+    },
     /// Work is queued and no step has ended for too long.
     Stalled,
     /// Asked to stop.
     Draining,
+}
+
+impl Readiness {
+    /// When to come again, where that is foreseen.
+    #[must_use]
+    pub const fn back_in(&self) -> Option<Duration> {
+        match self {
+            Self::Restarting { left } => Some(*left),
+            Self::Ready | Self::Loading { .. } | Self::Stalled | Self::Draining => None,
+        }
+    }
 }
 
 impl std::fmt::Display for Readiness {
@@ -189,7 +206,9 @@ impl std::fmt::Display for Readiness {
         match self {
             Self::Ready => f.write_str("ready"),
             Self::Loading { percent } => write!(f, "loading weights, {percent} % done"),
-            Self::Restarting => f.write_str("the worker is restarting"),
+            Self::Restarting { left } => {
+                write!(f, "the workers are restarting and should serve in about {left:.0?}")
+            }
             Self::Stalled => f.write_str("no step has ended for too long"),
             Self::Draining => f.write_str("shutting down"),
         }
@@ -225,7 +244,8 @@ pub type Stories = Pin<Box<dyn Future<Output = Vec<Result<Story, NoStory>>> + Se
 
 /// An engine, as the gateway sees it. Implemented over the scheduler, and by fakes in tests.
 pub trait Engine: Send + Sync + 'static {
-    /// Queues one generation. Must not block; hashing the prompt here is fine.
+    /// Queues one generation. Must not block; hashing the prompt here is fine. Whether it may wait for
+    /// an engine that is not ready is the engine's decision.
     ///
     /// # Errors
     /// When it is not taken; nothing of it remains then.

@@ -127,7 +127,7 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// How long a client should wait for a server that starts or restarts.
+/// How long a client should wait for a server that starts, or stops.
 const NOT_READY_RETRY: Duration = Duration::from_secs(2);
 
 impl From<SubmitError> for ApiError {
@@ -141,7 +141,10 @@ impl From<SubmitError> for ApiError {
             SubmitError::DeadlineUnreachable { retry_after, .. } => {
                 Self::unavailable("deadline_unreachable", message, retry_after)
             }
-            SubmitError::NotReady(_) => Self::unavailable("not_ready", message, NOT_READY_RETRY),
+            SubmitError::NotReady(state) => {
+                let wait = state.back_in().unwrap_or(NOT_READY_RETRY);
+                Self::unavailable("not_ready", message, wait)
+            }
             SubmitError::TooLarge { .. } => {
                 Self::new(StatusCode::BAD_REQUEST, "kv_cache_too_small", message)
             }
@@ -184,8 +187,9 @@ impl From<GenerationError> for ApiError {
             GenerationError::NotANumber => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "not_a_number", message)
             }
+            // Another try would take as many groups down.
             GenerationError::WorkerLost => {
-                Self::unavailable("worker_lost", message, NOT_READY_RETRY)
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "worker_lost", message)
             }
             GenerationError::ShuttingDown => {
                 Self::unavailable("shutting_down", message, NOT_READY_RETRY)

@@ -78,9 +78,9 @@ fn enter(context: &RequestContext, gateway: &Gateway, generations: Vec<RequestId
 
 fn start(request: GenerateRequest, gateway: &Gateway) -> Result<Generation, ApiError> {
     let result = match gateway.readiness() {
-        // Whether a stalled engine takes more is its own decision.
-        Readiness::Ready | Readiness::Stalled => gateway.engine.submit(request),
-        state => Err(SubmitError::NotReady(state)),
+        Readiness::Draining => Err(SubmitError::NotReady(Readiness::Draining)),
+        // Whether an engine takes requests that stalls, starts or restarts is its own decision.
+        _ => gateway.engine.submit(request),
     };
     result.map_err(|error| {
         gateway.metrics.refused(error.label()).inc();

@@ -10,6 +10,9 @@ use axum::response::IntoResponse;
 use serde_json::{Value, json};
 use std::time::Duration;
 
+/// When a probe is to ask again, where nothing better is known.
+const PROBE_RETRY: Duration = Duration::from_secs(1);
+
 /// The process answers. Says nothing about the engine.
 pub(crate) async fn livez() -> &'static str {
     "ok\n"
@@ -19,7 +22,10 @@ pub(crate) async fn livez() -> &'static str {
 pub(crate) async fn readyz(State(gateway): State<AppState>) -> Result<Json<Value>, ApiError> {
     match gateway.readiness() {
         Readiness::Ready => Ok(Json(json!({ "status": "ready" }))),
-        state => Err(ApiError::unavailable("not_ready", state.to_string(), Duration::from_secs(1))),
+        state => {
+            let wait = state.back_in().unwrap_or(PROBE_RETRY);
+            Err(ApiError::unavailable("not_ready", state.to_string(), wait))
+        }
     }
 }
 

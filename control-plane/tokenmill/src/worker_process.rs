@@ -8,7 +8,7 @@ use crate::serve::worker_config::{
 use anyhow::{Context, Result};
 use engine::collectives::SharedMemory;
 use engine::{Engine, MlaForm, Options, WeightSource};
-use ids::{Bytes, RequestId};
+use ids::{Bytes, RequestId, TokenId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -38,15 +38,17 @@ pub(crate) fn run(args: WorkerArgs) -> Result<()> {
         let meeting = config.meeting;
         let role = Role { seat, planted: config.planted.map(PlantedArg::planted) };
         match config.engine {
-            EngineConfig::Fake { base_us, decode_us, prefill_ns } => {
+            EngineConfig::Fake { base_us, decode_us, prefill_ns, start_ms, poison } => {
                 let cost = FakeCost {
                     base: Duration::from_micros(base_us),
                     per_decode: Duration::from_micros(decode_us),
                     per_prefill: Duration::from_nanos(prefill_ns),
                 };
                 let vocab = config.fake_vocab;
-                let fake = move |_: &mut (dyn FnMut(LoadProgress) + Send)| {
-                    Ok(Fake::new(vocab, cost, seat))
+                let poison = poison.map(TokenId);
+                let fake = move |report: &mut (dyn FnMut(LoadProgress) + Send)| {
+                    pretend_to_load(start_ms, report);
+                    Ok(Fake::new(vocab, cost, seat).with_poison(poison))
                 };
                 worker::serve(&args.socket, role, fake).await
             }
@@ -59,6 +61,17 @@ pub(crate) fn run(args: WorkerArgs) -> Result<()> {
         }
     })?;
     Ok(())
+}
+
+/// Takes so many milliseconds, and says so as loading weights does.
+fn pretend_to_load(millis: u64, report: &mut (dyn FnMut(LoadProgress) + Send)) {
+    let (began, whole) = (Instant::now(), Duration::from_millis(millis));
+    while began.elapsed() < whole {
+        let done = Bytes(began.elapsed().as_millis() as u64);
+        let stage = "pretending to load".to_owned();
+        report(LoadProgress { stage, done, total: Bytes(millis) });
+        std::thread::sleep(REPORT_EVERY.min(whole));
+    }
 }
 
 /// An engine, on weights that live as long as the process or on a device that has its own.

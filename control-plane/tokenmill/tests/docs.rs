@@ -1,5 +1,5 @@
-//! The program and the pages agree: every flag, every recipe field and every metric is documented, and
-//! serve keeps below forty flags.
+//! The program and the pages agree: every flag, every recipe field and every metric is documented, serve keeps
+//! below forty flags, and the tests that the page on faults names are there.
 
 use std::process::Command;
 
@@ -66,6 +66,29 @@ fn every_recipe_field_is_on_its_page() {
         let line = format!("| `{}` | {} |", field.name, field.about);
         assert!(page.lines().any(|found| found == line), "docs/reference/recipe.md lacks: {line}");
     }
+}
+
+#[test]
+fn every_test_of_a_fault_is_there() {
+    let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let (mut named, mut files) = (0, 0);
+    // Names, each or several followed by their file: `one`, `another` (file).
+    let page = page("docs/reliability.md");
+    let cells = page.lines().filter_map(|line| line.strip_suffix(" |")?.rsplit("| ").next());
+    for cell in cells.filter(|cell| cell.starts_with('`')) {
+        for part in cell.split_inclusive(')') {
+            let (names, file) = part.rsplit_once(" (").expect("a file in brackets");
+            let file = here.join(format!("{}.rs", file.trim_end_matches(')')));
+            let text = std::fs::read_to_string(&file).expect("a file of tests");
+            files += 1;
+            for name in names.split('`').skip(1).step_by(2) {
+                let test = format!("#[test]\nfn {name}()");
+                assert!(text.contains(&test), "{name} is not in {}", file.display());
+                named += 1;
+            }
+        }
+    }
+    assert!(files >= 15 && named >= 20, "{named} in {files}");
 }
 
 /// `TOKENMILL_WRITE_DOCS=1 cargo test -p tokenmill --test docs` writes the tables anew.

@@ -118,6 +118,77 @@ fn a_model_whose_worker_dies_twice_goes_on_with_the_same_tokens() {
     eprintln!("largest difference after {deaths} deaths: {worst:.2e}");
 }
 
+/// A slow one is not waited for in line by those who come while there is none; who was there before is kept.
+#[test]
+fn a_group_that_starts_slowly_sends_new_requests_away_and_keeps_the_old_ones() {
+    const SLOW: [&str; 6] =
+        ["--fake-engine", "5000,0,0,5500", "--max-model-len", "4096", "--max-num-seqs", "1"];
+    let expected = streamed_tokens(&Server::start(&FAKE), 200);
+    let server = Server::begin(&SLOW);
+    let told = |stream| server.told("/v1/completions", &body(3, stream));
+    let away = || server.get("/readyz").is_ok_and(|(status, _)| status == 503);
+    // The first start is told in per cent, not in seconds.
+    let (status, after, error) = told(false);
+    assert_eq!((status, after, &error["code"]), (503, Some(2), &json!("not_ready")));
+    assert!(away() && error["message"].as_str().is_some_and(|text| text.contains(" %")), "{error}");
+    server.wait_ready(Duration::from_secs(20));
+    std::thread::scope(|scope| {
+        let ask = || scope.spawn(|| streamed_tokens(&server, 200));
+        let counts = |running, waiting| {
+            let is = |name: &str, count| server.metric(name) == Some(count);
+            wait_until("as many as asked", Duration::from_secs(5), || {
+                is("tokenmill_requests_running", running)
+                    && is("tokenmill_requests_waiting", waiting)
+            });
+        };
+        let running = ask();
+        counts(1.0, 0.0);
+        let waiting = ask();
+        counts(1.0, 1.0);
+        signal("KILL", server.worker_pid().expect("a worker"));
+        let gone = Instant::now();
+        wait_until("not ready", Duration::from_secs(2), away);
+        let left = |stream| {
+            let (status, after, error) = told(stream);
+            assert_eq!((status, &error["code"]), (503, &json!("not_ready")), "{error}");
+            assert_eq!(error["type"], "server_error");
+            after.expect("when to come again")
+        };
+        let (first, begun) = (left(false), gone.elapsed());
+        assert!(begun < Duration::from_secs(2), "answered at once, after {begun:?}");
+        assert!((4..=6).contains(&first), "{first} s");
+        std::thread::sleep(Duration::from_secs(3).saturating_sub(gone.elapsed()));
+        let second = left(true);
+        assert!((1..=first - 2).contains(&second), "{second} s after {first} s");
+        assert!(away());
+        for (stream, name) in [(running, "ran"), (waiting, "waited")] {
+            assert_eq!(stream.join().expect("a whole stream"), expected, "what {name}");
+        }
+        // Once the time has passed that was told, a new one is served.
+        let took = gone.elapsed();
+        assert!(took > Duration::from_secs(5), "{took:?}");
+    });
+    assert_eq!(server.metric("tokenmill_refused_total{refused_by=\"not_ready\"}"), Some(3.0));
+    assert_eq!(told(false).0, 200);
+    assert_eq!(server.metric("tokenmill_worker_restarts_total"), Some(1.0));
+}
+
+#[test]
+fn a_group_that_starts_quickly_is_waited_for_in_line() {
+    let server = Server::start(&["--fake-engine", "5000,0,0,1000", "--max-model-len", "4096"]);
+    for stream in [false, true] {
+        signal("KILL", server.worker_pid().expect("a worker"));
+        let killed = Instant::now();
+        wait_until("not ready", Duration::from_secs(2), || {
+            server.get("/readyz").is_ok_and(|(status, _)| status == 503)
+        });
+        assert_eq!(server.told("/v1/completions", &body(3, stream)).0, 200);
+        assert!(killed.elapsed() > Duration::from_secs(1), "by the next worker");
+        assert!(killed.elapsed() < Duration::from_secs(5), "{:?}", killed.elapsed());
+    }
+    assert_eq!(server.metric("tokenmill_refused_total{refused_by=\"not_ready\"}"), Some(0.0));
+}
+
 /// Answered in full, after the server was told to stop in the middle.
 fn finishes(mut server: Server, tell: impl FnOnce(u32)) {
     let url = server.url.clone();

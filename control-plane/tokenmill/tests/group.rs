@@ -6,11 +6,12 @@
 
 mod common;
 
+use common::between::{Between, Way};
 use common::{Server, ends, program, signal, wait_until};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::process::Command;
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 /// Two shards of two ranks, steps of 3 ms, and a second for a step.
@@ -175,6 +176,165 @@ fn a_rank_that_is_not_heard_for_a_while_is_waited_for_and_one_for_long_is_not() 
     }
 }
 
+/// A request that kills whoever runs it takes the group down twice in company and once alone, and ends with an
+/// error of its own; nobody else loses anything.
+#[test]
+fn a_request_that_kills_its_workers_runs_alone_and_then_fails_by_itself() {
+    const POISON: &str = "7777";
+    const MESSAGE: &str = "the workers died several times while this request was running, at last while \
+        nothing else was; it is not tried again";
+    let expected = undisturbed();
+    // It strikes eight tokens behind the poison: when five are generated.
+    let prompt = [1, 2, 7777, 3, 4];
+    let asked = |stream| {
+        let mut asked = body(77, TOKENS);
+        (asked["prompt"], asked["stream"]) = (json!(prompt), json!(stream));
+        asked
+    };
+    let harmless = Server::start(&["--fake-engine", "0,0,0", "--max-model-len", "4096"]);
+    let whole = harmless.ok("/v1/completions", &asked(false))["choices"][0]["token_ids"].clone();
+    let whole = whole.as_array().expect("tokens");
+    for stream in [true, false] {
+        let (server, log) = Server::start_logged(&with(&["--poison-token", POISON]));
+        let client = reqwest::blocking::Client::new();
+        let send =
+            || client.post(format!("{}/v1/completions", server.url)).json(&asked(stream)).send();
+        let got = std::thread::scope(|scope| {
+            let mut answer = None;
+            let got = load(&server, 100, || answer = Some(scope.spawn(send)));
+            let answer = answer.expect("asked").join().expect("no panic").expect("answered");
+            let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
+            let text = answer.text().expect("a whole body");
+            let error = json!({"error": {"message": MESSAGE, "type": "server_error", "param": null,
+                "code": "worker_lost"}});
+            if stream {
+                let mut events: Vec<Value> = text
+                    .lines()
+                    .filter_map(|line| line.strip_prefix("data: "))
+                    .map(|data| serde_json::from_str(data).expect("JSON, and no [DONE]"))
+                    .collect();
+                assert_eq!((status, events.pop()), (200, Some(error)));
+                let tokens =
+                    events.iter().flat_map(|event| event["choices"][0]["token_ids"].as_array());
+                let tokens: Vec<&Value> = tokens.flatten().collect();
+                // The newest outcome may have died with the first process.
+                assert!((4..=6).contains(&tokens.len()), "{tokens:?}");
+                assert!(tokens.iter().copied().eq(&whole[..tokens.len()]), "each once");
+            } else {
+                assert_eq!(status, 500);
+                assert_eq!(serde_json::from_str::<Value>(&text).expect("JSON"), error);
+                assert_eq!(headers["x-should-retry"], "false");
+                assert!(!headers.contains_key("retry-after"));
+            }
+            got
+        });
+        assert_eq!(got, expected, "the others");
+        assert_eq!(restarts(&server), 3.0);
+        let failed = server.metric("tokenmill_generations_total{finished_by=\"error\"}");
+        assert_eq!(failed, Some(1.0));
+        server.wait_ready(Duration::from_secs(2));
+        assert_eq!(load(&server, 0, || ()), expected, "the engine lives");
+        let text = log.lock().expect("no panic").clone();
+        let beside: Vec<bool> = deaths(&text).map(|beside| beside > 0).collect();
+        assert_eq!(beside.first(), Some(&true), "struck among others: {text}");
+        assert_eq!(beside.last(), Some(&false), "and at last alone: {text}");
+    }
+}
+
+/// How many tokens of others were in the steps in which a poison struck, as their processes logged it.
+fn deaths(log: &str) -> impl Iterator<Item = u32> {
+    let struck = log.lines().filter(|line| line.contains("poisoned"));
+    struck.map(|line| {
+        let (_, beside) = line.split_once("beside").expect("how many");
+        let mut digits =
+            beside.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty());
+        // Past what colours the text.
+        digits.next_back().and_then(|digits| digits.parse().ok()).expect("a number")
+    })
+}
+
+/// What a rank is cut off from, and how.
+struct Cut<'a> {
+    rank: u32,
+    ways: &'a [Way],
+    between: Between,
+    server: Server,
+    log: Arc<Mutex<String>>,
+}
+
+impl Cut<'_> {
+    fn lasts(&self, time: Duration) {
+        self.between.block(self.rank, self.ways, time);
+    }
+
+    fn readiness(&self) -> u16 {
+        self.server.get("/readyz").expect("answered").0
+    }
+
+    fn log(&self) -> String {
+        self.log.lock().expect("no panic").clone()
+    }
+}
+
+/// A group for each way in which one of these ranks can be cut off, beside each other, with so many seconds
+/// for a step.
+fn each_way(ranks: [u32; 3], timeout: &str, test: impl Fn(&Cut<'_>, &str) + Sync) {
+    const WAYS: [&[Way]; 3] =
+        [&[Way::ToWorker], &[Way::FromWorker], &[Way::ToWorker, Way::FromWorker]];
+    let (test, args) = (&test, &[&GROUP[..9], &[timeout]].concat());
+    std::thread::scope(|scope| {
+        for (rank, ways) in ranks.into_iter().zip(WAYS) {
+            scope.spawn(move || {
+                let between = Between::new();
+                let (server, log) = between.server(args);
+                let cut = Cut { rank, ways, between, server, log };
+                test(&cut, &format!("rank {rank}, {ways:?}"));
+            });
+        }
+    });
+}
+
+#[test]
+fn a_rank_that_is_cut_off_for_a_second_is_waited_for() {
+    const PAUSE: Duration = Duration::from_secs(1);
+    let expected = undisturbed();
+    each_way([1, 0, 3], "3", |cut, what| {
+        let begun = Instant::now();
+        let got = load(&cut.server, 100, || {
+            cut.lasts(PAUSE);
+            assert_eq!(cut.readiness(), 200, "{what}: no client's matter");
+        });
+        assert_eq!(got, expected, "{what}");
+        assert!(begun.elapsed() > PAUSE && cut.between.late() > 0, "{what}");
+        assert_eq!((restarts(&cut.server), cut.log().as_str()), (0.0, ""), "{what}");
+    });
+}
+
+/// The group is given up after the step's time; what a rank of it had said comes when nobody listens any more.
+#[test]
+fn a_rank_that_is_cut_off_for_long_ends_the_group_and_comes_too_late() {
+    const PAUSE: Duration = Duration::from_secs(3);
+    let expected = undisturbed();
+    each_way([2, 1, 0], "1", |cut, what| {
+        let got = load(&cut.server, 100, || {
+            std::thread::scope(|scope| {
+                scope.spawn(|| cut.lasts(PAUSE));
+                let noticed = || restarts(&cut.server) > 0.0;
+                wait_until("noticed", PAUSE - Duration::from_millis(500), noticed);
+                assert_eq!(cut.readiness(), 503, "{what}");
+            });
+            cut.server.wait_ready(Duration::from_secs(5));
+        });
+        assert_eq!(got, expected, "{what}");
+        assert_eq!(load(&cut.server, 0, || ()), expected, "{what}, afterwards");
+        assert_eq!(restarts(&cut.server), 1.0, "{what}");
+        assert!(cut.between.late() > 0, "{what}: something came late");
+        let (text, rank) = (cut.log(), cut.rank);
+        let words = format!("was not answered by rank {rank} of dp 2 x tp 2");
+        assert!(text.contains(&words), "{what}: {text}");
+    });
+}
+
 #[test]
 fn clients_that_leave_a_group_leave_nothing_behind() {
     let server = Server::start(&with(&["--max-num-seqs", "3"]));
@@ -232,7 +392,12 @@ fn a_group_that_is_told_to_stop_finishes_what_runs_and_a_second_time_ends_at_onc
     let mut server = Server::start(&GROUP);
     let workers = server.workers();
     let pid = server.pid();
-    let got = load(&server, 100, || signal("TERM", pid));
+    let got = load(&server, 100, || {
+        signal("TERM", pid);
+        wait_until("not ready at once", Duration::from_millis(200), || {
+            !server.get("/readyz").is_ok_and(|(status, _)| status == 200)
+        });
+    });
     assert_eq!(got, expected);
     assert_eq!(server.wait().code(), Some(0), "an orderly end");
     let gone =

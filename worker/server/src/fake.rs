@@ -2,7 +2,8 @@
 //! cost model says. It lets everything above the engine be tested at any scale without weights.
 //!
 //! It keeps no KV and does not check block ownership (the simulator's worker does). As a rank of a group it
-//! follows its shard's sections and talks to no other rank. Invariant: a token depends on (seed, choice,
+//! follows its shard's sections and talks to no other rank. For tests of requests that kill workers there can
+//! be a poison: a token that ends the process some way behind it. Invariant: a token depends on (seed, choice,
 //! position) alone, so batches, chunks, meshes and restarts cannot change it.
 
 use crate::{Stepper, WorkerFault};
@@ -25,16 +26,31 @@ pub struct FakeCost {
     pub per_prefill: Duration,
 }
 
+/// Tokens that stand behind a poison when it strikes.
+const POISON_AFTER: u32 = 8;
+
+/// Exit code of a poisoned process.
+const POISONED: i32 = 86;
+
 /// The fake engine.
 #[derive(Debug)]
 pub struct Fake {
     cost: FakeCost,
+    /// The prompt token that ends this process.
+    poison: Option<TokenId>,
     vocab: u32,
     seat: Seat,
-    uploads: BTreeMap<RequestId, u32>,
+    uploads: BTreeMap<RequestId, Uploaded>,
     slots: BTreeMap<SlotId, Slot>,
     /// The step that was enqueued last, which takes its time there.
     done: Option<Outcome>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Uploaded {
+    tokens: u32,
+    /// How many tokens are known when the process ends of it.
+    fatal: Option<u32>,
 }
 
 #[derive(Debug)]
@@ -46,13 +62,22 @@ struct Slot {
     known: u32,
     computed: u32,
     decoding: bool,
+    fatal: Option<u32>,
 }
 
 impl Fake {
     /// A fake that draws from `vocab` tokens, one rank of a mesh.
     #[must_use]
     pub fn new(vocab: u32, cost: FakeCost, seat: Seat) -> Self {
-        Self { cost, vocab, seat, uploads: BTreeMap::new(), slots: BTreeMap::new(), done: None }
+        let (uploads, slots) = (BTreeMap::new(), BTreeMap::new());
+        Self { cost, poison: None, vocab, seat, uploads, slots, done: None }
+    }
+
+    /// The same with a poison: the process ends in the step that runs a request in which so many tokens
+    /// ([`POISON_AFTER`]) stand behind this one.
+    #[must_use]
+    pub fn with_poison(self, poison: Option<TokenId>) -> Self {
+        Self { poison, ..self }
     }
 
     fn apply(&mut self, section: &Section) -> Result<(), WorkerFault> {
@@ -60,7 +85,7 @@ impl Fake {
             match op {
                 SlotOp::Admit(admit) => {
                     let uploaded = self.uploads.remove(&admit.request);
-                    if uploaded != Some(admit.known.0) {
+                    if uploaded.map(|uploaded| uploaded.tokens) != Some(admit.known.0) {
                         return Err(WorkerFault(format!(
                             "request {} admitted with {} tokens, {uploaded:?} uploaded",
                             admit.request, admit.known
@@ -74,6 +99,7 @@ impl Fake {
                         known: admit.known.0,
                         computed: admit.cached.0,
                         decoding: false,
+                        fatal: uploaded.and_then(|uploaded| uploaded.fatal),
                     };
                     self.slots.insert(admit.slot.slot, slot);
                 }
@@ -143,15 +169,20 @@ impl Stepper for Fake {
             .map_err(|_| WorkerFault("an upload of more than 2^32 tokens".into()))?;
         let held = self.uploads.entry(upload.request).or_default();
         if upload.offset.0 == 0 {
-            *held = 0;
+            *held = Uploaded::default();
         }
-        if *held != upload.offset.0 {
+        if held.tokens != upload.offset.0 {
             return Err(WorkerFault(format!(
-                "request {}: upload at {} after {held} tokens",
-                upload.request, upload.offset
+                "request {}: upload at {} after {} tokens",
+                upload.request, upload.offset, held.tokens
             )));
         }
-        *held += count;
+        if let Some(poison) = self.poison
+            && let Some(at) = (held.tokens..).zip(upload.tokens.iter()).find(|it| *it.1 == poison)
+        {
+            held.fatal.get_or_insert(at.0 + POISON_AFTER);
+        }
+        held.tokens += count;
         Ok(())
     }
 
@@ -218,6 +249,11 @@ impl Fake {
         if plan.shard_tokens.get(self.seat.shard().index()) != Some(&Tokens(tokens)) {
             return Err(WorkerFault(format!("{tokens} tokens run, not those announced")));
         }
+        if let Some(own) = self.poisoned(section, &decoding) {
+            let all: u32 = plan.shard_tokens.iter().map(|tokens| tokens.0).sum();
+            tracing::error!(step = plan.seq.0, beside = all - own, "poisoned");
+            std::process::exit(POISONED);
+        }
         let cost = self.cost.base
             + self.cost.per_decode * (tokens - prefill_tokens)
             + self.cost.per_prefill * prefill_tokens;
@@ -237,6 +273,16 @@ impl Fake {
             },
             digest: plan.seq.0,
         })
+    }
+}
+
+impl Fake {
+    /// The tokens that a request has in this step whose poison strikes.
+    fn poisoned(&self, section: &Section, decoding: &[SlotId]) -> Option<u32> {
+        let runs = section.prefill.iter().map(|run| (run.slot, run.tokens.0));
+        let mut runs = runs.chain(decoding.iter().map(|slot| (*slot, 1)));
+        let struck = |slot: &Slot| slot.fatal.is_some_and(|fatal| slot.known > fatal);
+        runs.find(|(slot, _)| self.slots.get(slot).is_some_and(struck)).map(|(_, tokens)| tokens)
     }
 }
 

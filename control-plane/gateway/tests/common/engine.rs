@@ -104,6 +104,10 @@ impl Engine for FakeEngine {
         if let Some(error) = &self.refuse {
             return Err(error.clone());
         }
+        let state = self.readiness();
+        if state != Readiness::Ready {
+            return Err(SubmitError::NotReady(state));
+        }
         let count = {
             let mut requests = self.requests.lock().unwrap();
             requests.push(request.clone());

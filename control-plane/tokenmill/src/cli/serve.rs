@@ -114,7 +114,8 @@ pub(crate) struct ServeArgs {
     /// Seconds a step may take before its worker is killed and restarted.
     #[arg(long, default_value_t = 120, help_heading = "Workers")]
     pub(crate) step_timeout: u64,
-    /// Replace the engine by one without a model, for tests: BASE_US,DECODE_US,PREFILL_NS.
+    /// Replace the engine by one without a model, for tests: BASE_US,DECODE_US,PREFILL_NS, and
+    /// after one more comma the milliseconds that it takes to load.
     #[arg(long, hide = true, value_delimiter = ',', num_args = 1)]
     pub(crate) fake_engine: Option<Vec<u64>>,
     /// Make a launch of the first worker's steps fail, for tests: which one, from 1 on. CUDA only.
@@ -124,6 +125,16 @@ pub(crate) struct ServeArgs {
     /// RANK,STEP,mute or deaf,MILLISECONDS.
     #[arg(long, hide = true)]
     pub(crate) plant_fault: Option<PlantedArg>,
+    /// Let workers without a model end when a request runs that has this token in its prompt, eight
+    /// tokens behind it, for tests.
+    #[arg(long, hide = true)]
+    pub(crate) poison_token: Option<u32>,
+    /// Dial workers at their socket's path with this behind it, for tests that put something between.
+    #[arg(long, hide = true)]
+    pub(crate) dial_suffix: Option<String>,
+    /// Milliseconds after which a client is given up that reads nothing, for tests.
+    #[arg(long, hide = true)]
+    pub(crate) write_stall_ms: Option<u64>,
     /// Let the scheduler's thread panic when it has planned this step, for tests.
     #[arg(long, hide = true)]
     pub(crate) panic_at_step: Option<u64>,

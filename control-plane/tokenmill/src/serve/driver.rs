@@ -36,8 +36,8 @@ pub(crate) enum Message {
     GroupUp(Vec<UnboundedSender<ToWorker>>),
     /// What a rank said.
     Worker(Rank, ToScheduler),
-    /// The group ended, and why.
-    GroupDown(String),
+    /// The group ended.
+    GroupDown,
     /// The server is stopping.
     Drain,
     /// Somebody wants to read the journal.
@@ -165,10 +165,10 @@ impl Driver {
             Message::Abort(request) => Event::Abort(request),
             Message::Stop(request, keep) => Event::Stop { request, keep },
             Message::GroupUp(sessions) => return self.life.begin(sessions),
-            Message::GroupDown(reason) => {
+            Message::GroupDown => {
                 self.metrics.worker_restarts.inc();
                 self.plans.clear();
-                match self.life.end(&reason) {
+                match self.life.end() {
                     Some(incarnation) => Event::WorkerLost(incarnation),
                     None => return,
                 }

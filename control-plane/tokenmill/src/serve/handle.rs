@@ -46,8 +46,9 @@ impl Handle {
 impl engine::Engine for Handle {
     fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
         match self.progress.readiness() {
-            // A restart is short and requests may wait for it; so may a stall end.
-            Readiness::Ready | Readiness::Restarting | Readiness::Stalled => {}
+            // A stall may end.
+            Readiness::Ready | Readiness::Stalled => {}
+            Readiness::Restarting { .. } if self.progress.is_worth_waiting_for() => {}
             not_ready => return Err(SubmitError::NotReady(not_ready)),
         }
         // Whom a full queue turns away is the scheduler's choice; here only those are bounded of whom

@@ -6,12 +6,13 @@
 //! handed on that a rank disagrees about, nor anything after it; readiness means that steps end while
 //! there is work.
 
+use super::absence::Absence;
 use super::offers::{Offers, agree};
 use super::startup::Startup;
 use ids::{Bytes, Incarnation, Rank, ShardId, Tokens};
 use scheduler::{Divergence, Event, Join, Joined, WorkerReady};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use step::{Configure, Digest, Mesh, Outcome, ToScheduler, ToWorker};
 use tokio::sync::mpsc::{Sender, UnboundedSender};
@@ -229,9 +230,9 @@ impl Life {
     }
 
     /// The sessions ended; the incarnation that was lost, if it had begun to work.
-    pub(crate) fn end(&mut self, reason: &str) -> Option<Incarnation> {
+    pub(crate) fn end(&mut self) -> Option<Incarnation> {
         self.sessions.clear();
-        self.progress.restarting(reason);
+        self.progress.lost();
         std::mem::take(&mut self.ready).then_some(self.incarnation)
     }
 }
@@ -252,6 +253,7 @@ fn send<'a>(sessions: impl Iterator<Item = &'a UnboundedSender<ToWorker>>, comma
 #[derive(Debug)]
 pub(crate) struct Progress {
     phase: Mutex<Phase>,
+    absence: Mutex<Absence>,
     origin: Instant,
     /// Of the newest ended step or the newest start of work, in ns since `origin`.
     moved: AtomicU64,
@@ -267,15 +269,17 @@ pub(crate) struct Progress {
 enum Phase {
     Loading(u8),
     Ready,
-    Restarting,
+    Lost,
     Draining,
 }
 
 impl Progress {
     pub(crate) fn new(patience: Duration) -> Self {
+        let origin = Instant::now();
         Self {
             phase: Mutex::new(Phase::Loading(0)),
-            origin: Instant::now(),
+            absence: Mutex::new(Absence::new(origin)),
+            origin,
             moved: AtomicU64::new(0),
             working: AtomicBool::new(false),
             knocking: AtomicU32::new(0),
@@ -298,11 +302,27 @@ impl Progress {
 
     fn ready(&self) {
         self.step_ended();
+        self.absence().serves(Instant::now());
         self.set(Phase::Ready);
     }
 
-    fn restarting(&self, _reason: &str) {
-        self.set(Phase::Restarting);
+    fn lost(&self) {
+        self.absence().lost(Instant::now());
+        self.set(Phase::Lost);
+    }
+
+    fn absence(&self) -> MutexGuard<'_, Absence> {
+        self.absence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A group is started after this pause.
+    pub(crate) fn starts_in(&self, pause: Duration) {
+        self.absence().begins(Instant::now() + pause);
+    }
+
+    /// Whether a new request may wait for a group that is gone: not where that takes long.
+    pub(crate) fn is_worth_waiting_for(&self) -> bool {
+        self.absence().outlook(Instant::now()).is_some_and(|outlook| !outlook.long)
     }
 
     pub(crate) fn drain(&self) {
@@ -343,11 +363,15 @@ impl Progress {
     /// Whether requests make progress.
     pub(crate) fn readiness(&self) -> gateway::engine::Readiness {
         let phase = self.phase.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        match phase {
-            Phase::Loading(percent) => gateway::engine::Readiness::Loading { percent },
-            Phase::Restarting => gateway::engine::Readiness::Restarting,
-            Phase::Draining => gateway::engine::Readiness::Draining,
-            Phase::Ready => {
+        let outlook = self.absence().outlook(Instant::now());
+        match (phase, outlook) {
+            (Phase::Draining, _) => gateway::engine::Readiness::Draining,
+            // Also while the next one loads.
+            (_, Some(outlook)) => gateway::engine::Readiness::Restarting { left: outlook.left },
+            (Phase::Loading(percent), None) => gateway::engine::Readiness::Loading { percent },
+            // The first one is gone before it served; the server is about to end.
+            (Phase::Lost, None) => gateway::engine::Readiness::Loading { percent: 0 },
+            (Phase::Ready, None) => {
                 let moved = Duration::from_nanos(self.moved.load(Ordering::Relaxed));
                 let still = self.origin.elapsed().saturating_sub(moved);
                 if self.working.load(Ordering::Relaxed) && still > self.patience {
@@ -389,6 +413,16 @@ mod tests {
         progress.working(false);
         std::thread::sleep(Duration::from_millis(50));
         assert_eq!(progress.readiness(), gateway::engine::Readiness::Ready, "idle is no stall");
+        progress.lost();
+        progress.loading(Bytes(1), Bytes(2));
+        let gone = progress.readiness();
+        assert!(matches!(gone, gateway::engine::Readiness::Restarting { .. }), "{gone:?}");
+        assert!(progress.is_worth_waiting_for(), "it started in no time");
+        progress.starts_in(crate::serve::absence::PATIENCE + Duration::from_secs(1));
+        assert!(!progress.is_worth_waiting_for(), "but is to pause for long");
+        progress.ready();
+        assert_eq!(progress.readiness(), gateway::engine::Readiness::Ready);
+        assert!(!progress.is_worth_waiting_for(), "it is there");
         progress.drain();
         progress.ready();
         assert_eq!(progress.readiness(), gateway::engine::Readiness::Draining, "a drain is final");

@@ -50,12 +50,13 @@ impl Member {
         Ok(Self { rank, socket: socket.to_owned(), child })
     }
 
-    /// Opens the session; what the rank says goes to `replies`.
+    /// Opens the session at the socket's path with `suffix` behind it; what the rank says goes to `replies`.
     pub(crate) async fn open(
         &mut self,
+        suffix: &str,
         replies: UnboundedSender<Reply>,
     ) -> Result<UnboundedSender<ToWorker>, String> {
-        let wire::Session { commands, replies: mut said } = self.connect().await?;
+        let wire::Session { commands, replies: mut said } = self.connect(suffix).await?;
         let rank = self.rank;
         tokio::spawn(async move {
             let mut end = None;
@@ -74,10 +75,18 @@ impl Member {
         Ok(commands)
     }
 
-    async fn connect(&mut self) -> Result<wire::Session, String> {
+    async fn connect(&mut self, suffix: &str) -> Result<wire::Session, String> {
+        let mut address = self.socket.clone().into_os_string();
+        address.push(suffix);
+        let address = PathBuf::from(address);
         let deadline = Instant::now() + LISTEN_DEADLINE;
         loop {
-            match wire::connect(&self.socket).await {
+            // One that accepts and says nothing is as good as one that does not listen.
+            let opening = tokio::time::timeout_at(deadline.into(), wire::connect(&address));
+            let Ok(opened) = opening.await else {
+                return Err(format!("no session was opened within {LISTEN_DEADLINE:?}"));
+            };
+            match opened {
                 Ok(session) => return Ok(session),
                 Err(refused @ wire::ConnectError::Refused(_)) => return Err(refused.to_string()),
                 Err(wire::ConnectError::Unreachable { .. }) if Instant::now() < deadline => {}

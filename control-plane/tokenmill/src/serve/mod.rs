@@ -4,6 +4,7 @@
 //! gateway, and ends them in order. Invariant: nothing is allocated or started before the memory
 //! plan was printed and fits.
 
+mod absence;
 mod bundled;
 pub(crate) mod device;
 mod driver;
@@ -189,7 +190,7 @@ fn start_engine(
         .context("start the scheduler's thread")?;
     let handle = Handle {
         inbox: inbox.clone(),
-        progress,
+        progress: Arc::clone(&progress),
         hash_key,
         limits: Limits { vocab: settings.vocab, max_context: settings.max_context },
         max_queued: (settings.args.max_queued_requests, settings.args.max_queued_tokens.into()),
@@ -201,7 +202,9 @@ fn start_engine(
         mesh: settings.mesh,
         config: settings.worker(),
         program: std::env::current_exe().context("find this program")?,
+        dial_suffix: settings.args.dial_suffix.clone().unwrap_or_default(),
         inbox: inbox.clone(),
+        progress,
         startup: Arc::clone(&startup),
         kill,
         stop,
@@ -231,9 +234,11 @@ fn app(
         root: settings.dir.as_ref().map_or("fake".into(), |dir| dir.path.display().to_string()),
         created,
     };
+    let own = GatewayLimits::default();
     let limits = GatewayLimits {
         drain: Duration::from_secs(settings.args.shutdown_timeout),
-        ..GatewayLimits::default()
+        write_stall: settings.args.write_stall_ms.map_or(own.write_stall, Duration::from_millis),
+        ..own
     };
     // Without a configured seed nobody shall foresee one.
     let seed = match settings.args.seed {

@@ -185,7 +185,13 @@ impl Settings {
             (fake, _, _) => {
                 let cost = fake.as_deref().unwrap_or(&[0, 0, 0]);
                 let at = |i: usize| cost.get(i).copied().unwrap_or(0);
-                EngineConfig::Fake { base_us: at(0), decode_us: at(1), prefill_ns: at(2) }
+                EngineConfig::Fake {
+                    base_us: at(0),
+                    decode_us: at(1),
+                    prefill_ns: at(2),
+                    start_ms: at(3),
+                    poison: self.args.poison_token,
+                }
             }
         };
         let Mesh { dp, tp, expert_parallel } = self.mesh;

@@ -6,6 +6,7 @@
 //! an earlier life beside one of a later; children die with this process (they watch their standard input).
 
 use super::driver::{Inbox, Message};
+use super::life::Progress;
 use super::member::{Member, Reply};
 use super::startup::Startup;
 use super::worker_config::WorkerConfig;
@@ -39,8 +40,12 @@ pub(crate) struct Supervisor {
     pub(crate) config: WorkerConfig,
     /// The program to start; this one, outside of tests.
     pub(crate) program: PathBuf,
+    /// What stands behind a socket's path where workers are dialled; nothing, outside of tests.
+    pub(crate) dial_suffix: String,
     /// Where the scheduler's thread listens.
     pub(crate) inbox: Inbox,
+    /// Hears when groups are started.
+    pub(crate) progress: Arc<Progress>,
     /// Hears how long workers took to listen.
     pub(crate) startup: Arc<Startup>,
     /// Requests to kill the present group (a step past its deadline, ranks that disagree), and why.
@@ -102,6 +107,7 @@ impl Supervisor {
             } else {
                 (backoff * 2).min(BACKOFF_MAX)
             };
+            self.progress.starts_in(backoff);
             tokio::select! {
                 () = tokio::time::sleep(backoff) => {}
                 _ = self.stop.wait_for(|stop| *stop) => return Ok(()),
@@ -122,7 +128,7 @@ impl Supervisor {
         let (replies_in, mut replies) = mpsc::unbounded_channel();
         let mut sessions = Vec::new();
         for member in &mut members {
-            match member.open(replies_in.clone()).await {
+            match member.open(&self.dial_suffix, replies_in.clone()).await {
                 Ok(commands) => sessions.push(commands),
                 Err(reason) => {
                     let reason = self.of_rank(member.rank, &reason);
@@ -179,7 +185,7 @@ impl Supervisor {
                 self.account(first, &said, &statuses)
             }
         };
-        self.inbox.send(Message::GroupDown(reason.clone()));
+        self.inbox.send(Message::GroupDown);
         Ok(End::Died { was_ready, reason })
     }
 

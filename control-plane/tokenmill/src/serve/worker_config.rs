@@ -87,6 +87,10 @@ pub(crate) enum EngineConfig {
         decode_us: u64,
         /// Nanoseconds per prompt token.
         prefill_ns: u64,
+        /// Milliseconds until it is loaded.
+        start_ms: u64,
+        /// The prompt token that ends its process.
+        poison: Option<u32>,
     },
 }
 

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses its part of this module")]
 
+pub(crate) mod between;
+
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -59,9 +61,17 @@ impl Server {
 
     /// The same, with what it logs.
     pub(crate) fn start_logged(args: &[&str]) -> (Self, Arc<Mutex<String>>) {
+        Self::start_logged_in(&[], args)
+    }
+
+    /// The same with variables of the environment.
+    pub(crate) fn start_logged_in(
+        environment: &[(&str, &str)],
+        args: &[&str],
+    ) -> (Self, Arc<Mutex<String>>) {
         let mut command = Command::new(program());
         command.stderr(Stdio::piped());
-        let mut server = Self::start_as(command, &[], args);
+        let mut server = Self::start_as(command, environment, args);
         let log = Arc::new(Mutex::new(String::new()));
         let (stderr, into) = (server.child.stderr.take().expect("piped"), Arc::clone(&log));
         std::thread::spawn(move || {
@@ -75,7 +85,18 @@ impl Server {
         (server, log)
     }
 
-    fn start_as(mut command: Command, environment: &[(&str, &str)], args: &[&str]) -> Self {
+    fn start_as(command: Command, environment: &[(&str, &str)], args: &[&str]) -> Self {
+        let server = Self::launch(command, environment, args);
+        server.wait_ready(READY);
+        server
+    }
+
+    /// Starts it without waiting until it is ready.
+    pub(crate) fn begin(args: &[&str]) -> Self {
+        Self::launch(Command::new(program()), &[], args)
+    }
+
+    fn launch(mut command: Command, environment: &[(&str, &str)], args: &[&str]) -> Self {
         let device = test_device().filter(|_| !args.contains(&"--fake-engine"));
         let mut child = command
             .arg("serve")
@@ -104,9 +125,7 @@ impl Server {
             let _ = child.kill();
             panic!("serve {args:?} printed no address (status {:?})", child.wait());
         };
-        let server = Self { child, url };
-        server.wait_ready(READY);
-        server
+        Self { child, url }
     }
 
     /// Waits until `/readyz` answers 200.
@@ -147,6 +166,23 @@ impl Server {
             .json(body);
         let response = request.send().expect("the server answers");
         (response.status().as_u16(), response.json().expect("JSON"))
+    }
+
+    /// POST of JSON: status, `Retry-After` in seconds, and the error of the body, if it is the envelope.
+    pub(crate) fn told(&self, path: &str, body: &Value) -> (u16, Option<u64>, Value) {
+        let sent = client().post(format!("{}{path}", self.url)).json(body).send();
+        let reply = sent.expect("the server answers");
+        let status = reply.status().as_u16();
+        let after = reply.headers().get("retry-after");
+        let after = after.and_then(|value| value.to_str().ok()?.parse().ok());
+        let text = reply.text().expect("a whole body");
+        let body: Value = serde_json::from_str(&text).unwrap_or_default();
+        if status >= 400 {
+            let keys = body["error"].as_object().map(|error| error.keys().cloned().collect());
+            let envelope = ["message", "type", "param", "code"].map(str::to_owned).to_vec();
+            assert_eq!(keys, Some(envelope), "{status}: {text}");
+        }
+        (status, after, body["error"].clone())
     }
 
     /// POST that must succeed.
