@@ -406,7 +406,7 @@ fn a_group_that_is_told_to_stop_finishes_what_runs_and_a_second_time_ends_at_onc
         wait_until("not ready at once", Duration::from_millis(200), || {
             !server.get("/readyz").is_ok_and(|(status, _)| status == 200)
         });
-        assert!(told.elapsed() < Duration::from_millis(400), "{:?}", told.elapsed());
+        assert!(told.elapsed() < Duration::from_millis(200), "{:?}", told.elapsed());
     });
     assert_eq!(got, expected);
     assert_eq!(server.wait().code(), Some(0), "an orderly end");
