@@ -6,6 +6,7 @@
 
 use crate::event::WorkerReady;
 use crate::job::Rank;
+use crate::report::Gauges;
 use crate::slab::Key;
 use crate::slots::Slots;
 use crate::tables::Tables;
@@ -92,6 +93,17 @@ impl Life {
                 self.draining.pop_front();
             }
             self.slice -= released;
+        }
+    }
+
+    /// Puts the copies that minting and purging brought about behind the operations of the next plan, in
+    /// front of any that names a block minted since.
+    pub(crate) fn copy_first(&mut self, counters: &mut Gauges) {
+        let known = self.ops.len();
+        self.cache.take_copies(&mut self.ops);
+        for copy in &self.ops[known..] {
+            counters.host_stores += u64::from(matches!(copy, SlotOp::Store { .. }));
+            counters.host_loads += u64::from(matches!(copy, SlotOp::Load { .. }));
         }
     }
 

@@ -330,7 +330,8 @@ impl World {
         Ok(())
     }
 
-    /// Counts the step when at least 95 % of the cache's blocks hold something, where a super-block
+    /// Counts the step as one with a full tier when every place of it is taken, and as one with a full
+    /// cache when at least 95 % of the cache's blocks hold something, where a super-block
     /// of no group counts as empty and one of a group by its free blocks.
     fn count_full(&mut self) {
         let Some(cache) = self.scheduler.cache() else { return };
@@ -340,6 +341,9 @@ impl World {
         };
         let used: f64 = self.scenario.carving.per_super.iter().enumerate().map(used).sum();
         self.figures.full_cache_steps += u64::from(used >= 0.95 * f64::from(cache.supers()));
+        let (held, room) = cache.behind();
+        self.figures.tiered_steps += u64::from(!room.is_zero());
+        self.figures.full_tier_steps += u64::from(!room.is_zero() && held == room);
     }
 
     /// Nothing can happen any more: nobody may be left, and nothing may be held.
