@@ -87,6 +87,15 @@ fn no_storm_breaks_an_invariant_where_tenants_share() {
     assert!(sum.full_cache_steps * 5 > sum.steps, "the cache is hardly ever full");
 }
 
+/// A turn in which one is let in, gives way to one before it that there is no room for in the end, and no
+/// step comes of it: its tokens must reach the next admission.
+#[test]
+fn one_let_in_and_put_back_in_a_turn_without_a_step_is_let_in_again() {
+    let storm = Scenario::storm(7, 3000, 1, Model::Mixed).expect("carves").shared();
+    let figures = World::new(storm).expect("consistent").run();
+    figures.unwrap_or_else(|violation| panic!("{violation}"));
+}
+
 #[test]
 fn a_seed_is_a_run() {
     for depth in 0..=2 {

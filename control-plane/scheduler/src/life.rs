@@ -107,6 +107,29 @@ impl Life {
         }
     }
 
+    /// Takes back the admissions that no plan will carry: whoever was let in gave way to one for whom there
+    /// was no room in the end. Their tokens are sent anew, before the next plan, in which an admission of
+    /// before would use them up.
+    pub(crate) fn withdraw_admissions(&mut self) {
+        let mut unsent = Vec::new();
+        self.ops.retain(|op| match op {
+            SlotOp::Admit(admit) => {
+                unsent.push(admit.slot.slot);
+                false
+            }
+            SlotOp::Extend { slot, .. } | SlotOp::Trim { slot, .. } => !unsent.contains(slot),
+            SlotOp::Retire { slot } => match unsent.iter().position(|admitted| admitted == slot) {
+                Some(at) => {
+                    unsent.swap_remove(at);
+                    false
+                }
+                None => true,
+            },
+            SlotOp::Store { .. } | SlotOp::Load { .. } => true,
+        });
+        debug_assert!(unsent.is_empty(), "whoever has a seat runs in a step");
+    }
+
     /// Blocks that become mintable without anything being taken from anyone.
     pub(crate) fn arriving(&self, group: GroupId) -> Blocks {
         let draining: Blocks = self.draining.iter().map(|tables| tables.held(group)).sum();

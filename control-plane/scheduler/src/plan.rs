@@ -71,6 +71,7 @@ impl Scheduler {
             }
         }
         if draft.is_idle() {
+            life.withdraw_admissions();
             return None;
         }
         Some(self.launch(life, draft, now))
