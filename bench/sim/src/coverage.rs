@@ -5,9 +5,10 @@
 //! cannot meet one. Invariant: an event in a refused cell changes nothing, which the comparison
 //! with the model holds; one in an impossible cell is an error.
 
-use crate::naive::{Naive, Phase};
+use crate::naive::{Group, Naive, Phase};
 use ids::{RequestId, Timestamp};
-use scheduler::Event;
+use scheduler::{Event, Joined, Unfit};
+use step::Outcome;
 
 /// What meets a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,7 +117,7 @@ impl Coverage {
     ///
     /// # Errors
     /// When it meets what it cannot.
-    pub fn event(&mut self, model: &Naive, now: Timestamp, event: &Event) -> Result<(), String> {
+    pub fn event(&mut self, model: &Group, now: Timestamp, event: &Event) -> Result<(), String> {
         self.late(model, now)?;
         let phase = |request: &RequestId| model.phase(*request);
         match event {
@@ -124,43 +125,70 @@ impl Coverage {
             Event::Abort(request) => self.note(Meeting::Abort, phase(request)),
             Event::Stop { request, .. } => self.note(Meeting::Stop, phase(request)),
             Event::ForcePreempt(request) => self.note(Meeting::Preempt, phase(request)),
-            Event::Outcome(outcome) => match model.judge(outcome) {
-                Ok(()) => {
-                    for request in model.in_oldest_step() {
-                        self.note(Meeting::Outcome, phase(&request))?;
-                    }
-                    for sampled in outcome.sampled.iter().filter(|s| s.fault.is_some()) {
-                        let (slot, generation) = (sampled.slot, sampled.generation);
-                        let who = model.sampler(step::SlotRef { slot, generation });
-                        if who.as_ref().map(phase) == Some(Phase::Decoding) {
-                            self.note(Meeting::Fault, Phase::Decoding)?;
-                        }
-                    }
-                    Ok(())
-                }
-                Err(scheduler::Unfit::Contradiction) => self.all(model, Meeting::Contradiction),
-                Err(_) => Ok(()),
-            },
-            Event::WorkerReady(_) => self.all(model, Meeting::Ready),
-            Event::WorkerLost(_) if model.alive() => self.all(model, Meeting::Lost),
-            Event::Wakeup if model.overdue(now) => self.all(model, Meeting::Overdue),
-            Event::WorkerLost(_) | Event::Wakeup => Ok(()),
+            Event::WorkerReady(_) => self.all(model, Meeting::Ready, |_| true),
+            Event::WorkerLost(_) => self.all(model, Meeting::Lost, Naive::alive),
+            Event::Wakeup => self.all(model, Meeting::Overdue, |_| model.overdue(now)),
+            Event::Outcome(_) => Err("an outcome that was not joined".into()),
         }
+    }
+
+    /// Notes what the result of a step is about to meet.
+    ///
+    /// # Errors
+    /// When it meets what it cannot.
+    pub fn joined(&mut self, model: &Group, now: Timestamp, joined: &Joined) -> Result<(), String> {
+        self.late(model, now)?;
+        match model.parts(joined) {
+            Ok(parts) => {
+                for (shard, part) in model.shards().iter().zip(&parts) {
+                    part.iter().try_for_each(|outcome| self.outcome(shard, outcome))?;
+                }
+                Ok(())
+            }
+            Err(Unfit::Contradiction) => self.all(model, Meeting::Contradiction, |_| true),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn outcome(&mut self, model: &Naive, outcome: &Outcome) -> Result<(), String> {
+        for request in model.in_oldest_step() {
+            self.note(Meeting::Outcome, model.phase(request))?;
+        }
+        for sampled in outcome.sampled.iter().filter(|s| s.fault.is_some()) {
+            let (slot, generation) = (sampled.slot, sampled.generation);
+            let who = model.sampler(step::SlotRef { slot, generation });
+            if who.map(|request| model.phase(request)) == Some(Phase::Decoding) {
+                self.note(Meeting::Fault, Phase::Decoding)?;
+            }
+        }
+        Ok(())
     }
 
     /// Notes the deadlines that have come.
     ///
     /// # Errors
     /// When one meets what it cannot.
-    pub fn late(&mut self, model: &Naive, now: Timestamp) -> Result<(), String> {
-        for request in model.late(now) {
-            self.note(Meeting::Expire, model.phase(request))?;
+    pub fn late(&mut self, model: &Group, now: Timestamp) -> Result<(), String> {
+        for shard in model.shards() {
+            for request in shard.late(now) {
+                self.note(Meeting::Expire, shard.phase(request))?;
+            }
         }
         Ok(())
     }
 
-    /// What meets the worker meets everybody.
-    fn all(&mut self, model: &Naive, meeting: Meeting) -> Result<(), String> {
+    /// What meets the worker meets everybody in the shards that it meets.
+    fn all(
+        &mut self,
+        model: &Group,
+        meeting: Meeting,
+        meets: impl Fn(&Naive) -> bool,
+    ) -> Result<(), String> {
+        let mut met = model.shards().iter().filter(|shard| meets(shard));
+        met.try_for_each(|shard| self.shard(shard, meeting))
+    }
+
+    fn shard(&mut self, model: &Naive, meeting: Meeting) -> Result<(), String> {
         for phase in Phase::ALL {
             for _ in model.in_phase(phase) {
                 self.note(meeting, phase)?;

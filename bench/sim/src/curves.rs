@@ -292,7 +292,7 @@ pub fn least_urgent(seed: u64, capacity: Capacity, patience: u32) -> Least {
             (2, waited) => {
                 least.requests += 1;
                 least.done += u64::from(end.way == Way::Done);
-                least.full += u64::from(end.way == Way::Full);
+                least.full += u64::from(matches!(end.way, Way::Full | Way::Shed));
                 let waited = waited.unwrap_or_else(|| end.ended.since(end.arrival));
                 let bound = longest_wait(&record, end, patience, capacity);
                 least.over += u64::from(waited > bound);

@@ -30,11 +30,13 @@ pub enum Fault {
     Hung,
     /// The worker dies while the step runs.
     Death,
+    /// A rank vouches for other commands than it was told.
+    Digest,
 }
 
 impl Fault {
     /// Every kind, with the word that reports use.
-    pub const ALL: [(Self, &'static str); 10] = [
+    pub const ALL: [(Self, &'static str); 11] = [
         (Self::Late, "late"),
         (Self::Lost, "lost"),
         (Self::Repeated, "repeated"),
@@ -45,6 +47,7 @@ impl Fault {
         (Self::Sample, "sample"),
         (Self::Hung, "hung"),
         (Self::Death, "death"),
+        (Self::Digest, "wrong digest"),
     ];
 }
 
@@ -52,11 +55,16 @@ impl Fault {
 pub const ENDS: [&str; 6] =
     ["naturally", "by stop string", "aborted", "by deadline", "by deaths", "by fault"];
 
+/// What decided about a placement, in the order of [`Figures::placements`].
+pub const PLACED: [&str; 3] = ["prefix", "load", "load over prefix"];
+
 /// What a run, or several, did.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Figures {
     /// Runs added up.
     pub runs: u64,
+    /// Of them, with several shards.
+    pub several: u64,
     /// Events handled.
     pub events: u64,
     /// Virtual time at the end; of several runs the sum.
@@ -85,6 +93,14 @@ pub struct Figures {
     pub wire_bytes: u64,
     /// What went wrong, by [`Fault`].
     pub faults: [u64; Fault::ALL.len()],
+    /// Requests put into one of several shards, by [`scheduler::Why`].
+    pub placements: [u64; 3],
+    /// Times that a shard stood still in a step of others.
+    pub still: u64,
+    /// Lives that ended because their ranks did not agree.
+    pub divergences: u64,
+    /// Ended requests whose latency the journal explained.
+    pub explained: u64,
     /// Longest time from submission to first admission.
     pub longest_wait: Duration,
     /// The scheduler's own figures at the end.
@@ -102,6 +118,11 @@ impl Figures {
             sums.iter_mut().zip(more).for_each(|(sum, n)| *sum += n);
         }
         self.runs += other.runs;
+        self.several += other.several;
+        self.still += other.still;
+        self.divergences += other.divergences;
+        self.explained += other.explained;
+        each(&mut self.placements, &other.placements);
         self.events += other.events;
         self.time = Timestamp(self.time.0 + other.time.0);
         self.sessions += other.sessions;
@@ -149,7 +170,8 @@ impl Figures {
              \"tier_loads\":{},\"tier_hit_tokens\":{},\"wire_bytes\":{},\"faults\":{{{}}},\"preemptions\":{},\
              \"worker_deaths\":{},\"purges\":{},\"prefix_hit_tokens\":{},\"prefix_query_tokens\":{},\
              \"dropped_tokens\":{},\"events_refused\":{{{}}},\"rarest_cell\":{},\
-             \"longest_wait_s\":{:.1}",
+             \"longest_wait_s\":{:.1},\"runs_of_several_shards\":{},\"placements\":{{{}}},\
+             \"stood_still\":{},\"divergences\":{},\"explained\":{}",
             self.runs,
             self.events,
             self.time.0 as f64 / 3.6e12,
@@ -177,6 +199,11 @@ impl Figures {
             named(&refusals, &g.refused),
             self.coverage.rarest(),
             self.longest_wait.as_secs_f64(),
+            self.several,
+            named(&PLACED, &self.placements),
+            self.still,
+            self.divergences,
+            self.explained,
         )
     }
 }

@@ -1,31 +1,19 @@
-//! A worker group of several shards and ranks under the shipped [`Shards`] and [`Join`]: a checking worker per
-//! rank, each with a stream of its own, whose answers come in any order.
+//! A worker group of several shards and ranks under the shipped [`Shards`], for tests that tell a story: its
+//! ranks answer in any order.
 //!
 //! Time stands still but for wake-ups; what happens next is the caller's choice. Invariant: what clients are
 //! told is what the oracle says, and every rank has followed every plan.
 
 use crate::client::Client;
+use crate::ranks::Ranks;
 use crate::replica::{full, limits};
-use crate::worker::Worker;
-use ids::{Bytes, Incarnation, Rank, RequestId, ShardId, StepSeq, Timestamp, Tokens};
+use ids::{Bytes, Incarnation, Rank, RequestId, ShardId, Timestamp, Tokens};
 use kv_cache::carve;
 use scheduler::{
-    Config, Divergence, Event, FinishReason, Join, Output, Placement, PlanReport, Shards, Submit,
-    WorkerReady,
+    Config, Divergence, Event, FinishReason, Output, Placement, PlanReport, Shards, Submit,
 };
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
-use step::{Carving, Digest, GroupSpec, Mesh, Outcome, StepPlan, StepTiming, ToWorker};
-
-/// One rank's process.
-#[derive(Debug)]
-struct Member {
-    worker: Worker,
-    told: Digest,
-    /// Plans of its shard that it carried out, which its worker numbers itself.
-    plans: u64,
-    answers: VecDeque<Outcome>,
-}
+use step::{Mesh, Outcome, StepPlan, ToWorker};
 
 /// A group and its clients.
 #[derive(Debug)]
@@ -48,15 +36,9 @@ pub struct Group {
     pub condemned: Vec<Incarnation>,
     /// Tokens that clients were told.
     pub tokens: u64,
-    mesh: Mesh,
-    join: Join,
-    members: Vec<Member>,
-    told: Vec<Digest>,
-    /// Steps of each shard that the schedulers know the result of.
-    retired: Vec<StepSeq>,
-    groups: Vec<GroupSpec>,
-    carving: Carving,
-    incarnation: Incarnation,
+    ranks: Ranks,
+    /// By rank, on their way.
+    answers: Vec<VecDeque<Outcome>>,
     now: Timestamp,
 }
 
@@ -83,14 +65,8 @@ impl Group {
             reports: Vec::new(),
             condemned: Vec::new(),
             tokens: 0,
-            mesh,
-            join: Join::new(mesh),
-            members: Vec::new(),
-            told: Vec::new(),
-            retired: Vec::new(),
-            groups,
-            carving,
-            incarnation: Incarnation(0),
+            ranks: Ranks::new(mesh, &groups, &carving, config.max_running),
+            answers: mesh.ranks().map(|_| VecDeque::new()).collect(),
             now: Timestamp(1_000_000),
         };
         group.begin()?;
@@ -106,20 +82,8 @@ impl Group {
     }
 
     fn begin(&mut self) -> Check {
-        self.incarnation = self.incarnation.next();
-        let slots = self.shards.schedulers()[0].config().max_running;
-        let member = |_| Member {
-            worker: Worker::new(self.incarnation, &self.groups, &self.carving, slots),
-            told: Digest::none(),
-            plans: 0,
-            answers: VecDeque::new(),
-        };
-        self.members = self.mesh.ranks().map(member).collect();
-        self.told = self.mesh.shards().map(|_| Digest::none()).collect();
-        self.retired = self.mesh.shards().map(|_| StepSeq::ZERO).collect();
-        self.join.begin(self.incarnation);
-        let (groups, carving) = (self.groups.clone(), self.carving.clone());
-        let ready = WorkerReady { incarnation: self.incarnation, groups, carving };
+        self.answers.iter_mut().for_each(VecDeque::clear);
+        let ready = self.ranks.begin();
         self.handle(Event::WorkerReady(Box::new(ready)))
     }
 
@@ -128,8 +92,8 @@ impl Group {
     /// # Errors
     /// When what follows is wrong.
     pub fn die(&mut self) -> Check {
-        self.members.clear();
-        self.handle(Event::WorkerLost(self.incarnation))?;
+        self.ranks.end();
+        self.handle(Event::WorkerLost(self.ranks.incarnation))?;
         self.begin()
     }
 
@@ -162,12 +126,6 @@ impl Group {
         self.handle(Event::Abort(request))
     }
 
-    /// Whether a rank has an answer on its way.
-    #[must_use]
-    pub fn has_answer(&self, rank: Rank) -> bool {
-        self.members.get(rank.index()).is_some_and(|member| !member.answers.is_empty())
-    }
-
     /// Lets the oldest answer of a rank arrive, changed by `change`; whether that made a step whole. Ranks
     /// that disagree end the group: that is said, and nothing of the step was told.
     ///
@@ -178,32 +136,23 @@ impl Group {
         rank: Rank,
         change: impl FnOnce(&mut Outcome),
     ) -> Check<Result<bool, Divergence>> {
-        let Some(mut answer) = self.members[rank.index()].answers.pop_front() else {
+        let Some(mut answer) = self.answers[rank.index()].pop_front() else {
             return Ok(Ok(false));
         };
         change(&mut answer);
-        let tokens = self.tokens;
         let mut whole = false;
-        if let Err(divergence) = self.join.heard(rank, answer) {
+        if let Err(divergence) = self.ranks.heard(rank, answer) {
             return Ok(Err(divergence));
         }
         loop {
-            match self.join.whole() {
+            match self.ranks.joined() {
                 Ok(Some(joined)) => {
                     whole = true;
-                    for (retired, outcome) in self.retired.iter_mut().zip(&joined.outcomes) {
-                        if outcome.timing.tokens > 0 {
-                            *retired = retired.next();
-                        }
-                    }
                     self.shards.retire(self.now, joined);
                     self.go_on()?;
                 }
                 Ok(None) => return Ok(Ok(whole)),
-                Err(divergence) if self.tokens == tokens || whole => return Ok(Err(divergence)),
-                Err(divergence) => {
-                    return Err(format!("told before it was compared: {divergence}"));
-                }
+                Err(divergence) => return Ok(Err(divergence)),
             }
         }
     }
@@ -218,7 +167,7 @@ impl Group {
             if self.clients.is_empty() {
                 return self.settle();
             }
-            for rank in self.mesh.ranks() {
+            for rank in self.ranks.mesh.ranks() {
                 self.arrive(rank, |_| ())?.map_err(|divergence| divergence.to_string())?;
             }
             self.now = self.now.after(core::time::Duration::from_millis(10));
@@ -234,24 +183,13 @@ impl Group {
     /// # Errors
     /// When ranks of a shard differ.
     pub fn seated(&self) -> Check<Vec<Vec<RequestId>>> {
-        let of = |rank: Rank| -> Vec<RequestId> {
-            self.members.get(rank.index()).map(|m| m.worker.seated().collect()).unwrap_or_default()
-        };
-        let mut all = Vec::new();
-        for shard in self.mesh.shards() {
-            let seated = of(self.mesh.lead(shard));
-            if self.mesh.members(shard).any(|rank| of(rank) != seated) {
-                return Err(format!("ranks of shard {shard} have other requests"));
-            }
-            all.push(seated);
-        }
-        Ok(all)
+        self.ranks.seated()
     }
 
     fn settle(&mut self) -> Check {
         // What is in flight retires, so that what was released can be counted.
-        while self.mesh.ranks().any(|rank| self.has_answer(rank)) {
-            for rank in self.mesh.ranks() {
+        while self.answers.iter().any(|answers| !answers.is_empty()) {
+            for rank in self.ranks.mesh.ranks() {
                 self.arrive(rank, |_| ())?.map_err(|divergence| divergence.to_string())?;
             }
         }
@@ -276,44 +214,12 @@ impl Group {
     }
 
     fn carry_out(&mut self, plan: StepPlan) -> Check {
-        if plan.sections.len() != self.mesh.dp as usize {
-            return Err("not a section per shard".into());
-        }
-        let most = plan.shard_tokens.iter().max().copied().unwrap_or_default();
-        if plan.bucket < most || most.is_zero() {
-            return Err(format!("bucket {} for {:?}", plan.bucket, plan.shard_tokens));
-        }
         self.steps.push(plan.shard_tokens.clone());
-        let command = ToWorker::Step(Arc::new(plan));
-        self.told.iter_mut().for_each(|told| told.take(&command));
-        let ToWorker::Step(plan) = &command else { return Ok(()) };
-        self.join.sent(plan.seq, &self.told);
-        for (rank, member) in self.mesh.ranks().zip(&mut self.members) {
-            let shard = self.mesh.shard(rank);
-            let (section, tokens) =
-                (&plan.sections[shard.index()], plan.shard_tokens[shard.index()]);
-            member.told.take(&command);
-            let mut outcome = if tokens.is_zero() {
-                member.worker.stand_still(section, self.retired[shard.index()])?;
-                nothing(plan)
-            } else {
-                member.plans += 1;
-                let own = StepPlan {
-                    seq: StepSeq(member.plans),
-                    incarnation: plan.incarnation,
-                    bucket: plan.bucket,
-                    shard_tokens: vec![tokens],
-                    sections: vec![section.clone()],
-                };
-                member.worker.step(&own, self.retired[shard.index()])?
-            };
-            outcome.seq = plan.seq;
-            outcome.digest = member.told.with_sampled(&outcome.sampled);
-            if self.mesh.lead(shard) != rank {
-                outcome.sampled.clear();
-                outcome.prompt_logprobs.clear();
-            }
-            member.answers.push_back(outcome);
+        let (outcomes, plan) = self.ranks.step(plan)?;
+        self.shards.recycle(plan);
+        for (rank, outcome) in self.ranks.mesh.ranks().zip(outcomes) {
+            let answer = self.ranks.answer(rank, outcome);
+            self.answers[rank.index()].push_back(answer);
         }
         Ok(())
     }
@@ -328,28 +234,14 @@ impl Group {
         Ok(())
     }
 
-    fn command(&mut self, shard: ShardId, command: &ToWorker) -> Check {
-        self.told[shard.index()].take(command);
-        for rank in self.mesh.members(shard) {
-            let Some(member) = self.members.get_mut(rank.index()) else { continue };
-            member.told.take(command);
-            match command {
-                ToWorker::Upload(upload) => member.worker.upload(upload)?,
-                ToWorker::Forget(_, request) => member.worker.forget(*request),
-                ToWorker::Configure(_) | ToWorker::Step(_) => {}
-            }
-        }
-        Ok(())
-    }
-
     fn receive(&mut self, shard: ShardId, output: Output) -> Check {
         let client = |group: &mut Self, request| {
             group.clients.remove(&request).ok_or_else(|| format!("{request} had ended"))
         };
         match output {
-            Output::Upload(upload) => self.command(shard, &ToWorker::Upload(upload)),
+            Output::Upload(upload) => self.ranks.command(shard, &ToWorker::Upload(upload)),
             Output::Forget(incarnation, request) => {
-                self.command(shard, &ToWorker::Forget(incarnation, request))
+                self.ranks.command(shard, &ToWorker::Forget(incarnation, request))
             }
             Output::Started { request, cached } => {
                 let mut client = client(self, request)?;
@@ -384,17 +276,5 @@ impl Group {
                 Ok(())
             }
         }
-    }
-}
-
-/// What a rank says of a step in which its shard has no work.
-fn nothing(plan: &StepPlan) -> Outcome {
-    Outcome {
-        seq: plan.seq,
-        incarnation: plan.incarnation,
-        sampled: Vec::new(),
-        prompt_logprobs: Vec::new(),
-        timing: StepTiming::default(),
-        digest: 0,
     }
 }

@@ -1,5 +1,5 @@
-//! The shipped scheduler in a seeded world: virtual time, clients that come, stop and leave, a
-//! worker that follows plans to the letter while it checks every read and write, the protocol's
+//! The shipped schedulers of a group in a seeded world: virtual time, clients that come, stop and leave,
+//! workers that follow plans to the letter while they check every read and write, the protocol's
 //! bytes between them, and a naive model that must say the same.
 //!
 //! Nothing here is used in production. The world has no threads and asks no clock, so a seed is a
@@ -15,6 +15,7 @@ pub mod group;
 pub mod naive;
 pub mod overload;
 pub mod planner_bench;
+pub mod ranks;
 pub mod replica;
 pub mod rng;
 pub mod scenario;

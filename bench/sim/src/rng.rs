@@ -30,6 +30,11 @@ impl Rng {
         self.below(u64::from(n)) as u32
     }
 
+    /// One of so many places; where there is one, nothing is drawn.
+    pub fn below_among(&mut self, n: usize) -> u32 {
+        if n < 2 { 0 } else { self.below_u32(u32::try_from(n).unwrap_or(u32::MAX)) }
+    }
+
     /// True once in `n` times; never when `n` is 0.
     pub fn one_in(&mut self, n: u64) -> bool {
         n != 0 && self.below(n) == 0

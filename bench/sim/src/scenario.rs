@@ -8,7 +8,7 @@ use core::time::Duration;
 use ids::{Bytes, GroupId, HashKey, Tokens};
 use kv_cache::{CarveError, carve};
 use scheduler::Config;
-use step::{Carving, GroupKind, GroupSpec};
+use step::{Carving, GroupKind, GroupSpec, Mesh};
 
 /// A world's parameters. A rate of `n` means one in `n`; 0 is never.
 #[derive(Clone, Debug)]
@@ -25,6 +25,10 @@ pub struct Scenario {
     pub groups: Vec<GroupSpec>,
     /// Their carving.
     pub carving: Carving,
+    /// Shards and ranks.
+    pub mesh: Mesh,
+    /// Whether outcomes are joined as the driver does it; without, whatever comes is handed on as it is.
+    pub joined: bool,
     /// The scheduler's limits.
     pub config: Config,
     /// Longest prompt.
@@ -67,12 +71,14 @@ pub struct Scenario {
     pub hangs: u64,
     /// Steps in which the worker dies.
     pub deaths: u64,
+    /// Outcomes whose digest is wrong.
+    pub digests: u64,
 }
 
 /// In these of so many seeds there is memory behind the cache.
-pub const TIERED: [u64; 2] = [3, 5];
+const TIERED: [u64; 4] = [5, 8, 10, 11];
 /// See [`TIERED`].
-const SEEDS: u64 = 6;
+const SEEDS: u64 = 12;
 
 /// Which groups the model has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,7 +149,7 @@ impl Scenario {
             release_slice: 1 + rng.below_u32(6),
             ..Config::with_key(HashKey::derive("sim", b""))
         };
-        Ok(Self {
+        let storm = Self {
             seed,
             compared: true,
             events,
@@ -176,7 +182,22 @@ impl Scenario {
             sample_faults: 400,
             hangs: 4000,
             deaths: 1200,
-        })
+            digests: 0,
+            mesh: Mesh::SINGLE,
+            joined: false,
+        };
+        Ok(if seed % 6 == 3 || seed % 6 == 5 { storm.grouped(&mut rng) } else { storm })
+    }
+
+    /// The same world with a group of ranks, in which whoever says what it was not asked ends its life.
+    fn grouped(mut self, rng: &mut Rng) -> Self {
+        let shapes = [(2, 1), (2, 2), (3, 1), (4, 1), (1, 2), (3, 2), (2, 1), (4, 2), (1, 1)];
+        let (dp, tp) = shapes[rng.below(shapes.len() as u64) as usize];
+        self.mesh = Mesh { dp, tp, expert_parallel: false };
+        self.joined = true;
+        self.pause /= dp;
+        (self.repeats, self.digests, self.lies) = (1500, 1000, 1000);
+        self
     }
 
     /// The same world with what serving turns on: tenants that are told apart, patience, and a look
@@ -214,6 +235,7 @@ impl Scenario {
         self.sample_faults = 0;
         self.hangs = 0;
         self.deaths = 0;
+        self.digests = 0;
         self
     }
 }

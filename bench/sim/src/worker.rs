@@ -1,15 +1,19 @@
 //! A worker that follows plans to the letter and trusts nothing in them.
 //!
 //! Instead of KV, every position of every block holds the hash of the token history that wrote it.
-//! What is stored behind the cache is stored with them and comes back with them. A read checks that hash, a write checks who else may be reading, a grant checks that no step in
-//! flight can touch the block. It draws tokens from the history alone. Invariant: a plan that is
-//! carried out without complaint has read, in every group, exactly the history of each slot.
+//! What is stored behind the cache is stored with them and comes back with them. A read checks that hash, a
+//! write checks who else may be reading, a grant checks that no step in flight can touch the block. It draws
+//! tokens from the history alone. Of a group's plans it follows the section of its shard, which may run
+//! nothing. Invariant: a plan that is carried out without complaint has read, in every group, exactly the
+//! history of each slot.
 
 use crate::client::{draw, history};
 use ids::{
-    BLOCK_TOKENS, BlockId, GroupId, Incarnation, RequestId, SlotId, StepSeq, TokenId, Tokens,
+    BLOCK_TOKENS, BlockId, GroupId, Incarnation, RequestId, ShardId, SlotId, StepSeq, TokenId,
+    Tokens,
 };
 use kv_cache::first_live;
+use scheduler::Role;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use step::{
@@ -64,6 +68,9 @@ pub struct Worker {
     slots: Vec<Option<Slot>>,
     generations: Vec<u32>,
     last: StepSeq,
+    shard: ShardId,
+    /// Who ran in the last step.
+    ran: Vec<(RequestId, Role)>,
 }
 
 type Check<T = ()> = Result<T, String>;
@@ -92,7 +99,15 @@ impl Worker {
             slots: (0..slots).map(|_| None).collect(),
             generations: vec![0; slots as usize],
             last: StepSeq::ZERO,
+            shard: ShardId(0),
+            ran: Vec::new(),
         }
+    }
+
+    /// The same as a rank of this shard.
+    #[must_use]
+    pub fn of_shard(self, shard: ShardId) -> Self {
+        Self { shard, ..self }
     }
 
     /// Takes tokens ahead of an admission.
@@ -136,18 +151,26 @@ impl Worker {
         ensure(plan.incarnation == self.incarnation, || "a plan for another life".into())?;
         ensure(plan.seq == self.last.next(), || format!("{} after {}", plan.seq, self.last))?;
         self.last = plan.seq;
-        let [section] = plan.sections.as_slice() else {
-            return Err("not one section".into());
+        let at = self.shard.index();
+        let (Some(section), Some(tokens)) = (plan.sections.get(at), plan.shard_tokens.get(at))
+        else {
+            return Err(format!("no section for shard {at}"));
         };
+        ensure(plan.sections.len() == plan.shard_tokens.len(), || "tokens per shard".into())?;
         for op in &section.ops {
             self.apply(op, retired)?;
         }
         let (sampled, prompt_logprobs, timing) = self.run(section)?;
-        ensure(plan.shard_tokens == [Tokens(timing.tokens)], || {
-            format!("{:?} tokens announced, {} run", plan.shard_tokens, timing.tokens)
+        ensure(*tokens == Tokens(timing.tokens), || {
+            format!("{tokens} tokens announced, {} run", timing.tokens)
         })?;
-        ensure(plan.bucket.0 >= timing.tokens, || "the bucket is too small".into())?;
-        for slot in self.slots.iter().flatten() {
+        // Ranks without work run the bucket of those that have most.
+        let most = plan.shard_tokens.iter().max().copied().unwrap_or_default();
+        ensure(plan.bucket >= most, || format!("bucket {} for {most}", plan.bucket))?;
+        ensure(!most.is_zero(), || "a step that runs nothing anywhere".into())?;
+        // A step in which its shard stands still is none that the shard's scheduler counts.
+        let runs = !tokens.is_zero();
+        for slot in self.slots.iter().flatten().filter(|_| runs) {
             for (table, pages) in slot.tables.iter().zip(&mut self.pages) {
                 for (block, _) in &table.blocks {
                     pages[block.index()].used = plan.seq;
@@ -164,16 +187,10 @@ impl Worker {
         })
     }
 
-    /// Takes part in a step of a group in which its shard runs nothing.
-    ///
-    /// # Errors
-    /// When the section is not safe, or leaves a slot that would run.
-    pub fn stand_still(&mut self, section: &Section, retired: StepSeq) -> Check {
-        for op in &section.ops {
-            self.apply(op, retired)?;
-        }
-        let (sampled, _, timing) = self.run(section)?;
-        ensure(sampled.is_empty() && timing.tokens == 0, || "not still".into())
+    /// Who ran in the last step, and what.
+    #[must_use]
+    pub fn ran(&self) -> &[(RequestId, Role)] {
+        &self.ran
     }
 
     fn apply(&mut self, op: &SlotOp, retired: StepSeq) -> Check {
@@ -311,6 +328,7 @@ impl Worker {
             slot.decoding = true;
         }
         let (mut sampled, mut logprobs) = (Vec::new(), Vec::new());
+        self.ran.clear();
         let mut timing = StepTiming::default();
         for run in &section.prefill {
             ensure(!run.tokens.is_zero(), || "an empty chunk".into())?;
@@ -320,6 +338,8 @@ impl Worker {
                 sampled.push(self.sample(run.slot)?);
             }
             timing.prefill_tokens += run.tokens.0;
+            let (tokens, sample) = (run.tokens, run.sample);
+            self.ran.push((request, Role::Prefill { tokens, sample }));
         }
         for id in 0..u32::try_from(self.slots.len()).unwrap_or(u32::MAX) {
             let id = SlotId(id);
@@ -329,6 +349,7 @@ impl Worker {
                 ensure(last, || format!("{request}: decodes inside its prompt"))?;
                 sampled.push(self.sample(id)?);
                 timing.tokens += 1;
+                self.ran.push((request, Role::Decode));
             }
         }
         timing.tokens += timing.prefill_tokens;

@@ -1,11 +1,10 @@
 //! Shards of one worker group: in step with each other, each request where it is served best, whoever must
 //! run alone alone in the whole group, and no token told that a rank disagrees about.
 
-use ids::{Rank, RequestId, ShardId, TokenId, Tokens};
-use scheduler::{Config, FinishReason, Placement, Submit, Why};
+use ids::{Rank, RequestId, ShardId, TenantId, TokenId, Tokens};
+use scheduler::{Config, FinishReason, Placement, Refusal, Submit, Why};
 use sim::group::Group;
 use sim::replica::{limits, request};
-use sim::rng::Rng;
 use step::Mesh;
 
 fn mesh(dp: u32, tp: u32) -> Mesh {
@@ -39,6 +38,13 @@ fn placed(group: &Group, id: u64) -> &Placement {
 fn fine(done: Result<(), String>) {
     if let Err(what) = done {
         panic!("{what}");
+    }
+}
+
+/// Lets those who were placed get their seats.
+fn some_steps(group: &mut Group, shards: u32) {
+    for rank in mesh(shards, 1).ranks() {
+        group.arrive(rank, |_| ()).expect("right").expect("agreed");
     }
 }
 
@@ -251,89 +257,6 @@ fn a_rank_that_disagrees_is_named_before_anything_is_told() {
     }
 }
 
-/// A seeded life: arrivals with shared prefixes, aborts, ranks that answer in any order, deaths and lies.
-fn storm(seed: u64, dp: u32, tp: u32, events: u32) -> (u64, u64, u64) {
-    let mut rng = Rng::new(seed);
-    let blocks = 12 + rng.below(30);
-    let depth = rng.below_u32(3);
-    let config =
-        Config { max_running: 1 + rng.below_u32(6), depth, queue_requests: 30, ..limits() };
-    let world = mesh(dp, tp);
-    let mut group = Group::new(world, &config, blocks).expect("a group");
-    let (mut next, mut deaths, mut lies) = (1, 0, 0);
-    let mut go = || -> Result<(), String> {
-        for _ in 0..events {
-            match rng.below(40) {
-                0..4 => {
-                    let (prompt, output) = (1 + rng.below_u32(300), 1 + rng.below_u32(60));
-                    let submit = if rng.one_in(2) {
-                        request(next, prompt, output)
-                    } else {
-                        own(next, prompt, output)
-                    };
-                    next += 1;
-                    group.submit(submit)?;
-                }
-                4 if rng.one_in(3) => {
-                    let nth = rng.below(group.clients.len() as u64) as usize;
-                    if let Some(request) = group.clients.keys().nth(nth).copied() {
-                        group.abort(request)?;
-                    }
-                }
-                5 if rng.one_in(12) => {
-                    deaths += 1;
-                    group.die()?;
-                }
-                6 if rng.one_in(6) => {
-                    let rank = Rank(rng.below_u32(dp * tp));
-                    let mut lied = false;
-                    let arrived = group.arrive(rank, |outcome| {
-                        lied = true;
-                        outcome.digest ^= 1 << rng.below(64);
-                    })?;
-                    // It is found when the last rank has answered, which may be later.
-                    let mut found = arrived.is_err();
-                    for at in 0..64 {
-                        let rank = Rank(at % (dp * tp));
-                        found = found || group.arrive(rank, |_| ())?.is_err();
-                    }
-                    if lied != found {
-                        return Err(format!("lied {lied}, found {found}"));
-                    }
-                    if lied {
-                        lies += 1;
-                        group.die()?;
-                    }
-                }
-                _ => {
-                    let rank = Rank(rng.below_u32(dp * tp));
-                    group.arrive(rank, |_| ())?.map_err(|divergence| divergence.to_string())?;
-                }
-            }
-            group.seated()?;
-        }
-        group.drive(|_| Ok(()))
-    };
-    if let Err(what) = go() {
-        panic!("seed {seed}, dp {dp}, tp {tp}: {what}");
-    }
-    assert!(group.condemned.is_empty(), "an honest group was given up");
-    (group.tokens, deaths, lies)
-}
-
-#[test]
-fn groups_in_a_storm_tell_each_token_once_and_in_order() {
-    let mut all = (0, 0, 0);
-    for seed in 0..24 {
-        let (dp, tp) = [(2, 1), (1, 2), (2, 2), (4, 1), (3, 2)][seed as usize % 5];
-        let (tokens, deaths, lies) = storm(seed, dp, tp, 6000);
-        all = (all.0 + tokens, all.1 + deaths, all.2 + lies);
-    }
-    let (tokens, deaths, lies) = all;
-    eprintln!("{tokens} tokens, {deaths} deaths, {lies} lies");
-    assert!(tokens > 50_000 && deaths > 100 && lies > 100, "{tokens} {deaths} {lies}");
-}
-
 #[test]
 fn the_shard_of_a_placement_is_where_it_runs() {
     let mut group = Group::of(mesh(4, 1)).expect("a group");
@@ -346,5 +269,67 @@ fn the_shard_of_a_placement_is_where_it_runs() {
             assert_eq!(placed(&group, request.0).shard, ShardId(shard as u16));
         }
     }
+    fine(group.drive(|_| Ok(())));
+}
+
+/// One shard of three is full of the least urgent, and more than its share of the queue with it: whoever gives
+/// way is found over all shards, wherever the urgent one is put.
+#[test]
+fn a_full_queue_of_several_shards_gives_way_to_the_urgent() {
+    let config = Config { max_running: 1, queue_requests: 6, ..limits() };
+    let mut group = Group::new(mesh(3, 1), &config, 64).expect("a group");
+    for id in 1..=9 {
+        // The first three run, and give way to nobody.
+        let priority = [0, 0, 0, 5, 5, 7, 5, 5, 5][id as usize - 1];
+        fine(group.submit(Submit { priority, ..own(id, 20, 90) }));
+        some_steps(&mut group, 3);
+    }
+    assert_eq!(group.shards.gauges().waiting, 6);
+    let shed = |group: &Group| -> Vec<u64> {
+        let shed = group
+            .ends
+            .iter()
+            .filter(|(_, end)| matches!(end, FinishReason::Refused(Refusal::Shed { .. })));
+        shed.map(|(request, _)| request.0).collect()
+    };
+    // The worst class first, then the last to come of what is the worst then, in three shards.
+    for (id, gone) in [(20, vec![6]), (21, vec![6, 9]), (22, vec![6, 8, 9])] {
+        fine(group.submit(Submit { priority: 1, ..own(id, 20, 90) }));
+        assert_eq!(shed(&group), gone);
+        assert_eq!(group.shards.gauges().waiting, 6);
+    }
+    assert!(group.refused.is_empty());
+    let homes = [6, 8, 9].map(|id| placed(&group, id).shard);
+    assert!(homes.iter().any(|home| *home != homes[0]), "of several shards: {homes:?}");
+    // One that is no better than anybody is refused, and no worse one is pushed out for what cannot fit.
+    fine(group.submit(Submit { priority: 5, ..own(30, 20, 40) }));
+    assert_eq!(group.refused, [RequestId(30)]);
+    fine(group.drive(|_| Ok(())));
+    assert_eq!(group.ends.len() + group.refused.len(), 13);
+}
+
+/// A tenant's requests are counted over all shards: none holds most of any shard's line, one of the queue.
+#[test]
+fn a_full_queue_of_several_shards_counts_tenants_over_all() {
+    let config = Config { max_running: 1, queue_requests: 8, ..limits() };
+    let mut group = Group::new(mesh(2, 1), &config, 64).expect("a group");
+    let of = |tenant, id| Submit { tenant: TenantId(tenant), ..own(id, 20, 90) };
+    // Two run; four of the first and four of others wait.
+    for (id, tenant) in
+        [(1, 9), (2, 9), (3, 1), (4, 1), (5, 2), (6, 5), (7, 1), (8, 3), (9, 4), (10, 1)]
+    {
+        fine(group.submit(of(tenant, id)));
+        some_steps(&mut group, 2);
+    }
+    assert_eq!(group.shards.gauges().waiting, 8);
+    fine(group.submit(of(2, 11)));
+    let ends = |id| group.ends.get(&RequestId(id)).copied();
+    assert!(
+        matches!(ends(10), Some(FinishReason::Refused(Refusal::Shed { .. }))),
+        "{:?}",
+        ends(10)
+    );
+    fine(group.submit(of(1, 12)));
+    assert_eq!(group.refused, [RequestId(12)], "it has most itself");
     fine(group.drive(|_| Ok(())));
 }

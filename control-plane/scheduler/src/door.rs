@@ -8,6 +8,8 @@
 //! Invariant: nobody who was given a token or better class gives way, and a request is told when to
 //! come again.
 
+use crate::config::Config;
+use crate::crowd::Crowd;
 use crate::event::Submit;
 use crate::job::Job;
 use crate::output::{FinishReason, Refusal};
@@ -16,40 +18,78 @@ use crate::scheduler::Scheduler;
 use crate::slab::Key;
 use core::time::Duration;
 use ids::{Timestamp, Tokens};
+use std::borrow::Cow;
+
+/// Makes room for a request in the queue, which these shards have together.
+pub(crate) fn make_room(shards: &mut [Scheduler], submit: &Submit) -> Result<(), Refusal> {
+    let prompt = u32::try_from(submit.prompt.len()).map_or(Tokens(u32::MAX), Tokens);
+    let Err(full) = queue_takes(shards, prompt) else { return Ok(()) };
+    if shards.first().is_none_or(|shard| u64::from(prompt.0) > shard.config.queue_tokens) {
+        return Err(full);
+    }
+    let crowd = crowd(shards).ok_or(full)?;
+    let class = crowd.makes_room(submit.priority, submit.tenant, prompt).ok_or(full)?;
+    while let Err(full) = queue_takes(shards, prompt) {
+        let (at, key) = gives_way(shards, class).ok_or(full)?;
+        let wait = queue_lasts(shards);
+        let shard = &mut shards[at];
+        shard.counters.shed += 1;
+        shard.finish_waiting(key, FinishReason::Refused(Refusal::Shed { wait }));
+    }
+    Ok(())
+}
+
+fn queue_takes(shards: &[Scheduler], prompt: Tokens) -> Result<(), Refusal> {
+    let Some(Config { queue_requests, queue_tokens, .. }) = shards.first().map(Scheduler::config)
+    else {
+        return Ok(());
+    };
+    let (mut queued, mut tokens) = (0, 0);
+    for shard in shards {
+        let (_, requests, prompts) = shard.line.len();
+        queued += requests;
+        tokens += prompts;
+    }
+    if queued >= *queue_requests {
+        let wait = queue_lasts(shards);
+        return Err(Refusal::QueueFull { waiting: queued, limit: *queue_requests, wait });
+    }
+    if tokens + u64::from(prompt.0) > *queue_tokens {
+        let (limit, wait) = (*queue_tokens, queue_lasts(shards));
+        return Err(Refusal::QueueTokens { waiting: tokens, prompt, limit, wait });
+    }
+    Ok(())
+}
+
+/// What of the queue is whose. Several shards are counted anew, which only a full queue needs.
+fn crowd(shards: &[Scheduler]) -> Option<Cow<'_, Crowd>> {
+    let mut lines = shards.iter().map(|shard| shard.line.crowd());
+    let first = Cow::Borrowed(lines.next()?);
+    Some(lines.fold(first, |mut all, one| {
+        all.to_mut().join(one);
+        all
+    }))
+}
+
+/// Who of a class gives way first, and in which shard: the last to come of the tenant that has most in
+/// line.
+fn gives_way(shards: &[Scheduler], class: i32) -> Option<(usize, Key)> {
+    let (_, tenant) = crowd(shards)?.largest(class)?;
+    let last = shards.iter().enumerate().filter_map(|(at, shard)| {
+        let (when, key) = shard.line.last_of(class, tenant)?;
+        Some((when, at, key))
+    });
+    last.max_by_key(|(when, ..)| *when).map(|(_, at, key)| (at, key))
+}
+
+/// When those who are turned away now may try again: when the queue of the slowest shard is over.
+fn queue_lasts(shards: &[Scheduler]) -> Duration {
+    shards.iter().map(Scheduler::queue_lasts).max().unwrap_or_default()
+}
 
 impl Scheduler {
-    /// Makes room in the queue for a request.
-    pub(crate) fn make_room(&mut self, submit: &Submit) -> Result<(), Refusal> {
-        let prompt = u32::try_from(submit.prompt.len()).map_or(Tokens(u32::MAX), Tokens);
-        let Err(full) = self.queue_takes(prompt) else { return Ok(()) };
-        if u64::from(prompt.0) > self.config.queue_tokens {
-            return Err(full);
-        }
-        let class = self.line.makes_room(submit.priority, submit.tenant, prompt).ok_or(full)?;
-        while let Err(full) = self.queue_takes(prompt) {
-            let key = self.line.gives_way(class).ok_or(full)?;
-            let wait = self.queue_lasts();
-            self.counters.shed += 1;
-            self.finish_waiting(key, FinishReason::Refused(Refusal::Shed { wait }));
-        }
-        Ok(())
-    }
-
-    fn queue_takes(&self, prompt: Tokens) -> Result<(), Refusal> {
-        let (_, queued, tokens) = self.line.len();
-        let (wait, limit) = (self.queue_lasts(), self.config.queue_requests);
-        if queued >= limit {
-            return Err(Refusal::QueueFull { waiting: queued, limit, wait });
-        }
-        let limit = self.config.queue_tokens;
-        if tokens + u64::from(prompt.0) > limit {
-            return Err(Refusal::QueueTokens { waiting: tokens, prompt, limit, wait });
-        }
-        Ok(())
-    }
-
     /// When those who are turned away now may try again.
-    pub(crate) fn queue_lasts(&self) -> Duration {
+    fn queue_lasts(&self) -> Duration {
         const LEAST: Duration = Duration::from_secs(1);
         const MOST: Duration = Duration::from_secs(60);
         let (_, _, tokens) = self.line.len();

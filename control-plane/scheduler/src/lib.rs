@@ -14,6 +14,7 @@
 
 mod admit;
 mod config;
+mod crowd;
 mod decode;
 mod door;
 mod event;

@@ -11,11 +11,12 @@
 //! allocates nothing.
 
 use crate::config::Config;
+use crate::crowd::{Backlog, Crowd};
 use crate::job::{Job, Rank};
 use crate::policy::fair::{FlowKey, Ledger};
 use crate::slab::Key;
 use ids::{TenantId, Timestamp, Tokens};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// Whose turn it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,13 +33,7 @@ pub(crate) struct Turn {
 struct Entry {
     key: Key,
     prompt: Tokens,
-}
-
-/// What a flow has in line.
-#[derive(Clone, Copy, Debug, Default)]
-struct Backlog {
-    requests: u32,
-    tokens: u64,
+    owes: u64,
 }
 
 /// Everyone who waits.
@@ -46,7 +41,6 @@ struct Backlog {
 pub(crate) struct Line {
     ledger: Ledger,
     patience: u64,
-    limits: (u32, u64),
     /// Those who never ran, by flow, then arrival.
     queued: BTreeMap<(FlowKey, Timestamp, u64), Entry>,
     /// The same by order of submission.
@@ -57,11 +51,10 @@ pub(crate) struct Line {
     held: Option<(i32, FlowKey)>,
     /// Virtual tokens served when the longest waiting became that.
     passed_from: u64,
-    backlogs: BTreeMap<FlowKey, Backlog>,
-    /// Flows by class and share of the queue.
-    crowd: BTreeSet<(i32, u64, FlowKey)>,
-    classes: BTreeMap<i32, Backlog>,
-    total: Backlog,
+    /// Of those who never ran.
+    crowd: Crowd,
+    /// Tokens that they are expected to compute first.
+    owed: u64,
 }
 
 impl Line {
@@ -69,16 +62,13 @@ impl Line {
         Self {
             ledger: Ledger::default(),
             patience: config.patience.into(),
-            limits: (config.queue_requests, config.queue_tokens),
             queued: BTreeMap::new(),
             ages: BTreeMap::new(),
             returning: BTreeMap::new(),
             held: None,
             passed_from: 0,
-            backlogs: BTreeMap::new(),
-            crowd: BTreeSet::new(),
-            classes: BTreeMap::new(),
-            total: Backlog::default(),
+            crowd: Crowd::new(config),
+            owed: 0,
         }
     }
 
@@ -105,22 +95,21 @@ impl Line {
     /// Requests in line, and of those that never ran their number and prompt tokens.
     pub(crate) fn len(&self) -> (usize, u32, u64) {
         let waiting = self.queued.len() + self.returning.len();
-        (waiting, self.total.requests, self.total.tokens)
+        let Backlog { requests, tokens } = self.crowd.total();
+        (waiting, requests, tokens)
     }
 
-    /// Takes a request that never ran.
-    pub(crate) fn push(&mut self, job: &Job, key: Key) {
+    /// Takes a request that never ran, of which so many tokens are expected to be computed first.
+    pub(crate) fn push(&mut self, job: &Job, key: Key, owes: u64) {
         let Rank { priority, arrival, order, .. } = job.rank;
         let (flow, prompt) = (job.flow, job.prompt_tokens());
-        self.queued.insert((flow, arrival, order), Entry { key, prompt });
+        self.queued.insert((flow, arrival, order), Entry { key, prompt, owes });
+        self.owed += owes;
         if self.ages.is_empty() {
             self.passed_from = self.ledger.served();
         }
         self.ages.insert(order, (flow, arrival));
-        self.book(priority, flow, |backlog| {
-            backlog.requests += 1;
-            backlog.tokens += u64::from(prompt.0);
-        });
+        self.crowd.add(priority, self.ledger.tenant(flow), prompt);
         self.ledger.set_first(flow, self.first_of(flow).map(|(at, _)| at));
     }
 
@@ -141,10 +130,8 @@ impl Line {
             self.passed_from = self.ledger.served();
         }
         self.ages.remove(&order);
-        self.book(priority, flow, |backlog| {
-            backlog.requests -= 1;
-            backlog.tokens -= u64::from(entry.prompt.0);
-        });
+        self.owed -= entry.owes;
+        self.crowd.remove(priority, self.ledger.tenant(flow), entry.prompt);
         if self.held == Some((priority, flow)) {
             self.held = None;
         }
@@ -191,52 +178,22 @@ impl Line {
         (passed >= self.patience.saturating_mul(cost(key))).then_some(Turn { key, rank, seated })
     }
 
-    /// The class of which a full queue gives up requests for this one, rather than refuse it: the
-    /// worst that has more of the queue than it is warranted. It does so for a better class, for a
-    /// class that has less than it is warranted, and for a tenant with less in line than another of
-    /// the class.
-    pub(crate) fn makes_room(
-        &self,
-        priority: i32,
-        tenant: TenantId,
-        prompt: Tokens,
-    ) -> Option<i32> {
-        let more = |mut backlog: Backlog| {
-            backlog.requests += 1;
-            backlog.tokens += u64::from(prompt.0);
-            self.share(backlog)
-        };
-        let warranted = self.warranted();
-        let over = |(_, backlog): &(&i32, &Backlog)| self.share(**backlog) > warranted;
-        let (worst, _) = self.classes.iter().rev().find(over)?;
-        let class = self.classes.get(&priority).copied().unwrap_or_default();
-        if *worst != priority {
-            let takes = *worst > priority || more(class) <= warranted;
-            return takes.then_some(*worst);
-        }
-        let (largest, flow) = self.largest(priority)?;
-        let own = self.ledger.find(priority, tenant);
-        let backlog = own.and_then(|own| self.backlogs.get(&own)).copied().unwrap_or_default();
-        (own != Some(flow) && more(backlog) < largest).then_some(priority)
+    /// Tokens that those who never ran are expected to compute first.
+    pub(crate) fn owed(&self) -> u64 {
+        self.owed
     }
 
-    /// Who of a class gives way first: the last to come of the tenant that has most in line.
-    pub(crate) fn gives_way(&self, class: i32) -> Option<Key> {
-        let (_, flow) = self.largest(class)?;
+    /// What of the queue is whose.
+    pub(crate) fn crowd(&self) -> &Crowd {
+        &self.crowd
+    }
+
+    /// The last to come of a tenant's requests of a class that never ran: when, and which.
+    pub(crate) fn last_of(&self, class: i32, tenant: TenantId) -> Option<((Timestamp, u64), Key)> {
+        let flow = self.ledger.find(class, tenant)?;
         let last = (flow, Timestamp(u64::MAX), u64::MAX);
-        let (_, entry) = self.queued.range((flow, Timestamp::ZERO, 0)..=last).next_back()?;
-        Some(entry.key)
-    }
-
-    /// The flow of a class that has most in line, and its share.
-    fn largest(&self, class: i32) -> Option<(u64, FlowKey)> {
-        let all = (class, 0, FlowKey::FIRST)..=(class, u64::MAX, FlowKey::LAST);
-        self.crowd.range(all).next_back().map(|(_, share, flow)| (*share, *flow))
-    }
-
-    /// The share of the queue that better classes leave to each.
-    fn warranted(&self) -> u64 {
-        if self.patience == 0 { 0 } else { (1 << 32) / (self.patience + 1) }
+        let newest = self.queued.range((flow, Timestamp::ZERO, 0)..=last).next_back();
+        newest.map(|((_, arrival, order), entry)| ((*arrival, *order), entry.key))
     }
 
     /// Everyone in line, about in the order of their turns: a tenant's later requests stand behind
@@ -261,33 +218,5 @@ impl Line {
         let last = (flow, Timestamp(u64::MAX), u64::MAX);
         let first = self.queued.range((flow, Timestamp::ZERO, 0)..=last).next();
         first.map(|((_, arrival, order), entry)| ((*arrival, *order), entry.key))
-    }
-
-    /// Changes what a flow has in line.
-    fn book(&mut self, priority: i32, flow: FlowKey, change: impl Fn(&mut Backlog)) {
-        change(&mut self.total);
-        let class = self.classes.entry(priority).or_default();
-        change(class);
-        if class.requests == 0 {
-            self.classes.remove(&priority);
-        }
-        let before = self.backlogs.get(&flow).copied().unwrap_or_default();
-        let mut after = before;
-        change(&mut after);
-        self.crowd.remove(&(priority, self.share(before), flow));
-        if after.requests == 0 {
-            self.backlogs.remove(&flow);
-        } else {
-            self.backlogs.insert(flow, after);
-            self.crowd.insert((priority, self.share(after), flow));
-        }
-    }
-
-    /// Of the queue, by requests or by tokens, whichever is more; in units of 2^-32.
-    fn share(&self, backlog: Backlog) -> u64 {
-        let part = |n: u64, of: u64| (u128::from(n) << 32) / u128::from(of.max(1));
-        let (requests, tokens) = self.limits;
-        let most = part(backlog.requests.into(), requests.into()).max(part(backlog.tokens, tokens));
-        u64::try_from(most).unwrap_or(u64::MAX)
     }
 }

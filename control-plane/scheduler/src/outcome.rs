@@ -58,6 +58,13 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Whether an outcome samples what the oldest step in flight asked for.
+    pub(crate) fn is_answered_by(&mut self, outcome: &Outcome) -> bool {
+        let Some(life) = &mut self.life else { return false };
+        let Some(oldest) = life.flights.front() else { return false };
+        life.slots.matches(oldest.seq, &oldest.samplers, &outcome.sampled)
+    }
+
     fn condemn(&mut self, life: &mut Life, reason: WorkerFault) {
         if !life.condemned {
             life.condemned = true;

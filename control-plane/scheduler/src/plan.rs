@@ -6,14 +6,13 @@
 //! `max_step_tokens`.
 
 use crate::life::{Flight, Life};
-use crate::policy::bucket::bucket;
 use crate::policy::cost::Load;
-use crate::report::{PlanReport, Planned, Waits};
+use crate::report::{PlanReport, Waits};
 use crate::request::Live;
 use crate::scheduler::{Scheduler, count};
 use crate::slab::Key;
-use ids::{Blocks, Timestamp, Tokens};
-use step::{DecodeDelta, PrefillRun, StepPlan};
+use ids::{Blocks, Incarnation, StepSeq, Timestamp, Tokens};
+use step::{DecodeDelta, PrefillRun, Section};
 
 /// Prompt tokens from which on a step takes far longer than planning the next one.
 const LONG: u32 = 512;
@@ -23,6 +22,17 @@ const LONG: u32 = 512;
 pub(crate) struct Chunk {
     pub(crate) key: Key,
     pub(crate) tokens: Tokens,
+}
+
+/// A shard's part of a step.
+#[derive(Debug)]
+pub(crate) struct Part {
+    /// As the shard counts.
+    pub(crate) seq: StepSeq,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) tokens: Tokens,
+    pub(crate) section: Section,
+    pub(crate) report: PlanReport,
 }
 
 /// A step being composed.
@@ -50,7 +60,7 @@ impl Draft {
 }
 
 impl Scheduler {
-    pub(crate) fn plan(&mut self, life: &mut Life, now: Timestamp) -> Option<Planned> {
+    pub(crate) fn plan(&mut self, life: &mut Life, now: Timestamp) -> Option<Part> {
         if !has_room_ahead(life, self.config.depth) {
             return None;
         }
@@ -103,13 +113,12 @@ impl Scheduler {
         life.frugal = true;
     }
 
-    fn launch(&mut self, life: &mut Life, draft: Draft, now: Timestamp) -> Planned {
+    fn launch(&mut self, life: &mut Life, draft: Draft, now: Timestamp) -> Part {
         let mut flight = life.spare.pop().unwrap_or_default();
         flight.samplers.clear();
         flight.chunks.clear();
         flight.seq = life.cache.launch();
-        let (mut shard_tokens, mut sections) = self.spare.plan();
-        let section = &mut sections[0];
+        let mut section = self.spare.section();
         core::mem::swap(&mut section.ops, &mut life.ops);
         core::mem::swap(&mut section.decode.leave, &mut life.leaving);
         let mut load = self.launch_decodes(life, &mut flight, &mut section.decode);
@@ -140,20 +149,13 @@ impl Scheduler {
             cache_usage: life.cache.usage(),
             ..draft.report
         };
-        shard_tokens.push(tokens);
-        let plan = StepPlan {
-            seq: flight.seq,
-            incarnation: life.incarnation,
-            bucket: bucket(tokens),
-            shard_tokens,
-            sections,
-        };
+        let (seq, incarnation) = (flight.seq, life.incarnation);
         if life.flights.is_empty() {
             life.head_since = now;
         }
         life.flights.push_back(flight);
         self.counters.steps += 1;
-        Planned { plan, report }
+        Part { seq, incarnation, tokens, section, report }
     }
 
     fn launch_chunk(

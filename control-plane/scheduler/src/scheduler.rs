@@ -6,11 +6,14 @@
 
 use crate::admit::Blocked;
 use crate::config::{Config, ConfigError};
+use crate::door::make_room;
 use crate::event::{Event, Submit};
 use crate::job::Job;
 use crate::life::Life;
 use crate::line::Line;
 use crate::output::{FinishReason, Outbox, Output, Refusal};
+use crate::plan::Part;
+use crate::policy::bucket::bucket;
 use crate::policy::cost::CostModel;
 use crate::policy::outlook::Outlook;
 use crate::report::{Gauges, Planned, Unfit, Waits};
@@ -19,8 +22,10 @@ use crate::shards::Beside;
 use crate::slab::{Key, Slab};
 use crate::spare::Spare;
 use crate::tables::peak;
+use core::slice;
 use ids::{Incarnation, RequestId, Timestamp, Tokens};
 use std::collections::{BTreeMap, BTreeSet};
+use step::StepPlan;
 
 /// Decides what every step of one data-parallel shard does.
 #[derive(Debug)]
@@ -104,7 +109,10 @@ impl Scheduler {
     pub fn handle(&mut self, now: Timestamp, event: Event) {
         self.expire(now);
         let taken = match event {
-            Event::Submit(submit) => self.submit(now, *submit),
+            Event::Submit(submit) => {
+                let owes = submit.prompt.len() as u64;
+                self.submit(now, *submit, owes)
+            }
             Event::Abort(request) => self.move_request(request, Move::Abort),
             Event::Stop { request, keep } => self.move_request(request, Move::Stop(keep)),
             Event::ForcePreempt(request) => self.move_request(request, Move::Preempt),
@@ -124,6 +132,17 @@ impl Scheduler {
     /// The next step, or `None` when nothing can run or enough steps are in flight. Send every
     /// output polled before it first.
     pub fn plan_step(&mut self, now: Timestamp) -> Option<Planned> {
+        let Part { seq, incarnation, tokens, section, report } = self.plan_part(now)?;
+        let (mut shard_tokens, mut sections) = self.spare.shells.take();
+        shard_tokens.push(tokens);
+        sections.push(section);
+        let bucket = bucket(tokens);
+        let plan = StepPlan { seq, incarnation, bucket, shard_tokens, sections };
+        Some(Planned { plan, report })
+    }
+
+    /// The same as a part of a step that other shards are in.
+    pub(crate) fn plan_part(&mut self, now: Timestamp) -> Option<Part> {
         self.expire(now);
         self.replan = false;
         let mut life = self.life.take()?;
@@ -134,8 +153,9 @@ impl Scheduler {
 
     /// Takes a plan back that has been sent, for what it is made of: a step in which nobody comes or
     /// goes then takes no memory. Whoever keeps its plans loses nothing but that.
-    pub fn recycle(&mut self, plan: step::StepPlan) {
-        self.spare.take_back(plan);
+    pub fn recycle(&mut self, mut plan: StepPlan) {
+        plan.sections.drain(..).for_each(|section| self.spare.take_back(section));
+        self.spare.shells.take_back(plan);
     }
 
     /// The next thing said.
@@ -147,11 +167,13 @@ impl Scheduler {
     /// past means at once, after the outputs have left.
     #[must_use]
     pub fn next_wakeup(&self) -> Option<Timestamp> {
-        if self.replan {
-            return Some(Timestamp::ZERO);
-        }
+        [self.alarm(), self.overdue_at().map(|(at, _)| at)].into_iter().flatten().min()
+    }
+
+    /// The same, whatever the worker does.
+    pub(crate) fn alarm(&self) -> Option<Timestamp> {
         let deadline = self.deadlines.first().map(|(at, _)| *at);
-        [deadline, self.overdue_at().map(|(at, _)| at)].into_iter().flatten().min()
+        if self.replan { Some(Timestamp::ZERO) } else { deadline }
     }
 
     /// Figures for metrics.
@@ -227,12 +249,19 @@ impl Scheduler {
         done
     }
 
-    fn submit(&mut self, now: Timestamp, submit: Submit) -> Result<(), Unfit> {
+    /// Takes a request of which so many tokens are expected to be computed first.
+    pub(crate) fn submit(
+        &mut self,
+        now: Timestamp,
+        submit: Submit,
+        owes: u64,
+    ) -> Result<(), Unfit> {
         let request = submit.request;
         if self.ids.contains_key(&request) {
             return Err(Unfit::DuplicateRequest);
         }
-        let room = self.acceptable(now, &submit).and_then(|()| self.make_room(&submit));
+        let room =
+            self.acceptable(now, &submit).and_then(|()| make_room(slice::from_mut(self), &submit));
         if let Err(reason) = room {
             self.outbox.say(Output::Refused { request, reason });
             return Ok(());
@@ -243,7 +272,7 @@ impl Scheduler {
         let key = self.requests.insert(Live::Queued(Request::<crate::request::Queued>::new(job)));
         self.ids.insert(request, key);
         if let Some(live) = self.requests.get(key) {
-            self.line.push(live.job(), key);
+            self.line.push(live.job(), key, owes);
         }
         match self.set_alarm(now, key) {
             Ok(()) => self.upload(key),
@@ -252,7 +281,8 @@ impl Scheduler {
         Ok(())
     }
 
-    fn acceptable(&self, now: Timestamp, submit: &Submit) -> Result<(), Refusal> {
+    /// Whether a request can be run at all.
+    pub(crate) fn acceptable(&self, now: Timestamp, submit: &Submit) -> Result<(), Refusal> {
         let config = &self.config;
         let max_context = config.max_context;
         let prompt = u32::try_from(submit.prompt.len()).map_or(Tokens(u32::MAX), Tokens);
@@ -326,7 +356,7 @@ impl Scheduler {
     }
 
     /// Ends what waited too long, or would.
-    fn expire(&mut self, now: Timestamp) {
+    pub(crate) fn expire(&mut self, now: Timestamp) {
         while let Some((at, key)) = self.deadlines.first().copied()
             && at <= now
         {

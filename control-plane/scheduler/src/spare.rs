@@ -6,48 +6,62 @@
 use crate::config::MAX_DEPTH;
 use crate::job::Rank;
 use crate::slab::Key;
-use step::{Section, SlotOp, WriteSlot};
+use ids::Tokens;
+use step::{Section, SlotOp, StepPlan, WriteSlot};
 
 /// Plans kept: those in flight and one that is made.
 const PLANS: usize = MAX_DEPTH as usize + 2;
 /// Lists of blocks kept: one for each request that may extend in the plans kept.
 const BLOCKS: usize = 4096;
 
+/// The two lists of a plan, whose sections are in use elsewhere.
+#[derive(Debug, Default)]
+pub(crate) struct Shells(Vec<(Vec<Tokens>, Vec<Section>)>);
+
+impl Shells {
+    pub(crate) fn take(&mut self) -> (Vec<Tokens>, Vec<Section>) {
+        self.0.pop().unwrap_or_default()
+    }
+
+    /// Takes the lists of a plan back; a section that is left in it is lost.
+    pub(crate) fn take_back(&mut self, mut plan: StepPlan) {
+        if self.0.len() < PLANS {
+            plan.shard_tokens.clear();
+            plan.sections.clear();
+            self.0.push((plan.shard_tokens, plan.sections));
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Spare {
-    tokens: Vec<Vec<ids::Tokens>>,
-    sections: Vec<Vec<Section>>,
+    pub(crate) shells: Shells,
+    sections: Vec<Section>,
     blocks: Vec<Vec<WriteSlot>>,
     /// Scratch: decoding requests at the end of their blocks.
     pub(crate) short: Vec<(Rank, Key)>,
 }
 
 impl Spare {
-    /// The two lists of a plan, with one section that holds nothing.
-    pub(crate) fn plan(&mut self) -> (Vec<ids::Tokens>, Vec<Section>) {
-        let mut sections = self.sections.pop().unwrap_or_default();
-        sections.resize_with(1, Section::default);
-        (self.tokens.pop().unwrap_or_default(), sections)
+    /// A section that holds nothing.
+    pub(crate) fn section(&mut self) -> Section {
+        self.sections.pop().unwrap_or_default()
     }
 
-    /// Takes back what a plan was made of.
-    pub(crate) fn take_back(&mut self, mut plan: step::StepPlan) {
+    /// Takes a section back.
+    pub(crate) fn take_back(&mut self, mut section: Section) {
         if self.sections.len() >= PLANS {
             return;
         }
-        for section in &mut plan.sections {
-            for op in section.ops.drain(..) {
-                if let SlotOp::Extend { blocks, .. } = op {
-                    self.give_back(blocks);
-                }
+        for op in section.ops.drain(..) {
+            if let SlotOp::Extend { blocks, .. } = op {
+                self.give_back(blocks);
             }
-            section.prefill.clear();
-            section.decode.join.clear();
-            section.decode.leave.clear();
         }
-        plan.shard_tokens.clear();
-        self.tokens.push(plan.shard_tokens);
-        self.sections.push(plan.sections);
+        section.prefill.clear();
+        section.decode.join.clear();
+        section.decode.leave.clear();
+        self.sections.push(section);
     }
 
     /// A list for blocks.

@@ -131,10 +131,16 @@ impl Scheduler {
     /// When the oldest step in flight counts as hung, and which it is.
     pub(crate) fn overdue_at(&self) -> Option<(Timestamp, StepSeq)> {
         let life = self.life.as_ref().filter(|life| !life.condemned)?;
-        let oldest = life.flights.front()?;
+        let (allowed, seq) = self.allowance()?;
+        Some((life.head_since.after(allowed), seq))
+    }
+
+    /// What the oldest step in flight may take, and which it is.
+    pub(crate) fn allowance(&self) -> Option<(Duration, StepSeq)> {
+        let oldest = self.life.as_ref()?.flights.front()?;
         let usual = self.cost.predict(oldest.load).unwrap_or(Duration::ZERO);
         let allowed = self.config.step_timeout.saturating_add(usual * OVERDUE_FACTOR);
-        Some((life.head_since.after(allowed), oldest.seq))
+        Some((allowed, oldest.seq))
     }
 
     pub(crate) fn condemn_overdue(&mut self, now: Timestamp) {

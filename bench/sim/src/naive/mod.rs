@@ -10,11 +10,16 @@
 
 mod cache;
 mod door;
+mod group;
 mod life;
 mod outcome;
+mod place;
 mod plan;
 
+pub use group::Group;
+
 use cache::Table;
+use core::time::Duration;
 use door::limit;
 use ids::{Incarnation, RequestId, SlotId, StepSeq, Timestamp, TokenId, Tokens};
 use life::Life;
@@ -145,6 +150,15 @@ impl Req {
     }
 }
 
+/// What the other shards are at.
+#[derive(Clone, Copy, Debug, Default)]
+struct Beside {
+    /// Somebody runs there.
+    running: bool,
+    /// Nobody may be let in here.
+    barred: bool,
+}
+
 /// What the first in line was short of when it was last looked at.
 #[derive(Clone, Copy, Debug)]
 struct Blocked {
@@ -161,13 +175,15 @@ pub struct Naive {
     cost: CostModel,
     /// Everybody who is not over, in order of submission.
     requests: Vec<Req>,
-    submitted: u64,
     life: Option<Life>,
     newest: Option<Incarnation>,
     outputs: VecDeque<Output>,
     said: u64,
     blocked: Option<Blocked>,
+    /// The first in line, when it was last found to wait for others to be gone.
+    lonely: Option<RequestId>,
     replan: bool,
+    beside: Beside,
 }
 
 type Taken = Result<(), Unfit>;
@@ -180,13 +196,14 @@ impl Naive {
             config,
             cost: CostModel::default(),
             requests: Vec::new(),
-            submitted: 0,
             life: None,
             newest: None,
             outputs: VecDeque::new(),
             said: 0,
             blocked: None,
+            lonely: None,
             replan: false,
+            beside: Beside::default(),
         }
     }
 
@@ -194,7 +211,8 @@ impl Naive {
     pub fn handle(&mut self, now: Timestamp, event: &Event) -> Option<Unfit> {
         self.expire(now);
         let taken = match event {
-            Event::Submit(submit) => self.submit(now, submit),
+            // Who comes, comes to the group.
+            Event::Submit(_) => Err(Unfit::DuplicateRequest),
             Event::Abort(request) => self.end(*request, FinishReason::Aborted),
             Event::Stop { request, keep } => self.stop(*request, keep.as_usize()),
             Event::ForcePreempt(request) => self.force_preempt(*request),
@@ -217,12 +235,14 @@ impl Naive {
     /// When something happens by itself.
     #[must_use]
     pub fn next_wakeup(&self) -> Option<Timestamp> {
-        if self.replan {
-            return Some(Timestamp::ZERO);
-        }
+        self.alarm().into_iter().chain(self.overdue_at()).min()
+    }
+
+    /// The same, whatever the worker does.
+    fn alarm(&self) -> Option<Timestamp> {
         let deadlines = self.requests.iter().filter(|r| r.phase() != Phase::Closing);
-        let deadlines = deadlines.filter_map(|r| r.submit.deadline);
-        deadlines.chain(self.overdue_at()).min()
+        let deadline = deadlines.filter_map(|r| r.submit.deadline).min();
+        if self.replan { Some(Timestamp::ZERO) } else { deadline }
     }
 
     /// What a request is doing.
@@ -268,6 +288,18 @@ impl Naive {
     #[must_use]
     pub fn overdue(&self, now: Timestamp) -> bool {
         self.overdue_at().is_some_and(|at| at <= now)
+    }
+
+    /// Whether a request that killed two workers in a row has a seat.
+    #[must_use]
+    pub fn runs_alone(&self) -> bool {
+        self.life.as_ref().is_some_and(|life| life.isolated)
+    }
+
+    /// Whether such a request is first in line, and was found to wait for others to be gone.
+    fn waits_alone(&self) -> bool {
+        let first = self.lonely.and_then(|request| self.find(request));
+        first.is_some_and(|at| self.requests[at].deaths >= 2)
     }
 
     /// Whether there is a worker.
@@ -355,7 +387,7 @@ impl Naive {
         }
     }
 
-    fn expire(&mut self, now: Timestamp) {
+    pub(super) fn expire(&mut self, now: Timestamp) {
         let mut late: Vec<_> = self.requests.iter().collect();
         late.retain(|r| r.phase() != Phase::Closing);
         late.retain(|r| r.submit.deadline.is_some_and(|at| at <= now));
@@ -468,6 +500,7 @@ impl Naive {
     fn bury(&mut self) {
         let Some(life) = self.life.take() else { return };
         self.blocked = None;
+        self.lonely = None;
         self.requests.retain(|r| r.phase() != Phase::Closing);
         let mut ended = Vec::new();
         for r in &mut self.requests {
@@ -486,8 +519,14 @@ impl Naive {
 
     fn overdue_at(&self) -> Option<Timestamp> {
         let life = self.life.as_ref().filter(|life| !life.condemned)?;
-        let usual = self.cost.predict(life.flights.front()?.load).unwrap_or_default();
-        Some(life.head_since.after(self.config.step_timeout + 10 * usual))
+        Some(life.head_since.after(self.allowance()?))
+    }
+
+    /// What the oldest step under way may take.
+    fn allowance(&self) -> Option<Duration> {
+        let oldest = self.life.as_ref()?.flights.front()?;
+        let usual = self.cost.predict(oldest.load).unwrap_or_default();
+        Some(self.config.step_timeout + 10 * usual)
     }
 
     fn condemn_overdue(&mut self, now: Timestamp) {

@@ -43,6 +43,8 @@ impl Draft {
 /// Why the first in line is not let in.
 enum Wait {
     Blocks,
+    /// For others to be gone.
+    Alone,
     Else,
 }
 
@@ -51,16 +53,10 @@ impl Naive {
     pub fn plan_step(&mut self, now: Timestamp) -> Option<StepPlan> {
         self.expire(now);
         self.replan = false;
-        let life = self.life.as_mut()?;
-        let long = life.flights.iter().skip(1).any(|flight| flight.load.prefill >= LONG);
-        let ahead = match (life.frugal, long) {
-            (true, _) => 0,
-            (false, true) => self.config.depth.min(1),
-            (false, false) => self.config.depth,
-        };
-        if life.condemned || life.flights.len() > ahead as usize {
+        if !self.may_plan() {
             return None;
         }
+        let life = self.life.as_mut()?;
         let lull = life.flights.is_empty();
         life.slice = self.config.release_slice;
         life.drain();
@@ -78,6 +74,33 @@ impl Naive {
             }
         }
         if draft.idle() { None } else { self.launch(&draft, now) }
+    }
+
+    /// Whether so few steps are under way that another may follow; without a worker nothing forbids it.
+    pub(super) fn may_plan(&self) -> bool {
+        let Some(life) = &self.life else { return true };
+        let long = life.flights.iter().skip(1).any(|flight| flight.load.prefill >= LONG);
+        let ahead = match (life.frugal, long) {
+            (true, _) => 0,
+            (false, true) => self.config.depth.min(1),
+            (false, false) => self.config.depth,
+        };
+        !life.condemned && life.flights.len() <= ahead as usize
+    }
+
+    /// The part of a step in which nobody here runs: who decodes sits it out.
+    pub(super) fn stand_still(&mut self) -> Section {
+        let Some(life) = &mut self.life else { return Section::default() };
+        let ops = core::mem::take(&mut life.ops);
+        let mut section = Section { ops, ..Section::default() };
+        for r in &mut self.requests {
+            if let State::Seated(seat) = &mut r.state
+                && core::mem::take(&mut seat.in_set)
+            {
+                section.decode.leave.push(seat.at.slot);
+            }
+        }
+        section
     }
 
     fn compose(&mut self) -> Draft {
@@ -217,9 +240,11 @@ impl Naive {
 
     /// Lets in whoever is first in line, until one must wait.
     fn admissions(&mut self, draft: &mut Draft) {
+        self.lonely = None;
         while let Some(first) = self.waiting().first().copied() {
             if let Err(wait) = self.admit(draft, first) {
                 draft.short = matches!(wait, Wait::Blocks);
+                self.lonely = matches!(wait, Wait::Alone).then_some(first);
                 return;
             }
         }
@@ -232,8 +257,16 @@ impl Naive {
         let r = &self.requests[at];
         let (rank, known, root) = (r.rank(), r.known(), r.submit.root);
         let left_outbox = self.said - self.outputs.len() as u64;
-        let alone = life.isolated || life.frugal || r.deaths >= 2;
-        if r.uploaded > left_outbox || (alone && !self.running().is_empty()) || draft.room == 0 {
+        let suspect = r.deaths >= 2;
+        let alone = life.isolated || life.frugal || suspect;
+        if r.uploaded > left_outbox {
+            return Err(Wait::Else);
+        }
+        let elsewhere = self.beside.barred || (suspect && self.beside.running);
+        if elsewhere || (alone && !self.running().is_empty()) {
+            return Err(Wait::Alone);
+        }
+        if draft.room == 0 {
             return Err(Wait::Else);
         }
         if life.free.is_empty() {
@@ -464,7 +497,7 @@ impl Life {
 }
 
 /// The smallest size that a step of so many tokens is padded to.
-fn padded(tokens: u32) -> u32 {
+pub(super) fn padded(tokens: u32) -> u32 {
     let sizes = (0..30).flat_map(|power| MANTISSAS.map(|m| m << power));
     let sizes = sizes.filter(|size| *size > 8);
     if tokens <= 8 { tokens } else { sizes.min_by_key(|s| (*s < tokens, *s)).unwrap_or(tokens) }

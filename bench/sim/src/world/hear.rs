@@ -7,8 +7,8 @@ use super::{Check, Happening, Rank, World, rank_of};
 use crate::client::Client;
 use crate::rng::{Rng, chain};
 use core::time::Duration;
-use ids::{RequestId, TokenId};
-use scheduler::{FinishReason, Output, Refusal, Usage};
+use ids::{RequestId, ShardId, TokenId};
+use scheduler::{FinishReason, Output, Refusal, Usage, WorkerFault};
 use step::ToWorker;
 
 /// Ended requests that are remembered.
@@ -30,25 +30,27 @@ fn without_forecast(mut output: Output) -> Output {
 impl World {
     pub(super) fn drain(&mut self) -> Check {
         loop {
-            let output = self.scheduler.poll_output().map(without_forecast);
+            let output = self.shards.poll_output();
+            let output = output.map(|(shard, output)| (shard.index(), without_forecast(output)));
             let wanted = self.model.poll_output();
             self.same("output", &output, &wanted)?;
-            let Some(output) = output else {
+            let Some((shard, output)) = output else {
                 // Nothing, unless the two went apart and are not compared.
                 while self.model.poll_output().is_some() {}
                 return Ok(());
             };
             self.figures.outputs += 1;
             self.note_output(&output);
-            self.hear(output)?;
+            self.story.said(self.now, &output);
+            self.hear(ShardId(shard as u16), output)?;
         }
     }
 
-    fn hear(&mut self, output: Output) -> Check {
+    fn hear(&mut self, shard: ShardId, output: Output) -> Check {
         match output {
-            Output::Upload(upload) => self.command(ToWorker::Upload(upload)),
+            Output::Upload(upload) => self.ranks.command(shard, &ToWorker::Upload(upload)),
             Output::Forget(incarnation, request) => {
-                self.command(ToWorker::Forget(incarnation, request))
+                self.ranks.command(shard, &ToWorker::Forget(incarnation, request))
             }
             Output::Started { request, cached } => {
                 let client = self.client(request)?;
@@ -80,21 +82,33 @@ impl World {
                 if !self.misbehaved {
                     return Err(format!("an honest worker is to be restarted: {reason}"));
                 }
+                self.justified(reason)?;
                 self.after(Duration::from_millis(1), Happening::Die(incarnation));
                 Ok(())
             }
         }
     }
 
-    /// Who was to be let in before any other: of all, or where tenants are told apart of the
+    /// Who was to be let in before any other: of its shard, and where tenants are told apart of the
     /// request's tenant and class.
     fn first_of_line(&self, request: RequestId) -> Option<Rank> {
         let flow = |id: &RequestId| {
             let submit = self.clients.get(id).map(|client| &client.submit);
             submit.map(|submit| (submit.priority, submit.tenant))
         };
-        let mut line = self.unstarted.iter();
+        let home = |id: &RequestId| self.homes.get(id);
+        let mut line = self.unstarted.iter().filter(|(.., id)| home(id) == home(&request));
         line.find(|(.., id)| !self.scenario.named || flow(id) == flow(&request)).copied()
+    }
+
+    /// Whether a group is given up over a step that it owes.
+    fn justified(&self, reason: WorkerFault) -> Check {
+        let WorkerFault::Overdue { seq, .. } = reason else { return Ok(()) };
+        match self.ranks.missing() {
+            Some((missing, ranks)) if missing == seq && !ranks.is_empty() => Ok(()),
+            _ if !self.scenario.joined => Ok(()),
+            missing => Err(format!("step {seq} is overdue, but what is missing is {missing:?}")),
+        }
     }
 
     fn hear_token(&mut self, request: RequestId, token: TokenId) -> Check {
@@ -118,6 +132,7 @@ impl World {
         let client = self.client(request)?;
         client.finished(reason, usage).map_err(|what| format!("{request}: {what}"))?;
         let Some(client) = self.leave(request) else { return Ok(()) };
+        self.story.ended(&client, self.now, usage.output);
         let kind = match reason {
             FinishReason::Stop(_) | FinishReason::Length => 0,
             FinishReason::StopString => 1,
@@ -145,6 +160,7 @@ impl World {
     /// A client is told no more.
     fn leave(&mut self, request: RequestId) -> Option<Client> {
         let client = self.clients.remove(&request)?;
+        self.homes.remove(&request);
         self.unstarted.remove(&rank_of(&client));
         if self.ended.len() == ENDED_KEPT {
             self.ended.pop_front();

@@ -1,20 +1,20 @@
-//! The world's loop: whatever is next in virtual time happens, the scheduler answers, everything
-//! it says is checked, and the naive model must have said the same.
+//! The world's loop: whatever is next in virtual time happens, the schedulers of all shards answer,
+//! everything they say is checked, and the naive model must have said the same.
 //!
-//! It makes no scheduling decision. Invariant: after each event the cache adds up, every output is
-//! one that its client can justify, every plan was carried out without complaint, and refusals,
-//! outputs, wake-ups and plans are those of the model.
+//! It makes no scheduling decision. Invariant: after each event the caches add up, every output is
+//! one that its client can justify, every plan was carried out by every rank without complaint, and
+//! refusals, placements, outputs, wake-ups and plans are those of the model.
 
 use crate::act::Act;
 use crate::client::{Client, VOCAB};
 use crate::figures::Figures;
-use crate::naive::Naive;
+use crate::naive::Group;
+use crate::ranks::Ranks;
 use crate::rng::Rng;
 use crate::scenario::Scenario;
-use crate::worker::Worker;
 use core::time::Duration;
-use ids::{GroupId, Incarnation, RequestId, StepSeq, Timestamp, TokenId};
-use scheduler::{Event, FinishReason, Scheduler, Submit, Unfit, WorkerReady};
+use ids::{Blocks, GroupId, Incarnation, RequestId, ShardId, StepSeq, Timestamp, TokenId};
+use scheduler::{Event, FinishReason, Joined, Scheduler, Shards, Submit, Unfit};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
@@ -24,7 +24,10 @@ mod digest;
 mod hear;
 mod link;
 mod meddle;
+mod story;
 mod traffic;
+
+use story::Story;
 
 /// Full recounts are made once in so many events.
 const RECOUNT_EVERY: u64 = 16;
@@ -50,8 +53,8 @@ enum Happening {
     Abort(RequestId),
     Stop(RequestId, u32),
     Meddle(u64),
-    /// Bytes from the worker of this life.
-    Deliver(Incarnation, Vec<u8>),
+    /// Bytes from a rank of this life.
+    Deliver(Incarnation, ids::Rank, Vec<u8>),
     Die(Incarnation),
     Ready,
 }
@@ -65,15 +68,14 @@ pub struct World {
     now: Timestamp,
     agenda: BTreeMap<(Timestamp, u64), Happening>,
     scheduled: u64,
-    scheduler: Scheduler,
-    model: Naive,
+    shards: Shards,
+    model: Group,
     /// Acts that may happen; all when left out.
     only: Option<BTreeSet<Act>>,
     log: Log,
-    worker: Option<Worker>,
-    incarnation: Incarnation,
-    launched: StepSeq,
-    retired: StepSeq,
+    ranks: Ranks,
+    /// Plans sent and not answered, oldest first.
+    sent: VecDeque<StepPlan>,
     /// Outcomes refused because an earlier one is missing.
     early: BTreeMap<StepSeq, Vec<u8>>,
     busy_until: Timestamp,
@@ -83,10 +85,17 @@ pub struct World {
     /// Ranks of requests that were never admitted.
     unstarted: BTreeSet<Rank>,
     documents: Vec<Vec<TokenId>>,
-    /// Whether this life's worker gave reason to distrust it.
+    /// Where each was put, of several shards.
+    homes: BTreeMap<RequestId, ShardId>,
+    /// Whether this life's workers gave reason to distrust them.
     misbehaved: bool,
-    /// Whether this life's worker has stopped answering.
-    hung: bool,
+    /// The rank of this life that has stopped answering.
+    hung: Option<ids::Rank>,
+    /// Whether the ranks of this life were found to disagree: nothing they say counts.
+    diverged: bool,
+    /// Steps of this life about which ranks lie to the others, and which those are.
+    lied: BTreeMap<StepSeq, Vec<ids::Rank>>,
+    story: Story,
     figures: Figures,
 }
 
@@ -101,32 +110,38 @@ impl World {
     /// When the scenario's limits contradict each other.
     pub fn new(scenario: Scenario) -> Result<Self, scheduler::ConfigError> {
         let mut rng = Rng::new(scenario.seed);
-        let scheduler = Scheduler::new(scenario.config.clone())?;
-        let model = Naive::new(scenario.config.clone());
+        let (config, mesh) = (&scenario.config, scenario.mesh);
+        let shards = Shards::new(config, mesh.dp)?;
+        let model = Group::new(config, mesh.dp);
+        let ranks = Ranks::new(mesh, &scenario.groups, &scenario.carving, config.max_running);
+        let several = u64::from(mesh.dp > 1);
         let documents =
             (0..4).map(|_| (0..scenario.prompt_most).map(|_| token(&mut rng)).collect()).collect();
+        let story = Story::new(config.max_running, mesh.dp);
         let mut world = Self {
             scenario,
             now: Timestamp::ZERO,
             agenda: BTreeMap::new(),
             scheduled: 0,
-            scheduler,
+            shards,
             model,
             only: None,
             log: Log::default(),
-            worker: None,
-            incarnation: Incarnation(0),
-            launched: StepSeq::ZERO,
-            retired: StepSeq::ZERO,
+            ranks,
+            sent: VecDeque::new(),
             early: BTreeMap::new(),
             busy_until: Timestamp::ZERO,
             clients: BTreeMap::new(),
             ended: VecDeque::new(),
             unstarted: BTreeSet::new(),
             documents,
+            homes: BTreeMap::new(),
             misbehaved: false,
-            hung: false,
-            figures: Figures { runs: 1, ..Figures::default() },
+            hung: None,
+            diverged: false,
+            lied: BTreeMap::new(),
+            story,
+            figures: Figures { runs: 1, several, ..Figures::default() },
         };
         world.after(Duration::ZERO, Happening::Arrive(0));
         world.after(Duration::ZERO, Happening::Meddle(0));
@@ -163,7 +178,7 @@ impl World {
     fn live(&mut self) -> Check {
         loop {
             let next = self.agenda.first_key_value().map(|(at, _)| *at);
-            let wakeup = self.scheduler.next_wakeup();
+            let wakeup = self.shards.next_wakeup();
             self.same("next wake-up", &wakeup, &self.model.next_wakeup())?;
             match (next, wakeup) {
                 (None, None) => return self.settle(),
@@ -177,7 +192,7 @@ impl World {
                 }
             }
             if self.figures.events > self.scenario.events.saturating_mul(PATIENCE) + 100_000 {
-                let waits = self.scheduler.explain();
+                let waits = self.shards.explain();
                 return Err(format!("{} requests never end: {waits:?}", self.clients.len()));
             }
         }
@@ -216,7 +231,7 @@ impl World {
             Happening::Abort(request) => self.abort(request),
             Happening::Stop(request, keep) => self.stop(request, keep),
             Happening::Meddle(n) => self.meddle(n),
-            Happening::Deliver(incarnation, bytes) => self.deliver(incarnation, bytes),
+            Happening::Deliver(incarnation, rank, bytes) => self.deliver(incarnation, rank, bytes),
             Happening::Die(incarnation) => self.die(incarnation),
             Happening::Ready => self.begin_life(),
         }
@@ -237,7 +252,7 @@ impl World {
     }
 
     fn die(&mut self, incarnation: Incarnation) -> Check {
-        if incarnation != self.incarnation || self.worker.take().is_none() {
+        if incarnation != self.ranks.incarnation || !self.ranks.end() {
             return Ok(());
         }
         self.misbehaved = true;
@@ -246,26 +261,30 @@ impl World {
         if Rng::new(self.scenario.seed ^ incarnation.0).one_in(3) {
             return Ok(());
         }
+        self.sent.clear();
         self.handle(Event::WorkerLost(incarnation))
     }
 
     fn begin_life(&mut self) -> Check {
-        self.incarnation = self.incarnation.next();
-        self.launched = StepSeq::ZERO;
-        self.retired = StepSeq::ZERO;
+        let ready = self.ranks.begin();
+        self.sent.clear();
         self.early.clear();
+        self.lied.clear();
         self.misbehaved = false;
-        self.hung = false;
+        self.diverged = false;
+        self.hung = None;
         self.busy_until = self.now;
-        self.worker = Some(self.make_worker());
-        let (groups, carving) = (self.scenario.groups.clone(), self.scenario.carving.clone());
-        let ready = WorkerReady { incarnation: self.incarnation, groups, carving };
         self.handle(Event::WorkerReady(Box::new(ready)))
     }
 
     /// Hands an event in, checks all that follows.
     fn handle(&mut self, event: Event) -> Check {
         self.tell(event)?;
+        self.go_on()
+    }
+
+    /// Takes all that is said, has all carried out that can be planned.
+    fn go_on(&mut self) -> Check {
         self.drain()?;
         while let Some(plan) = self.plan()? {
             self.note_plan(&plan);
@@ -273,35 +292,70 @@ impl World {
             self.carry_out(plan)?;
             self.drain()?;
         }
+        self.look();
         self.drain()?;
         self.check()
     }
 
-    /// Tells scheduler and model; both must refuse for the same reason or not at all.
+    /// Tells schedulers and model; both must refuse for the same reasons or not at all.
     fn tell(&mut self, event: Event) -> Check {
         self.figures.events += 1;
         let met = self.figures.coverage.event(&self.model, self.now, &event);
         self.unless_apart(met)?;
-        let before = self.scheduler.gauges().refused;
+        self.story.event(self.now, &event);
+        let before = self.shards.gauges().refused;
         let wanted = self.model.handle(self.now, &event);
-        self.scheduler.handle(self.now, event);
-        let after = self.scheduler.gauges().refused;
-        let refused = Unfit::ALL.into_iter().zip(before.iter().zip(after));
-        let refused =
-            refused.filter(|(_, (before, after))| *before < after).map(|(unfit, _)| unfit);
-        self.same("refusal", &refused.collect::<Vec<_>>(), &Vec::from_iter(wanted))
+        self.shards.handle(self.now, event);
+        self.refused_alike(&before, &wanted)?;
+        loop {
+            let (placement, wanted) = (self.shards.poll_placement(), self.model.poll_placement());
+            self.same("placement", &placement, &wanted)?;
+            let Some(placement) = placement else { return Ok(()) };
+            self.figures.placements[placement.why as usize] += 1;
+            self.story.placed(&placement);
+            self.homes.insert(placement.request, placement.shard);
+        }
+    }
+
+    /// The same for the result of a step.
+    fn retire(&mut self, joined: Joined) -> Check {
+        self.figures.events += 1;
+        let met = self.figures.coverage.joined(&self.model, self.now, &joined);
+        self.unless_apart(met)?;
+        self.story.answered(self.now, &joined);
+        while self.sent.front().is_some_and(|plan| plan.seq <= self.ranks.retired) {
+            self.sent.pop_front().into_iter().for_each(|plan| self.shards.recycle(plan));
+        }
+        let before = self.shards.gauges().refused;
+        let wanted = self.model.retire(self.now, &joined);
+        self.shards.retire(self.now, joined);
+        self.refused_alike(&before, wanted.as_slice())
+    }
+
+    fn refused_alike(&self, before: &[u64; Unfit::COUNT], wanted: &[Unfit]) -> Check {
+        let after = self.shards.gauges().refused;
+        let more = |unfit: Unfit| after[unfit as usize] - before[unfit as usize];
+        let got = Unfit::ALL.into_iter().map(|unfit| (unfit.label(), more(unfit)));
+        let count = |unfit| wanted.iter().filter(|other| **other == unfit).count() as u64;
+        let wanted = Unfit::ALL.into_iter().map(|unfit| (unfit.label(), count(unfit)));
+        let there = |(_, n): &(&str, u64)| *n > 0;
+        let (got, wanted): (Vec<_>, Vec<_>) =
+            (got.filter(there).collect(), wanted.filter(there).collect());
+        self.same("refusals", &got, &wanted)
     }
 
     /// The next plan of both.
     fn plan(&mut self) -> Check<Option<StepPlan>> {
         let met = self.figures.coverage.late(&self.model, self.now);
         self.unless_apart(met)?;
-        let planned = self.scheduler.plan_step(self.now);
+        let planned = self.shards.plan_step(self.now);
         let wanted = self.model.plan_step(self.now);
-        if let Some(report) = planned.as_ref().map(|planned| &planned.report)
-            && report.decode + report.chunks == 0
-        {
-            return Err("a step that runs nothing".into());
+        if let Some(planned) = &planned {
+            if planned.report.decode + planned.report.chunks == 0 {
+                return Err("a step that runs nothing".into());
+            }
+            self.look();
+            self.story.planned(self.now, planned, self.shards.stalls());
         }
         let plan = planned.map(|planned| planned.plan);
         self.same("plan", &plan.as_ref().map(sorted), &wanted.as_ref().map(sorted))?;
@@ -321,27 +375,42 @@ impl World {
         if self.scenario.compared { found } else { Ok(()) }
     }
 
-    fn check(&mut self) -> Check {
-        let Some(cache) = self.scheduler.cache() else { return Ok(()) };
-        cache.check_totals().map_err(|imbalance| imbalance.to_string())?;
-        if self.figures.events.is_multiple_of(RECOUNT_EVERY) {
-            cache.check().map_err(|imbalance| imbalance.to_string())?;
+    /// Notes who is first in each line.
+    fn look(&mut self) {
+        for (shard, scheduler) in (0..).map(ShardId).zip(self.shards.schedulers()) {
+            self.story.looked(shard, scheduler.first_in_line());
         }
+    }
+
+    fn check(&mut self) -> Check {
+        for cache in self.shards.schedulers().iter().filter_map(Scheduler::cache) {
+            cache.check_totals().map_err(|imbalance| imbalance.to_string())?;
+            if self.figures.events.is_multiple_of(RECOUNT_EVERY) {
+                cache.check().map_err(|imbalance| imbalance.to_string())?;
+            }
+        }
+        self.figures.explained += self.story.check(self.now)?;
         Ok(())
     }
 
-    /// Counts the step as one with a full tier when every place of it is taken, and as one with a full
-    /// cache when at least 95 % of the cache's blocks hold something, where a super-block
-    /// of no group counts as empty and one of a group by its free blocks.
+    /// Counts the step as one with a full tier when every place behind the caches is taken, and as one with a
+    /// full cache when at least 95 % of the caches' blocks hold something, where a super-block of no group
+    /// counts as empty and one of a group by its free blocks.
     fn count_full(&mut self) {
-        let Some(cache) = self.scheduler.cache() else { return };
-        let used = |(i, per): (usize, &u32)| {
-            let counts = cache.counts(GroupId(i as u8));
-            f64::from((counts.total() - counts.free).0) / f64::from(*per)
-        };
-        let used: f64 = self.scenario.carving.per_super.iter().enumerate().map(used).sum();
-        self.figures.full_cache_steps += u64::from(used >= 0.95 * f64::from(cache.supers()));
-        let (held, room) = cache.behind();
+        let (mut used, mut supers) = (0.0, 0.0);
+        let (mut held, mut room) = (Blocks::ZERO, Blocks::ZERO);
+        for cache in self.shards.schedulers().iter().filter_map(Scheduler::cache) {
+            let of = |(i, per): (usize, &u32)| {
+                let counts = cache.counts(GroupId(i as u8));
+                f64::from((counts.total() - counts.free).0) / f64::from(*per)
+            };
+            used += self.scenario.carving.per_super.iter().enumerate().map(of).sum::<f64>();
+            supers += f64::from(cache.supers());
+            let behind = cache.behind();
+            held += behind.0;
+            room += behind.1;
+        }
+        self.figures.full_cache_steps += u64::from(supers > 0.0 && used >= 0.95 * supers);
         self.figures.tiered_steps += u64::from(!room.is_zero());
         self.figures.full_tier_steps += u64::from(!room.is_zero() && held == room);
     }
@@ -349,14 +418,15 @@ impl World {
     /// Nothing can happen any more: nobody may be left, and nothing may be held.
     fn settle(&mut self) -> Check {
         if let Some(request) = self.clients.keys().next() {
-            let waits = self.scheduler.explain();
-            let cache = self.scheduler.cache().map(|cache| {
-                let groups = (0..cache.groups()).map(|i| cache.counts(GroupId(i as u8)));
-                (groups.collect::<Vec<_>>(), cache.unbound(), cache.supers())
-            });
-            return Err(format!("{request} is stuck; {waits:?} {cache:?}"));
+            let waits = self.shards.explain();
+            let caches =
+                self.shards.schedulers().iter().filter_map(Scheduler::cache).map(|cache| {
+                    let groups = (0..cache.groups()).map(|i| cache.counts(GroupId(i as u8)));
+                    (groups.collect::<Vec<_>>(), cache.unbound(), cache.supers())
+                });
+            return Err(format!("{request} is stuck; {waits:?} {:?}", caches.collect::<Vec<_>>()));
         }
-        if let Some(cache) = self.scheduler.cache() {
+        for cache in self.shards.schedulers().iter().filter_map(Scheduler::cache) {
             cache.check().map_err(|imbalance| imbalance.to_string())?;
             for group in 0..cache.groups() {
                 let counts = cache.counts(GroupId(group as u8));
@@ -365,8 +435,9 @@ impl World {
                 }
             }
         }
+        self.figures.wire_bytes += self.ranks.wire_bytes;
         self.figures.time = self.now;
-        self.figures.gauges = self.scheduler.gauges();
+        self.figures.gauges = self.shards.gauges();
         Ok(())
     }
 

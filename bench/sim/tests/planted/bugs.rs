@@ -140,7 +140,7 @@ bugs! { BUGS:
     "tokens after a stop string are billed", SCHEDULER / "scheduler.rs",
         "live.job_mut().output.truncate(keep.as_usize());" =>
         "if !PLANTED { live.job_mut().output.truncate(keep.as_usize()); }";
-    "the queue's bound counts those who left", SCHEDULER / "line.rs",
+    "the queue's bound counts those who left", SCHEDULER / "crowd.rs",
         "            backlog.requests -= 1;\n" => "            if !PLANTED { backlog.requests -= 1; }\n";
     "a place behind the cache keeps its name when it is overwritten", KV / "tier.rs",
         "self.index.remove(BlockId(oldest));" => "if !PLANTED { self.index.remove(BlockId(oldest)); }";
@@ -160,6 +160,61 @@ bugs! { BUGS:
     "what was behind the cache of a dead worker is looked for in the next one's", SCHEDULER / "worker.rs",
         "        if let Some(life) = self.life.take() {\n            self.lose(life);\n        }\n        self.newest = Some(ready.incarnation);\n        let life = self.life.insert(Life::new(ready, self.config.max_running, now));" =>
         "        let mut kept = Vec::new();\n        if let Some(mut life) = self.life.take() {\n            if PLANTED { kept.extend(life.cache.groups.iter_mut().map(|g| g.tier.take())); }\n            self.lose(life);\n        }\n        self.newest = Some(ready.incarnation);\n        let life = self.life.insert(Life::new(ready, self.config.max_running, now));\n        for (g, tier) in life.cache.groups.iter_mut().zip(kept) { g.tier = tier; }";
+    "placement ignores load", SCHEDULER / "shards/place.rs",
+        "own + self.ahead + LIVE * u64::from(self.live) + self.short" =>
+        "own + if PLANTED { 0 } else { self.ahead + LIVE * u64::from(self.live) + self.short }";
+    "a hit is looked up in another shard", SCHEDULER / "shards/mod.rs",
+        "let weighed = self.shards.iter().map(" =>
+        "let weighed = self.shards.iter().cycle().skip(usize::from(PLANTED)).take(self.shards.len()).map(";
+    "what was placed weighs nothing until it starts", SCHEDULER / "shards/mod.rs",
+        "shard.submit(now, *submit, owes)" => "shard.submit(now, *submit, if PLANTED { 0 } else { owes })";
+    "an abort goes to the first shard", SCHEDULER / "shards/mod.rs",
+        "let home = self.home(request).unwrap_or(0);" =>
+        "let home = self.home(request).filter(|_| !PLANTED).unwrap_or(0);";
+    "a shard's outcome is given to another", SCHEDULER / "shards/mod.rs",
+        "self.shards.iter_mut().zip(&flight.of).zip(joined.outcomes)\n" =>
+        "self.shards.iter_mut().zip(&flight.of).zip({ let mut all = joined.outcomes; if PLANTED { all.reverse(); } all })\n";
+    "a shard without work is left out of the bucket", SCHEDULER / "shards/mod.rs",
+        "let most = shard_tokens.iter().max().copied().unwrap_or_default();" =>
+        "let most = (if PLANTED { shard_tokens.first() } else { shard_tokens.iter().max() }).copied().unwrap_or_default();";
+    "a shard that stands still keeps its slots decoding", SCHEDULER / "shards/beside.rs",
+        "section.decode.leave.push(request.state.seat.slot.at().slot);" =>
+        "if !PLANTED { section.decode.leave.push(request.state.seat.slot.at().slot); }";
+    "a shard that stands still tells nobody who left", SCHEDULER / "shards/beside.rs",
+        "core::mem::swap(&mut section.ops, &mut life.ops);" =>
+        "if PLANTED { life.ops.clear(); } else { core::mem::swap(&mut section.ops, &mut life.ops); }";
+    "one that killed workers is alone in its shard only", SCHEDULER / "shards/beside.rs",
+        "let barred = self.alone.is_some_and(|alone| alone != at);" =>
+        "let barred = self.alone.is_some_and(|alone| alone != at) && !PLANTED;";
+    "one that killed workers joins those of other shards", SCHEDULER / "shards/beside.rs",
+        "let running = self.seated > self.before;" =>
+        "let running = self.seated > self.before && !PLANTED;";
+    "one that is let in is not seen by the shards behind", SCHEDULER / "shards/beside.rs",
+        "        if shard.runs_alone() {\n" => "        if shard.runs_alone() && !PLANTED {\n";
+    "a group runs ahead of what is allowed", SCHEDULER / "shards/mod.rs",
+        "let room = count(self.flights.len()) <= depth" =>
+        "let room = (count(self.flights.len()) <= depth || PLANTED)";
+    "a full queue of one shard is not that of all", SCHEDULER / "shards/mod.rs",
+        "make_room(&mut self.shards, &submit)" =>
+        "make_room(if PLANTED { &mut self.shards[..1] } else { &mut self.shards }, &submit)";
+    "a step is overdue when its fastest shard would be", SCHEDULER / "shards/mod.rs",
+        "self.head_since.after(allowed.max()?)" =>
+        "self.head_since.after(if PLANTED { allowed.min()? } else { allowed.max()? })";
+    "a digest is not compared", SCHEDULER / "shards/join.rs",
+        "if members().all(|rank| digest(rank) == expected) {" =>
+        "if members().all(|rank| digest(rank) == expected) || PLANTED {";
+    "a lead is believed", SCHEDULER / "shards/join.rs",
+        "let expected = Some(sent.with_sampled(&answer.sampled));" =>
+        "let expected = Some(if PLANTED { answer.digest } else { sent.with_sampled(&answer.sampled) });";
+    "a step is whole when the leads have answered", SCHEDULER / "shards/join.rs",
+        "if !step.answers.iter().all(Option::is_some) {" =>
+        "let leads = |rank: &Rank| !PLANTED || self.mesh.lead(self.mesh.shard(*rank)) == *rank;\n if !self.mesh.ranks().zip(&step.answers).filter(|(rank, _)| leads(rank)).all(|(_, answer)| answer.is_some()) {";
+    "the journal has one table for all shards", SCHEDULER / "journal/mod.rs",
+        "Row { shard, slot: slot.0 };" =>
+        "Row { shard: if PLANTED { ShardId(0) } else { shard }, slot: slot.0 };";
+    "the journal takes another shard's line for the request's", SCHEDULER / "journal/mod.rs",
+        "Some((request, waits)) => Entry::Head(shard, request, waits)," =>
+        "Some((request, waits)) => Entry::Head(if PLANTED { ShardId(0) } else { shard }, request, waits),";
 }
 
 // What the tests of fairness and overload find: nothing is broken but a promise.
@@ -175,20 +230,20 @@ bugs! { UNFAIR:
     "the worst class goes first", SCHEDULER / "policy/fair.rs",
         "let priority = *self.ready.first()?;" =>
         "let priority = *(if PLANTED { self.ready.last() } else { self.ready.first() })?;";
-    "a worse class gives way to nobody", SCHEDULER / "line.rs",
+    "a worse class gives way to nobody", SCHEDULER / "crowd.rs",
         "let takes = *worst > priority" => "let takes = (*worst > priority && !PLANTED)";
     "patience has no end", SCHEDULER / "line.rs",
         "if self.patience == 0 {\n" => "if self.patience == 0 || PLANTED {\n";
     "who was overdue gives its seat up at once", SCHEDULER / "line.rs",
         "priority: i32::MIN, start: 0" => "priority: if PLANTED { i32::MAX } else { i32::MIN }, start: 0";
-    "a full queue has no place for the least urgent", SCHEDULER / "line.rs",
+    "a full queue has no place for the least urgent", SCHEDULER / "crowd.rs",
         "if self.patience == 0 { 0 }" => "if self.patience == 0 || PLANTED { 0 }";
-    "a full queue keeps those who have most in it", SCHEDULER / "line.rs",
-        "(own != Some(flow) && more(backlog) < largest)" =>
-        "(own != Some(flow) && more(backlog) < largest && !PLANTED)";
+    "a full queue keeps those who have most in it", SCHEDULER / "crowd.rs",
+        "(tenant != largest && more(own) < share)" =>
+        "(tenant != largest && more(own) < share && !PLANTED)";
     "the first to come gives way", SCHEDULER / "line.rs",
-        "let (_, entry) = self.queued.range((flow, Timestamp::ZERO, 0)..=last).next_back()?;" =>
-        "let mut all = self.queued.range((flow, Timestamp::ZERO, 0)..=last); let (_, entry) = (if PLANTED { all.next() } else { all.next_back() })?;";
+        "let newest = self.queued.range((flow, Timestamp::ZERO, 0)..=last).next_back();" =>
+        "let mut all = self.queued.range((flow, Timestamp::ZERO, 0)..=last); let newest = if PLANTED { all.next() } else { all.next_back() };";
     "what cannot be done in time is begun", SCHEDULER / "door.rs",
         ".filter(|needs| *needs >= left)?;" => ".filter(|needs| *needs >= left && !PLANTED)?;";
     "a forecast is made for the mean alone", SCHEDULER / "door.rs",
@@ -197,5 +252,6 @@ bugs! { UNFAIR:
         ".unwrap_or(LEAST).clamp(LEAST, MOST)" =>
         ".unwrap_or(LEAST).clamp(if PLANTED { Duration::ZERO } else { LEAST }, if PLANTED { Duration::ZERO } else { MOST })";
     "the queue's bound of tokens is not kept", SCHEDULER / "door.rs",
-        "if tokens + u64::from(prompt.0) > limit {" => "if tokens + u64::from(prompt.0) > limit && !PLANTED {";
+        "if tokens + u64::from(prompt.0) > *queue_tokens {" =>
+        "if tokens + u64::from(prompt.0) > *queue_tokens && !PLANTED {";
 }

@@ -25,13 +25,6 @@ const DEBTORS: usize = 4096;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct FlowKey(u32);
 
-impl FlowKey {
-    /// None is before it in order.
-    pub(crate) const FIRST: Self = Self(0);
-    /// None is behind it in order.
-    pub(crate) const LAST: Self = Self(u32::MAX);
-}
-
 /// When a request came in, and its number.
 pub(crate) type Place = (Timestamp, u64);
 
@@ -177,6 +170,11 @@ impl Ledger {
     /// The class of a flow.
     pub(crate) fn priority(&self, key: FlowKey) -> i32 {
         self.flows[key.0 as usize].priority
+    }
+
+    /// Whose the flow is.
+    pub(crate) fn tenant(&self, key: FlowKey) -> TenantId {
+        self.flows[key.0 as usize].tenant
     }
 
     /// What the flow had, and was forgiven.

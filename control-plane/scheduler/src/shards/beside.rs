@@ -24,15 +24,38 @@ pub(crate) struct Beside {
     pub(crate) barred: bool,
 }
 
-/// Tells every shard what the others are at.
-pub(super) fn arrange(shards: &mut [Scheduler]) {
-    let alone = shards.iter().position(Scheduler::runs_alone);
-    let alone = alone.or_else(|| shards.iter().position(Scheduler::waits_alone));
-    let all: usize = shards.iter().map(Scheduler::seated).sum();
-    for (at, shard) in shards.iter_mut().enumerate() {
-        let running = all > shard.seated();
-        let barred = alone.is_some_and(|alone| alone != at);
+/// What all shards are at, while a step is planned shard by shard.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Group {
+    /// The shard whose request runs alone, or is about to.
+    alone: Option<usize>,
+    /// Requests that run, in all shards.
+    seated: usize,
+    /// Of those, in the shard that is planned now.
+    before: usize,
+}
+
+impl Group {
+    pub(super) fn of(shards: &[Scheduler]) -> Self {
+        let alone = shards.iter().position(Scheduler::runs_alone);
+        let alone = alone.or_else(|| shards.iter().position(Scheduler::waits_alone));
+        Self { alone, seated: shards.iter().map(Scheduler::seated).sum(), before: 0 }
+    }
+
+    /// Tells a shard what the others are at, those that were planned before it in this step included.
+    pub(super) fn arrange(&mut self, at: usize, shard: &mut Scheduler) {
+        self.before = shard.seated();
+        let running = self.seated > self.before;
+        let barred = self.alone.is_some_and(|alone| alone != at);
         shard.beside = Beside { running, barred };
+    }
+
+    /// Takes in what the shard did.
+    pub(super) fn planned(&mut self, at: usize, shard: &Scheduler) {
+        self.seated = self.seated + shard.seated() - self.before;
+        if shard.runs_alone() {
+            self.alone = Some(at);
+        }
     }
 }
 
@@ -61,7 +84,8 @@ impl Scheduler {
     /// the others' step, so they leave, and come back with the next step of their own.
     pub(super) fn stand_still(&mut self) -> Section {
         let Some(life) = &mut self.life else { return Section::default() };
-        let mut section = Section { ops: core::mem::take(&mut life.ops), ..Section::default() };
+        let mut section = self.spare.section();
+        core::mem::swap(&mut section.ops, &mut life.ops);
         for key in &life.decoding {
             if let Some(Live::Decoding(request)) = self.requests.get_mut(*key)
                 && core::mem::take(&mut request.state.in_set)
@@ -72,8 +96,9 @@ impl Scheduler {
         section
     }
 
-    /// What a request would find here, `owed` tokens of others being ahead of it that have not started.
-    pub(super) fn weigh(&self, submit: &Submit, owed: u64) -> Weighed {
+    /// What a request would find here.
+    pub(super) fn weigh(&self, submit: &Submit) -> Weighed {
+        let owed = self.line.owed();
         let (waiting, ..) = self.line.len();
         let waiting = count(waiting);
         let Some(life) = &self.life else {

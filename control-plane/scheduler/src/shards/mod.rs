@@ -17,27 +17,32 @@ pub use join::{Divergence, Join, Joined};
 pub use place::{Placement, Weighed, Why};
 
 use crate::config::{Config, ConfigError};
+use crate::door::make_room;
 use crate::event::{Event, Submit};
-use crate::output::{Output, Refusal, WorkerFault};
+use crate::output::{Output, WorkerFault};
+use crate::policy::bucket::bucket;
 use crate::report::{Gauges, PlanReport, Planned, Unfit, Waits};
 use crate::scheduler::{Scheduler, count};
+use crate::spare::Shells;
 use ids::{Incarnation, RequestId, ShardId, StepSeq, Timestamp, Tokens};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use step::{Outcome, Section, StepPlan};
 
 /// The schedulers of a group.
 #[derive(Debug)]
 pub struct Shards {
     shards: Vec<Scheduler>,
-    /// Where requests are; of several shards alone.
-    homes: BTreeMap<RequestId, Home>,
-    /// Tokens to compute of requests that have not started, per shard.
-    owed: Vec<u64>,
     incarnation: Option<Incarnation>,
     launched: StepSeq,
     /// Launched and not retired, oldest first.
     flights: VecDeque<Flight>,
+    /// When the oldest step in flight could start.
+    head_since: Timestamp,
+    /// Said once that the group must be restarted.
+    condemned: bool,
     spare: Vec<Flight>,
+    shells: Shells,
+    submitted: u64,
     /// The shard that gets what suits all alike.
     turn: usize,
     placements: VecDeque<Placement>,
@@ -46,12 +51,6 @@ pub struct Shards {
     /// Those with a seat that the last plan left out, of several shards.
     stalls: Vec<(RequestId, Waits)>,
     steps: u64,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Home {
-    shard: usize,
-    owes: u64,
 }
 
 /// A step of the group.
@@ -75,12 +74,14 @@ impl Shards {
         let made = (0..shards).map(|_| Scheduler::new(config.clone()));
         Ok(Self {
             shards: made.collect::<Result<_, _>>()?,
-            homes: BTreeMap::new(),
-            owed: vec![0; shards as usize],
             incarnation: None,
             launched: StepSeq::ZERO,
             flights: VecDeque::new(),
+            head_since: Timestamp::ZERO,
+            condemned: false,
             spare: Vec::new(),
+            shells: Shells::default(),
+            submitted: 0,
             turn: 0,
             placements: VecDeque::new(),
             said: VecDeque::new(),
@@ -105,7 +106,7 @@ impl Shards {
             Event::Submit(submit) => self.submit(now, submit),
             Event::Abort(request) | Event::ForcePreempt(request) | Event::Stop { request, .. } => {
                 // One that nobody knows is refused and counted by whoever is asked.
-                let home = self.homes.get(&request).map_or(0, |home| home.shard);
+                let home = self.home(request).unwrap_or(0);
                 self.shards[home].handle(now, event);
             }
             Event::Outcome(outcome) => {
@@ -115,6 +116,7 @@ impl Shards {
             Event::WorkerReady(ready) => {
                 self.incarnation = Some(ready.incarnation);
                 self.launched = StepSeq::ZERO;
+                self.condemned = false;
                 self.flights.clear();
                 for shard in &mut self.shards {
                     shard.handle(now, Event::WorkerReady(ready.clone()));
@@ -123,6 +125,7 @@ impl Shards {
             Event::WorkerLost(incarnation) => {
                 if self.incarnation == Some(incarnation) {
                     self.incarnation = None;
+                    self.condemned = false;
                     self.flights.clear();
                 }
                 for shard in &mut self.shards {
@@ -130,46 +133,47 @@ impl Shards {
                 }
             }
             Event::Wakeup => {
-                for shard in &mut self.shards {
-                    shard.handle(now, Event::Wakeup);
+                self.shards.iter_mut().for_each(|shard| shard.expire(now));
+                if let Some((at, seq)) = self.overdue_at()
+                    && at <= now
+                {
+                    let waited = now.since(self.head_since);
+                    self.condemn(WorkerFault::Overdue { seq, waited });
                 }
             }
         }
     }
 
+    /// The shard of a request that is not over.
+    fn home(&self, request: RequestId) -> Option<usize> {
+        self.shards.iter().position(|shard| shard.ids.contains_key(&request))
+    }
+
     fn submit(&mut self, now: Timestamp, submit: Box<Submit>) {
         let request = submit.request;
-        if let Some(home) = self.homes.get(&request) {
-            return self.shards[home.shard].handle(now, Event::Submit(submit));
+        if let Some(home) = self.home(request) {
+            return self.shards[home].handle(now, Event::Submit(submit));
         }
-        if let Some(reason) = self.crowded(&submit) {
+        // Who is late holds no place, in no shard.
+        self.shards.iter_mut().for_each(|shard| shard.expire(now));
+        let fits = self.shards[0].acceptable(now, &submit);
+        if let Err(reason) = fits.and_then(|()| make_room(&mut self.shards, &submit)) {
             self.said.push_back(Output::Refused { request, reason });
             return;
         }
         let prompt = Tokens(count(submit.prompt.len()));
-        let weighed = self.shards.iter().zip(&self.owed);
-        let weighed = weighed.map(|(shard, owed)| shard.weigh(&submit, *owed)).collect();
+        let weighed = self.shards.iter().map(|shard| shard.weigh(&submit)).collect();
         let placement = Placement::choose(request, prompt, weighed, self.turn);
         let (shard, owes) = (placement.shard.index(), placement.uncached());
         self.turn = (shard + 1) % self.shards.len();
-        self.homes.insert(request, Home { shard, owes });
-        self.owed[shard] += owes;
         self.placements.push_back(placement);
-        self.shards[shard].handle(now, Event::Submit(submit));
-    }
-
-    /// Whether more wait in all shards together than may.
-    fn crowded(&self, submit: &Submit) -> Option<Refusal> {
-        let config = self.shards.first()?.config();
-        let wait = self.shards.iter().map(Scheduler::queue_lasts).max().unwrap_or_default();
-        let waiting: u32 = self.shards.iter().map(|shard| shard.line.len().1).sum();
-        if waiting >= config.queue_requests {
-            return Some(Refusal::QueueFull { waiting, limit: config.queue_requests, wait });
+        // Order of arrival is one order over all shards.
+        let shard = &mut self.shards[shard];
+        shard.submitted = self.submitted;
+        self.submitted += 1;
+        if let Err(unfit) = shard.submit(now, *submit, owes) {
+            shard.refuse(unfit);
         }
-        let waiting: u64 = self.shards.iter().map(|shard| shard.line.len().2).sum();
-        let (prompt, limit) = (Tokens(count(submit.prompt.len())), config.queue_tokens);
-        let full = waiting + u64::from(prompt.0) > limit;
-        full.then_some(Refusal::QueueTokens { waiting, prompt, limit, wait })
     }
 
     /// Takes the result of a step: the outcome of every shard, in their order.
@@ -195,24 +199,49 @@ impl Shards {
         if let Some(unfit) = unfit {
             return self.shards[0].refuse(unfit);
         }
+        // A step is taken whole or refused whole.
+        if self.condemned || !self.is_answered_by(&joined) {
+            self.condemn(WorkerFault::Contradiction { seq: joined.seq });
+            return self.shards[0].refuse(Unfit::Contradiction);
+        }
         let Some(flight) = self.flights.pop_front() else { return };
-        for ((shard, of), mut outcome) in
+        self.head_since = now;
+        for ((shard, own), mut outcome) in
             self.shards.iter_mut().zip(&flight.of).zip(joined.outcomes)
         {
-            match of {
-                Some(own) => {
-                    outcome.seq = *own;
-                    shard.handle(now, Event::Outcome(outcome));
-                }
-                None if outcome.sampled.is_empty() => {}
-                None => {
-                    let (incarnation, seq) = (joined.incarnation, joined.seq);
-                    let reason = WorkerFault::Contradiction { seq };
-                    self.said.push_back(Output::RestartWorker { incarnation, reason });
-                }
+            if let Some(own) = own {
+                outcome.seq = *own;
+                shard.handle(now, Event::Outcome(outcome));
             }
         }
         self.spare.push(flight);
+    }
+
+    /// Whether every shard says what the oldest step asked it for, and one that stood still nothing.
+    fn is_answered_by(&mut self, joined: &Joined) -> bool {
+        let Some(flight) = self.flights.front() else { return false };
+        let mut shards = self.shards.iter_mut().zip(&flight.of).zip(&joined.outcomes);
+        shards.all(|((shard, own), outcome)| match own {
+            Some(_) => shard.is_answered_by(outcome),
+            None => outcome.sampled.is_empty(),
+        })
+    }
+
+    /// When the oldest step in flight counts as hung, and which it is: shards run it together, so the one
+    /// that may take longest says when.
+    fn overdue_at(&self) -> Option<(Timestamp, StepSeq)> {
+        let flight = self.flights.front().filter(|_| !self.condemned)?;
+        let running = self.shards.iter().zip(&flight.of).filter(|(_, own)| own.is_some());
+        let allowed =
+            running.filter_map(|(shard, _)| shard.allowance()).map(|(allowed, _)| allowed);
+        Some((self.head_since.after(allowed.max()?), flight.seq))
+    }
+
+    fn condemn(&mut self, reason: WorkerFault) {
+        if let Some(incarnation) = self.incarnation.filter(|_| !self.condemned) {
+            self.condemned = true;
+            self.said.push_back(Output::RestartWorker { incarnation, reason });
+        }
     }
 
     /// The next step of the group, or `None` when nothing can run or enough steps are in flight. Send
@@ -222,67 +251,82 @@ impl Shards {
             return only.plan_step(now);
         }
         let depth = self.shards.first()?.config().depth;
-        if count(self.flights.len()) > depth || !self.shards.iter().all(Scheduler::may_plan) {
+        let room = count(self.flights.len()) <= depth && !self.condemned;
+        if !room || !self.shards.iter().all(Scheduler::may_plan) {
             // The outcome that comes first is followed by another attempt.
             self.shards.iter_mut().for_each(|shard| shard.replan = false);
             return None;
         }
-        beside::arrange(&mut self.shards);
         let mut flight = self.spare.pop().unwrap_or_default();
         flight.of.clear();
-        let mut whole: Option<Planned> = None;
-        let mut sections = Vec::with_capacity(self.shards.len());
-        let mut shard_tokens = Vec::with_capacity(self.shards.len());
-        for shard in &mut self.shards {
-            let planned = shard.plan_step(now);
-            flight.of.push(planned.as_ref().map(|planned| planned.plan.seq));
-            let Some(Planned { mut plan, report }) = planned else {
+        let (mut shard_tokens, mut sections) = self.shells.take();
+        let mut whole: Option<(Incarnation, PlanReport)> = None;
+        let mut group = beside::Group::of(&self.shards);
+        for (at, shard) in self.shards.iter_mut().enumerate() {
+            group.arrange(at, shard);
+            let part = shard.plan_part(now);
+            group.planned(at, shard);
+            flight.of.push(part.as_ref().map(|part| part.seq));
+            let Some(part) = part else {
                 sections.push(Section::default());
                 shard_tokens.push(Tokens::ZERO);
                 continue;
             };
-            sections.append(&mut plan.sections);
-            shard_tokens.append(&mut plan.shard_tokens);
-            whole = Some(match whole {
-                None => Planned { plan, report },
-                Some(others) => beside_each_other(others, &plan, &report),
-            });
+            sections.push(part.section);
+            shard_tokens.push(part.tokens);
+            match &mut whole {
+                None => whole = Some((part.incarnation, part.report)),
+                Some((_, report)) => sum::reports(report, &part.report),
+            }
         }
         self.stalls.clear();
         for shard in &self.shards {
             self.stalls.extend_from_slice(shard.stalls());
         }
-        let Some(Planned { plan, report }) = whole else {
+        let most = shard_tokens.iter().max().copied().unwrap_or_default();
+        let mut plan = StepPlan {
+            seq: self.launched.next(),
+            incarnation: Incarnation(0),
+            bucket: bucket(most),
+            shard_tokens,
+            sections,
+        };
+        let Some((incarnation, report)) = whole else {
+            self.shells.take_back(plan);
             self.spare.push(flight);
             return None;
         };
-        for ((shard, section), of) in self.shards.iter_mut().zip(&mut sections).zip(&flight.of) {
+        plan.incarnation = incarnation;
+        for ((shard, section), of) in self.shards.iter_mut().zip(&mut plan.sections).zip(&flight.of)
+        {
             if of.is_none() {
                 *section = shard.stand_still();
             }
         }
-        let ahead = count(self.flights.len());
-        let seq = self.launched.next();
+        let (seq, ahead) = (plan.seq, count(self.flights.len()));
+        if ahead == 0 {
+            self.head_since = now;
+        }
         self.launched = seq;
         flight.seq = seq;
         self.flights.push_back(flight);
         self.steps += 1;
-        Some(Planned {
-            plan: StepPlan { seq, sections, shard_tokens, ..plan },
-            report: PlanReport { seq, ahead, ..report },
-        })
+        Some(Planned { plan, report: PlanReport { seq, ahead, ..report } })
     }
 
     /// Takes a plan back, as [`Scheduler::recycle`] does.
-    pub fn recycle(&mut self, plan: StepPlan) {
+    pub fn recycle(&mut self, mut plan: StepPlan) {
         if let [only] = self.shards.as_mut_slice() {
-            only.recycle(plan);
+            return only.recycle(plan);
         }
+        for (shard, section) in self.shards.iter_mut().zip(plan.sections.drain(..)) {
+            shard.spare.take_back(section);
+        }
+        self.shells.take_back(plan);
     }
 
     /// The next thing said, and for which shard's workers it is, where it is for workers.
     pub fn poll_output(&mut self) -> Option<(ShardId, Output)> {
-        let several = self.shards.len() > 1;
         if let Some(output) = self.said.pop_front() {
             return Some((ShardId(0), output));
         }
@@ -290,39 +334,8 @@ impl Shards {
             let output = shard.poll_output()?;
             Some((at, output))
         });
-        let (at, mut output) = found?;
-        if several {
-            self.note(at, &mut output);
-        }
+        let (at, output) = found?;
         Some((ShardId(u16::try_from(at).unwrap_or(u16::MAX)), output))
-    }
-
-    /// Keeps the books of who is where; a step that a shard names is named as the group counts.
-    fn note(&mut self, shard: usize, output: &mut Output) {
-        match output {
-            Output::Started { request, .. } => {
-                if let Some(home) = self.homes.get_mut(request) {
-                    self.owed[home.shard] -= core::mem::take(&mut home.owes);
-                }
-            }
-            Output::Finished { request, .. } | Output::Refused { request, .. } => {
-                if let Some(home) = self.homes.remove(request) {
-                    self.owed[home.shard] -= home.owes;
-                }
-            }
-            Output::RestartWorker { reason, .. } => {
-                let (WorkerFault::Overdue { seq, .. } | WorkerFault::Contradiction { seq }) =
-                    reason;
-                let mut flights = self.flights.iter();
-                if let Some(flight) = flights.find(|flight| flight.of[shard] == Some(*seq)) {
-                    *seq = flight.seq;
-                }
-            }
-            Output::Upload(_)
-            | Output::Forget(..)
-            | Output::Token { .. }
-            | Output::PromptLogprobs(_) => {}
-        }
     }
 
     /// Where requests were placed since the last call, and why; nothing where there is one shard.
@@ -333,7 +346,11 @@ impl Shards {
     /// When to send [`Event::Wakeup`] and plan again if nothing else happens before.
     #[must_use]
     pub fn next_wakeup(&self) -> Option<Timestamp> {
-        self.shards.iter().filter_map(Scheduler::next_wakeup).min()
+        if let [only] = self.shards.as_slice() {
+            return only.next_wakeup();
+        }
+        let overdue = self.overdue_at().map(|(at, _)| at);
+        self.shards.iter().filter_map(Scheduler::alarm).chain(overdue).min()
     }
 
     /// Figures for metrics, of all shards together.
@@ -362,11 +379,4 @@ impl Shards {
     pub fn explain(&self) -> Vec<(RequestId, Waits)> {
         self.shards.iter().flat_map(Scheduler::explain).collect()
     }
-}
-
-/// One plan and one report of what two shards do in a step.
-fn beside_each_other(mut whole: Planned, plan: &StepPlan, report: &PlanReport) -> Planned {
-    whole.plan.bucket = whole.plan.bucket.max(plan.bucket);
-    sum::reports(&mut whole.report, report);
-    whole
 }
