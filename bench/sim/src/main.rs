@@ -8,7 +8,7 @@
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use sim::act::Act;
-use sim::figures::{ENDS, Fault};
+use sim::figures::{ENDS, Fault, PLACED};
 use sim::scenario::Model;
 use sim::shrink::shrink;
 use sim::{Figures, Scenario, World};
@@ -176,4 +176,12 @@ fn print(seed: u64, model: Model, depth: u32, figures: &Figures) {
         figures.longest_wait.as_secs_f64(),
         figures.digest,
     );
+    if figures.several > 0 {
+        println!(
+            "  several shards: placed by {}; {} times one stood still, {} lives whose ranks disagreed",
+            named(&PLACED, &figures.placements),
+            figures.still,
+            figures.divergences,
+        );
+    }
 }

@@ -196,7 +196,9 @@ impl Scenario {
         self.mesh = Mesh { dp, tp, expert_parallel: false };
         self.joined = true;
         self.pause /= dp;
-        (self.repeats, self.digests, self.lies) = (1500, 1000, 1000);
+        (self.repeats, self.digests, self.lies) = (4000, 1500, 1200);
+        // A suspect keeps every shard waiting.
+        (self.poisons, self.deaths) = (600, 2400);
         self
     }
 
