@@ -35,7 +35,10 @@ impl Echo {
                     SlotOp::Retire { slot } => {
                         self.decoding.remove(&slot.0);
                     }
-                    SlotOp::Extend { .. } | SlotOp::Trim { .. } => {}
+                    SlotOp::Extend { .. }
+                    | SlotOp::Trim { .. }
+                    | SlotOp::Store { .. }
+                    | SlotOp::Load { .. } => {}
                 }
             }
             for slot in &section.decode.leave {

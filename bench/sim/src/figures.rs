@@ -85,6 +85,10 @@ pub struct Figures {
     pub outputs: u64,
     /// Steps planned while at least 95 % of the cache's blocks were held or cached.
     pub full_cache_steps: u64,
+    /// Steps planned while there was memory behind the cache.
+    pub tiered_steps: u64,
+    /// Those of them in which no place of it was free.
+    pub full_tier_steps: u64,
     /// Bytes of plans, uploads and outcomes, encoded and decoded.
     pub wire_bytes: u64,
     /// What went wrong, by [`Fault`].
@@ -128,6 +132,8 @@ impl Figures {
         self.steps += other.steps;
         self.outputs += other.outputs;
         self.full_cache_steps += other.full_cache_steps;
+        self.tiered_steps += other.tiered_steps;
+        self.full_tier_steps += other.full_tier_steps;
         self.wire_bytes += other.wire_bytes;
         each(&mut self.ends, &other.ends);
         each(&mut self.faults, &other.faults);
@@ -137,6 +143,9 @@ impl Figures {
         let (sum, more) = (&mut self.gauges, &other.gauges);
         sum.prefix_query_tokens += more.prefix_query_tokens;
         sum.prefix_hit_tokens += more.prefix_hit_tokens;
+        sum.host_hit_tokens += more.host_hit_tokens;
+        sum.host_stores += more.host_stores;
+        sum.host_loads += more.host_loads;
         sum.preemptions += more.preemptions;
         sum.dropped_tokens += more.dropped_tokens;
         sum.purges += more.purges;
@@ -157,7 +166,8 @@ impl Figures {
         format!(
             "\"runs\":{},\"events\":{},\"simulated_hours\":{:.2},\"sessions\":{},\"requests\":{},\
              \"refused\":{},\"ends\":{{{}}},\"tokens\":{},\"plans_equal\":{},\"outputs_equal\":{},\
-             \"full_cache_steps\":{},\"wire_bytes\":{},\"faults\":{{{}}},\"preemptions\":{},\
+             \"full_cache_steps\":{},\"tiered_steps\":{},\"full_tier_steps\":{},\"tier_stores\":{},\
+             \"tier_loads\":{},\"tier_hit_tokens\":{},\"wire_bytes\":{},\"faults\":{{{}}},\"preemptions\":{},\
              \"worker_deaths\":{},\"purges\":{},\"prefix_hit_tokens\":{},\"prefix_query_tokens\":{},\
              \"dropped_tokens\":{},\"events_refused\":{{{}}},\"rarest_cell\":{},\
              \"longest_wait_s\":{:.1},\"runs_of_several_shards\":{},\"placements\":{{{}}},\
@@ -173,6 +183,11 @@ impl Figures {
             self.steps,
             self.outputs,
             self.full_cache_steps,
+            self.tiered_steps,
+            self.full_tier_steps,
+            g.host_stores,
+            g.host_loads,
+            g.host_hit_tokens,
             self.wire_bytes,
             named(&Fault::ALL.map(|(_, name)| name), &self.faults),
             g.preemptions,

@@ -8,7 +8,7 @@
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use sim::act::Act;
-use sim::figures::{ENDS, Fault};
+use sim::figures::{ENDS, Fault, PLACED};
 use sim::scenario::Model;
 use sim::shrink::shrink;
 use sim::{Figures, Scenario, World};
@@ -42,6 +42,9 @@ struct Options {
     /// Tell tenants apart, with patience and a look ahead at deadlines; not compared with the model.
     #[arg(long)]
     shared: bool,
+    /// Blocks of each group that the memory behind the cache holds; what the seed says when left out.
+    #[arg(long)]
+    behind: Option<u32>,
     /// Let nothing happen but these acts of the seed, as --shrink prints them: a12,s40,m7.
     #[arg(long, value_delimiter = ',')]
     only: Option<Vec<Act>>,
@@ -105,12 +108,17 @@ fn run(options: &Options, seed: u64, model: Model, depth: u32) -> anyhow::Result
     let events = options.events;
     let storm = Scenario::storm(seed, events, depth, model).context("carve the cache")?;
     let storm = if options.calm { storm.calm() } else { storm };
-    let scenario = if options.shared { storm.shared() } else { storm };
+    let storm = if options.shared { storm.shared() } else { storm };
+    let scenario = match options.behind {
+        Some(host_blocks) => storm.behind(host_blocks),
+        None => storm,
+    };
     let calm = if options.calm { " --calm" } else { "" };
     let shared = if options.shared { " --shared" } else { "" };
+    let behind = options.behind.map(|n| format!(" --behind {n}")).unwrap_or_default();
     let replay = format!(
         "cargo run -p sim -- --seed {seed} --events {events} --depth {depth} --model \
-         {model:?}{calm}{shared}"
+         {model:?}{calm}{shared}{behind}"
     );
     let world = World::new(scenario.clone()).context("check the limits")?;
     let world = match &options.only {
@@ -142,7 +150,8 @@ fn print(seed: u64, model: Model, depth: u32, figures: &Figures) {
     println!(
         "seed {seed} {model:?} depth {depth}: {} events, {:.1} s, {} steps ({} % with a full \
          cache), {} requests in {} sessions ({} refused), {} tokens; ended: {}; faults: {}; {} \
-         preemptions, {} deaths, {} purges, {} of {} prompt tokens cached, longest wait {:.1} s, \
+         preemptions, {} deaths, {} purges, {} of {} prompt tokens cached, {} of them behind the cache \
+         ({} blocks stored, {} loaded, full in {} of {} steps), longest wait {:.1} s, \
          digest {:016x}",
         figures.events,
         figures.time.0 as f64 / 1e9,
@@ -159,7 +168,20 @@ fn print(seed: u64, model: Model, depth: u32, figures: &Figures) {
         gauges.purges,
         gauges.prefix_hit_tokens,
         gauges.prefix_query_tokens,
+        gauges.host_hit_tokens,
+        gauges.host_stores,
+        gauges.host_loads,
+        figures.full_tier_steps,
+        figures.tiered_steps,
         figures.longest_wait.as_secs_f64(),
         figures.digest,
     );
+    if figures.several > 0 {
+        println!(
+            "  several shards: placed by {}; {} times one stood still, {} lives whose ranks disagreed",
+            named(&PLACED, &figures.placements),
+            figures.still,
+            figures.divergences,
+        );
+    }
 }

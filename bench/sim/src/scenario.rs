@@ -75,6 +75,11 @@ pub struct Scenario {
     pub digests: u64,
 }
 
+/// In these of so many seeds there is memory behind the cache.
+const TIERED: [u64; 4] = [5, 8, 10, 11];
+/// See [`TIERED`].
+const SEEDS: u64 = 12;
+
 /// Which groups the model has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Model {
@@ -117,8 +122,16 @@ impl Scenario {
             }
         };
         let unit: u64 = groups.iter().map(|g| g.block_bytes.0).sum();
-        let cache_bytes = Bytes(unit * (4 + rng.below(if rng.clone().one_in(2) { 8 } else { 36 })));
-        let carving = carve(&groups, cache_bytes, Bytes(64))?;
+        let tiered = TIERED.contains(&(seed % SEEDS));
+        let blocks = 4 + rng.below(if rng.clone().one_in(2) { 8 } else { 36 });
+        // What is in front of other memory is small: nothing goes there before the cache is full.
+        let cache_bytes = Bytes(unit * if tiered { blocks.min(12) } else { blocks });
+        let mut carving = carve(&groups, cache_bytes, Bytes(64))?;
+        if tiered {
+            // Full almost at once, or so large that what is stored is often wanted again.
+            let mut rng = Rng::new(seed ^ 0x71E2);
+            carving.host_blocks = 1 + rng.below_u32(if rng.clone().one_in(2) { 2 } else { 12 });
+        }
         let chunks = [1, 7, 63, 64, 65, 100, 512, 512];
         let max_chunk = chunks[rng.below(chunks.len() as u64) as usize];
         let max_running = 1 + rng.below_u32(12);
@@ -129,7 +142,7 @@ impl Scenario {
             max_context: Tokens(1024),
             depth,
             decode_budget: Duration::from_micros(500 + rng.below(20_000)),
-            prefix_caching: !rng.one_in(5),
+            prefix_caching: !rng.one_in(5) || tiered,
             queue_requests: 20,
             queue_tokens: 4000,
             step_timeout: Duration::from_millis(600),
@@ -183,7 +196,9 @@ impl Scenario {
         self.mesh = Mesh { dp, tp, expert_parallel: false };
         self.joined = true;
         self.pause /= dp;
-        (self.repeats, self.digests, self.lies) = (1500, 1000, 1000);
+        (self.repeats, self.digests, self.lies) = (4000, 1500, 1200);
+        // A suspect keeps every shard waiting.
+        (self.poisons, self.deaths) = (600, 2400);
         self
     }
 
@@ -195,6 +210,13 @@ impl Scenario {
         self.named = true;
         self.config.patience = 1 + (self.seed % 16) as u32;
         self.config.refuse_late = true;
+        self
+    }
+
+    /// The same world with room for so many blocks of each group behind the cache.
+    #[must_use]
+    pub fn behind(mut self, host_blocks: u32) -> Self {
+        self.carving.host_blocks = host_blocks;
         self
     }
 

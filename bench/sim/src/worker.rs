@@ -1,9 +1,11 @@
 //! A worker that follows plans to the letter and trusts nothing in them.
 //!
 //! Instead of KV, every position of every block holds the hash of the token history that wrote it.
-//! A read checks that hash, a write checks who else may be reading, a grant checks that no step in
-//! flight can touch the block. It draws tokens from the history alone. Of a group's plans it follows the
-//! section of its shard, which may run nothing. Invariant: a plan that is carried out without complaint has read, in every group, exactly the history of each slot.
+//! What is stored behind the cache is stored with them and comes back with them. A read checks that hash, a
+//! write checks who else may be reading, a grant checks that no step in flight can touch the block. It draws
+//! tokens from the history alone. Of a group's plans it follows the section of its shard, which may run
+//! nothing. Invariant: a plan that is carried out without complaint has read, in every group, exactly the
+//! history of each slot.
 
 use crate::client::{draw, history};
 use ids::{
@@ -60,6 +62,8 @@ pub struct Worker {
     incarnation: Incarnation,
     groups: Vec<GroupSpec>,
     pages: Vec<Vec<Page>>,
+    /// By group: what each place of the memory behind the cache holds.
+    behind: Vec<Vec<Option<[u64; BLOCK]>>>,
     uploads: BTreeMap<RequestId, Vec<TokenId>>,
     slots: Vec<Option<Slot>>,
     generations: Vec<u32>,
@@ -90,6 +94,7 @@ impl Worker {
             incarnation,
             groups: groups.to_vec(),
             pages: carving.per_super.iter().map(pages).collect(),
+            behind: vec![vec![None; carving.host_blocks as usize]; groups.len()],
             uploads: BTreeMap::new(),
             slots: (0..slots).map(|_| None).collect(),
             generations: vec![0; slots as usize],
@@ -208,6 +213,21 @@ impl Worker {
                 }
                 Ok(())
             }
+            SlotOp::Store { group, block, at } => {
+                let page = &self.pages[group.index()][block.index()];
+                ensure(!page.content.contains(&0), || {
+                    format!("block {block} of group {group} is stored before it is full")
+                })?;
+                self.behind[group.index()][at.index()] = Some(page.content);
+                Ok(())
+            }
+            SlotOp::Load { at, block } => {
+                let held = self.behind[block.group.index()][at.index()];
+                let held = held.ok_or_else(|| format!("nothing was stored in place {at}"))?;
+                let page = self.grant(*block, retired)?;
+                page.content = held;
+                Ok(())
+            }
         }
     }
 
@@ -261,14 +281,21 @@ impl Worker {
         Ok(())
     }
 
-    fn extend(&mut self, slot: SlotId, grant: WriteSlot, retired: StepSeq) -> Check {
+    /// A block that nobody holds and no step under way touches.
+    fn grant(&mut self, grant: WriteSlot, retired: StepSeq) -> Check<&mut Page> {
         let WriteSlot { group, block } = grant;
         let page = &mut self.pages[group.index()][block.index()];
-        let name = || format!("{slot}: block {block} of group {group}");
+        let name = || format!("block {block} of group {group}");
         ensure(page.holders == 0, || format!("{}, granted while in a table", name()))?;
         ensure(page.used <= retired, || {
             format!("{}, used by step {}, granted at {retired}", name(), page.used)
         })?;
+        Ok(page)
+    }
+
+    fn extend(&mut self, slot: SlotId, grant: WriteSlot, retired: StepSeq) -> Check {
+        let WriteSlot { group, block } = grant;
+        let page = self.grant(grant, retired).map_err(|what| format!("{slot}: {what}"))?;
         page.holders = 1;
         page.content = [0; BLOCK];
         let slot = self.slots[slot.index()].as_mut().ok_or("extended while empty")?;

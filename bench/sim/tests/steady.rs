@@ -3,13 +3,16 @@
 //! Alone in its program, because it counts every allocation of its thread.
 
 use core::time::Duration;
-use ids::{Bytes, GroupId, HashKey, Incarnation, RequestId, TenantId, Timestamp, TokenId, Tokens};
-use kv_cache::carve;
+use ids::{
+    BlockHash, Bytes, GroupId, HashKey, Incarnation, RequestId, TenantId, Timestamp, TokenId,
+    Tokens,
+};
+use kv_cache::{KvCache, carve};
 use scheduler::{Config, Event, Joined, PlanReport, Planned, Shards, Submit, WorkerReady};
 use sim::echo::Echo;
 use sim::planner_bench::{Case, Kind, measure};
 use std::sync::Arc;
-use step::{GroupKind, GroupSpec, StepPlan};
+use step::{Carving, GroupKind, GroupSpec, StepPlan};
 
 /// Runs and gives the number of allocations as so many microseconds.
 fn allocations(run: &mut dyn FnMut()) -> Duration {
@@ -25,6 +28,30 @@ fn a_steady_step_takes_no_memory() {
             assert_eq!(counted.mean_us, 0.0, "{case:?}: {counted:?}");
         }
     }
+}
+
+#[test]
+fn what_goes_behind_the_cache_takes_no_memory() {
+    let group = GroupId(0);
+    let spec = GroupSpec { group, kind: GroupKind::Full, block_bytes: Bytes(64) };
+    let carving = carve(&[spec], Bytes(64 * 32), Bytes(64)).expect("a cache");
+    let mut cache = KvCache::new(&[spec], &Carving { host_blocks: 50, ..carving });
+    let mut ops = Vec::new();
+    // Each block takes the place of one that is stored over one that was stored before.
+    let mut round = |n: u128| {
+        ops.clear();
+        for i in 0..32 {
+            let block = cache.mint(group).expect("evicts");
+            let block = cache.seal(block, BlockHash(n << 64 | i));
+            cache.release(block);
+        }
+        cache.take_copies(&mut ops);
+        ops.len()
+    };
+    let mut stored = (0..8).map(&mut round).sum();
+    assert_eq!(stored, 7 * 32);
+    let counted = allocation_counter::measure(|| stored = round(8));
+    assert_eq!((stored, counted.count_total), (32, 0));
 }
 
 #[test]

@@ -43,6 +43,9 @@ fn no_storm_breaks_an_invariant() {
     // A storm in which nothing happened would prove nothing.
     assert!(sum.events >= 1_000_000);
     assert!(sum.full_cache_steps * 3 >= sum.steps, "the cache is hardly ever full");
+    assert!(sum.tiered_steps * 5 >= sum.steps, "hardly any memory behind the cache");
+    assert!(sum.full_tier_steps * 2 > sum.tiered_steps, "it is hardly ever full");
+    assert!(sum.gauges.host_stores > 10_000 && sum.gauges.host_loads > 1000, "{sum:?}");
     assert!(sum.gauges.deaths >= 100 && sum.gauges.preemptions > 1000);
     assert!(sum.gauges.prefix_hit_tokens > 100_000 && sum.gauges.dropped_tokens > 1000);
     assert!(sum.gauges.purges > 0, "no pool was ever emptied for one request");

@@ -115,7 +115,17 @@ pub fn carve(
         }
         per_super.push(blocks);
     }
-    Ok(Carving { super_bytes: Bytes(super_bytes), supers, per_super })
+    Ok(Carving { super_bytes: Bytes(super_bytes), supers, per_super, host_blocks: 0 })
+}
+
+/// Blocks of each group that `bytes` of the host's memory hold: as many of one group as of another,
+/// since a token's KV is there when every group has it. Sliding groups need fewer and waste some.
+#[must_use]
+pub fn host_blocks(groups: &[GroupSpec], bytes: Bytes) -> u32 {
+    let each = groups.iter().fold(0_u64, |sum, group| sum.saturating_add(group.block_bytes.0));
+    let blocks = bytes.0.checked_div(each).unwrap_or(0);
+    // `u32::MAX` is the absent index of every list here.
+    u32::try_from(blocks).map_or(u32::MAX - 1, |blocks| blocks.min(u32::MAX - 1))
 }
 
 #[cfg(test)]
@@ -145,6 +155,15 @@ mod tests {
             assert!((carving.super_bytes.0 - used) * 1000 / carving.super_bytes.0 <= 60);
         }
         assert!(carving.super_bytes.0 * u64::from(carving.supers) <= 1 << 20);
+    }
+
+    #[test]
+    fn the_hosts_memory_holds_as_many_blocks_of_every_group() {
+        let two = [spec(0, 1000), spec(1, 3000)];
+        assert_eq!(host_blocks(&two, Bytes(3999)), 0);
+        assert_eq!(host_blocks(&two, Bytes(8000)), 2);
+        assert_eq!(host_blocks(&two, Bytes(u64::MAX)), u32::MAX - 1);
+        assert_eq!(host_blocks(&[], Bytes(8000)), 0);
     }
 
     #[test]

@@ -80,6 +80,11 @@ impl KvCache {
                 .iter()
                 .any(|m| matches!(m.state, State::Waiting | State::Evictable) && !m.indexed);
             equal(group, "cached but not indexed", 0, u32::from(cached_private))?;
+            if let Some(tier) = &g.tier {
+                let (named, pinned) = tier.audit();
+                equal(group, "blocks behind the cache", tier.len(), named)?;
+                equal(group, "pinned behind the cache", pinned, 0)?;
+            }
             let refs = g.metas.iter().any(|m| (m.refs > 0) != (m.state == State::Shared));
             equal(group, "references outside of shared", 0, u32::from(refs))?;
         }

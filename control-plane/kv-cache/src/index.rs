@@ -32,6 +32,11 @@ impl Index {
         (cell != EMPTY).then_some(BlockId(cell))
     }
 
+    /// The name that an indexed block has; of any other what it had last.
+    pub(crate) fn name(&self, block: BlockId) -> BlockHash {
+        self.hashes[block.index()]
+    }
+
     /// Names `block`; the hash must not be present.
     pub(crate) fn insert(&mut self, hash: BlockHash, block: BlockId) {
         let at = self.find(hash);

@@ -7,6 +7,9 @@
 //! flight waits in limbo (or, when the prefix index keeps it, on a waiting list) until the epoch
 //! retires, and only [`Retired`], which one module can make, lets a block be handed out again.
 //!
+//! Where the host's memory holds blocks behind the cache, an evicted one goes there and a hit brings it
+//! back: [`KvCache::take_copies`] lists the copies, to be carried out in that order before anything else.
+//!
 //! No requests, no policy, no clock, no I/O here. Invariant, at all times and in every group:
 //! free + owned + shared + cached + limbo = blocks of the super-blocks bound to the group.
 
@@ -19,9 +22,10 @@ mod list;
 mod pool;
 mod prefix;
 mod supers;
+mod tier;
 
 pub use block::{Buried, SharedBlock, WritableBlock};
-pub use carve::{CarveError, carve};
+pub use carve::{CarveError, carve, host_blocks};
 pub use check::Imbalance;
 pub use epoch::{EpochError, Retired};
 pub use pool::{Counts, KvCache, Shortage};

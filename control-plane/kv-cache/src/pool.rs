@@ -7,6 +7,8 @@
 //!   └── Retired ── limbo <──────────┴── private       │
 //!   └──────────────── evict ──────────────────────────┘
 //! ```
+//! An evicted block's content goes to the memory behind the cache where there is some; it comes back in
+//! a block that is minted for it and sealed at once, since its hash names what it will hold.
 //! It decides nothing about requests: who mints and who is preempted is the scheduler's business.
 //! Invariant: see the crate; and a block reaches `free` only past a [`Retired`] that covers its
 //! last release.
@@ -16,8 +18,9 @@ use crate::epoch::{EpochError, Epochs, Retired};
 use crate::index::Index;
 use crate::list::{Link, List, links};
 use crate::supers::Supers;
+use crate::tier::Tier;
 use ids::{BlockHash, BlockId, Blocks, GroupId, StepSeq};
-use step::{Carving, GroupKind, GroupSpec};
+use step::{Carving, GroupKind, GroupSpec, SlotOp};
 
 /// What a block is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +91,8 @@ pub(crate) struct Group {
     pub(crate) waiting: List,
     pub(crate) evictable: List,
     pub(crate) limbo: List,
+    /// The memory behind the cache, if there is any.
+    pub(crate) tier: Option<Tier>,
 }
 
 /// All KV blocks of one shard in one incarnation.
@@ -96,6 +101,8 @@ pub struct KvCache {
     pub(crate) groups: Vec<Group>,
     pub(crate) supers: Supers,
     epochs: Epochs,
+    /// Copies decided and not taken yet, in that order.
+    pub(crate) copies: Vec<SlotOp>,
 }
 
 impl KvCache {
@@ -115,12 +122,14 @@ impl KvCache {
                 waiting: List::default(),
                 evictable: List::default(),
                 limbo: List::default(),
+                tier: (carving.host_blocks > 0).then(|| Tier::new(carving.host_blocks)),
             }
         };
         Self {
             groups: specs.iter().zip(&carving.per_super).map(group).collect(),
             supers: Supers::new(carving.supers, &carving.per_super),
             epochs: Epochs::default(),
+            copies: Vec::new(),
         }
     }
 
@@ -236,6 +245,13 @@ impl KvCache {
         true
     }
 
+    /// Moves the copies that were decided since the last call behind `ops`. Whatever a plan says of a
+    /// block that was minted meanwhile must stand behind them; among themselves they keep their order, in
+    /// which a place is read before it is overwritten.
+    pub fn take_copies(&mut self, ops: &mut Vec<SlotOp>) {
+        ops.append(&mut self.copies);
+    }
+
     /// Ends writing: the block's content is complete, confirmed, and named by `hash`.
     ///
     /// Where another block has the name already, that one stays the canonical entry and this one
@@ -339,6 +355,13 @@ impl KvCache {
         Blocks(g.limbo.len() + g.waiting.len())
     }
 
+    /// Blocks in the memory behind the cache, of all groups, and how many there is room for.
+    #[must_use]
+    pub fn behind(&self) -> (Blocks, Blocks) {
+        let tiers = || self.groups.iter().filter_map(|g| g.tier.as_ref());
+        (tiers().map(|t| Blocks(t.len())).sum(), tiers().map(|t| Blocks(t.slots())).sum())
+    }
+
     /// Number of groups.
     #[must_use]
     pub fn groups(&self) -> usize {
@@ -409,6 +432,11 @@ impl KvCache {
     /// Takes an unreferenced block out of the index; through limbo where its epoch is in flight.
     fn evict(&mut self, group: GroupId, block: BlockId) {
         let g = &mut self.groups[group.index()];
+        if let Some(tier) = &mut g.tier
+            && let Some(at) = tier.keep(g.index.name(block))
+        {
+            self.copies.push(SlotOp::Store { group, block, at });
+        }
         g.index.remove(block);
         let meta = &mut g.metas[block.index()];
         meta.indexed = false;

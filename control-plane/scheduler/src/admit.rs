@@ -15,9 +15,10 @@ use crate::report::Waits;
 use crate::request::{Live, Seat};
 use crate::scheduler::{Scheduler, count};
 use crate::slab::Key;
+use crate::slots::SlotLease;
 use crate::tables::{Tables, group_id, peak};
 use ids::{BlockHash, Blocks, GroupId, StepSeq, Tokens};
-use kv_cache::{Hit, first_live};
+use kv_cache::{Hit, Shortage, first_live};
 use step::{Admit, SlotOp};
 
 /// Where and when admission last found blocks short.
@@ -143,7 +144,7 @@ impl Scheduler {
 
     /// The longest cached prefix that leaves a token to compute.
     fn find_prefix(&mut self, life: &Life, key: Key) -> (Vec<BlockHash>, Hit) {
-        let nothing = (Vec::new(), Hit { boundary: Blocks::ZERO });
+        let nothing = (Vec::new(), Hit::NONE);
         let Some(live) = self.requests.get_mut(key) else { return nothing };
         let job = live.job_mut();
         if !self.config.prefix_caching || job.logprobs_due().is_some() {
@@ -175,8 +176,8 @@ impl Scheduler {
             let hits = hit.boundary.saturating_sub(live_from);
             loop {
                 let own = most.saturating_sub(hits);
-                let hits_counted = life.cache.evictable_of(group, hashes, hit);
-                let need = own + hits_counted + self.spoken_for(life, group);
+                let claimed = life.cache.claimed_by(group, hashes, hit);
+                let need = own + claimed + self.spoken_for(life, group);
                 let mintable = life.cache.mintable(group);
                 if mintable >= need {
                     break;
@@ -222,22 +223,24 @@ impl Scheduler {
         let Some(slot) = life.slots.take(key) else {
             return Err(Waits::Slot { rows: self.config.max_running, arriving: 0 });
         };
-        let prefixes = life.cache.acquire(hashes, hit);
+        let acquired = life.cache.acquire(hashes, hit, life.frugal);
+        life.copy_first(&mut self.counters);
+        let prefixes = match acquired {
+            Ok(prefixes) => prefixes,
+            Err(short) => return Err(no_seat(life, slot, short, size)),
+        };
         let mut tables = Tables::new(prefixes, limit.blocks_ceil());
         let shared = tables.admit();
         let mut blocks = Vec::new();
         let extended = tables.extend(&mut life.cache, cached + size, life.frugal, &mut blocks);
+        life.copy_first(&mut self.counters);
         let seat = Seat::new(slot, tables, cached);
         if let Err(short) = extended
             && seat.capacity <= cached
         {
-            // No plan has named slot or blocks yet, so they go back as if nothing had been.
             let Seat { slot, mut tables, .. } = seat;
             tables.release_tail(&mut life.cache, u32::MAX);
-            life.slots.give_back(slot, StepSeq::ZERO, &life.cache.proof());
-            let (group, need) = (short.group, size.blocks_ceil());
-            let (mintable, arriving) = (life.cache.mintable(group), life.arriving(group));
-            return Err(Waits::Blocks { group, need, mintable, arriving });
+            return Err(no_seat(life, slot, short, size));
         }
         let tokens = seat.capacity.min(cached + size) - cached;
         let at = seat.slot.at();
@@ -273,6 +276,8 @@ impl Scheduler {
         }
         self.counters.prefix_query_tokens += u64::from(known.0);
         self.counters.prefix_hit_tokens += u64::from(cached.0);
+        let resident = hit.resident.tokens();
+        self.counters.host_hit_tokens += u64::from(cached.saturating_sub(resident).0);
         job.rank = turn.seated;
         if job.cached.is_none() {
             job.cached = Some(cached);
@@ -290,4 +295,12 @@ impl Scheduler {
         draft.chunks.push(Chunk { key, tokens });
         Ok(())
     }
+}
+
+/// Gives back a slot that no plan has named yet, whose blocks went back, as if nothing had been.
+fn no_seat(life: &mut Life, slot: SlotLease, short: Shortage, size: Tokens) -> Waits {
+    life.slots.give_back(slot, StepSeq::ZERO, &life.cache.proof());
+    let (group, need) = (short.group, size.blocks_ceil());
+    let (mintable, arriving) = (life.cache.mintable(group), life.arriving(group));
+    Waits::Blocks { group, need, mintable, arriving }
 }

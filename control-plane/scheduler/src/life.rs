@@ -6,6 +6,7 @@
 
 use crate::event::WorkerReady;
 use crate::job::Rank;
+use crate::report::Gauges;
 use crate::slab::Key;
 use crate::slots::Slots;
 use crate::tables::Tables;
@@ -95,6 +96,17 @@ impl Life {
         }
     }
 
+    /// Puts the copies that minting and purging brought about behind the operations of the next plan, in
+    /// front of any that names a block minted since.
+    pub(crate) fn copy_first(&mut self, counters: &mut Gauges) {
+        let known = self.ops.len();
+        self.cache.take_copies(&mut self.ops);
+        for copy in &self.ops[known..] {
+            counters.host_stores += u64::from(matches!(copy, SlotOp::Store { .. }));
+            counters.host_loads += u64::from(matches!(copy, SlotOp::Load { .. }));
+        }
+    }
+
     /// Takes back the admissions that no plan will carry: whoever was let in gave way to one for whom there
     /// was no room in the end. Their tokens are sent anew, before the next plan, in which an admission of
     /// before would use them up.
@@ -113,6 +125,7 @@ impl Life {
                 }
                 None => true,
             },
+            SlotOp::Store { .. } | SlotOp::Load { .. } => true,
         });
         debug_assert!(unsent.is_empty(), "whoever has a seat runs in a step");
     }

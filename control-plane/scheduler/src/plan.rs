@@ -109,6 +109,7 @@ impl Scheduler {
         life.slice = u32::MAX;
         life.drain();
         life.cache.purge();
+        life.copy_first(&mut self.counters);
         life.frugal = true;
     }
 

@@ -116,6 +116,7 @@ impl Scheduler {
             let mut blocks = self.spare.blocks();
             let extended = seat.tables.extend(&mut life.cache, want, life.frugal, &mut blocks);
             seat.capacity = seat.tables.capacity();
+            life.copy_first(&mut self.counters);
             if blocks.is_empty() {
                 self.spare.give_back(blocks);
             } else {

@@ -125,6 +125,16 @@ pub struct Gauges {
     pub prefix_query_tokens: u64,
     /// Prompt tokens found there.
     pub prefix_hit_tokens: u64,
+    /// Of those, what was brought back from the host's memory behind the cache.
+    pub host_hit_tokens: u64,
+    /// Blocks in the host's memory.
+    pub host_blocks: u32,
+    /// Blocks that it has room for.
+    pub host_room: u32,
+    /// Blocks copied there.
+    pub host_stores: u64,
+    /// Blocks copied back.
+    pub host_loads: u64,
     /// Requests that lost their seat and were put back in line.
     pub preemptions: u64,
     /// Sampled tokens that came after their request's end or preemption.

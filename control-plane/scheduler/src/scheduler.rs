@@ -180,12 +180,15 @@ impl Scheduler {
     #[must_use]
     pub fn gauges(&self) -> Gauges {
         let (waiting, queued, queued_tokens) = self.line.len();
+        let behind = self.life.as_ref().map(|life| life.cache.behind()).unwrap_or_default();
         Gauges {
             running: self.life.as_ref().map_or(0, |life| count(life.running.len())),
             waiting: count(waiting),
             queued,
             queued_tokens,
             cache_usage: self.life.as_ref().map_or(0.0, |life| life.cache.usage()),
+            host_blocks: behind.0.0,
+            host_room: behind.1.0,
             ..self.counters
         }
     }

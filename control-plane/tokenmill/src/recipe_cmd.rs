@@ -111,6 +111,7 @@ fn memory_plan(recipe: &Recipe) -> Result<MemoryPlan> {
             max_seqs: recipe.limits.max_num_seqs,
             max_step_tokens: recipe.limits.max_num_batched_tokens,
             kv_bytes: recipe.cache.bytes,
+            host_bytes: recipe.cache.host_bytes,
             machine: Machine::Cpu {
                 threads: recipe.hardware.threads.map_or(1, usize::from),
                 available: Some(u64::from(recipe.hardware.memory_gib) << 30),

@@ -163,6 +163,7 @@ fn load(
             KvDtype::Auto | KvDtype::Bfloat16 => engine::KvDtype::Bf16,
         },
         cache_bytes: Bytes(config.kv_cache_bytes),
+        host_bytes: Bytes(config.kv_host_bytes),
         graphs: true,
         mla_form: MlaForm::Auto,
         failing_launch: config.failing_launch,

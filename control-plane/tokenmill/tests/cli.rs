@@ -36,6 +36,7 @@ const COMMANDS: [(&[&str], &[&str]); 19] = [
             "--no-enable-prefix-caching",
             "--kv-cache-dtype",
             "--kv-cache-memory-bytes",
+            "--kv-host-memory-bytes",
             "--tensor-parallel-size",
             "--data-parallel-size",
             "--enable-expert-parallel",

@@ -5,9 +5,10 @@
 
 mod common;
 
-use common::{Server, checkpoint, config};
+use common::{Server, checkpoint, config, wait_until};
 use serde_json::{Value, json};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Families with a sliding window, with latents and experts, and plain.
 const CASES: [&str; 3] =
@@ -134,6 +135,61 @@ fn a_prefix_hit_changes_nothing() {
         let off = model.serve(&["--no-enable-prefix-caching"]);
         ask(&off, &prompt, 0.0);
         assert_eq!(ask(&off, &prompt, 0.0).cached, 0, "{case}");
+    }
+}
+
+/// A long prompt, others that push it out of the cache, and the prompt again: on one rank, on two that split
+/// each layer with their own parts behind their own caches, on two shards of which one has the prefix.
+#[test]
+fn a_prefix_from_behind_the_cache_changes_nothing() {
+    // Shapes that two ranks can split.
+    let even = json!({"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 192,
+        "vocab_size": 384});
+    let (none, split, shards) =
+        (json!({}), ["--tensor-parallel-size", "2"], ["--data-parallel-size", "2"]);
+    let worlds: [(&str, &Value, u64, &[&str]); 4] = [
+        (CASES[0], &none, 9, &[]),
+        (CASES[1], &none, 8, &[]),
+        (CASES[2], &even, 7, &split),
+        (CASES[2], &none, 4, &shards),
+    ];
+    for (case, changed, mebibytes, mesh) in worlds {
+        let mut shapes: Value =
+            serde_json::from_slice(&std::fs::read(config(case)).expect("read")).expect("JSON");
+        shapes
+            .as_object_mut()
+            .expect("fields")
+            .extend(changed.as_object().expect("fields").clone());
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let file = folder.path().join("config.json");
+        std::fs::write(&file, shapes.to_string()).expect("written");
+        let path = checkpoint(&file, 3, folder.path());
+        let model = Model { _folder: folder, path };
+        let prompt_of = |which| prompt(which, 700);
+        // Little more than the longest context, of each rank.
+        let cache = (mebibytes << 20).to_string();
+        let room = ["--device", "cpu", "--kv-cache-memory-bytes", cache.as_str()];
+        let again = |flags: &[&str]| {
+            let server = model.serve(&[mesh, &room, flags].concat());
+            let cold = ask(&server, &prompt_of(1), 0.0);
+            let others = if mesh == shards { 6 } else { 3 };
+            (2..2 + others).for_each(|which| drop(ask(&server, &prompt_of(which), 0.0)));
+            let again = ask(&server, &prompt_of(1), 0.0);
+            assert_eq!(cold.cached, 0);
+            assert_same(case, &cold, &again);
+            (server, again)
+        };
+        let (without, computed) = again(&[]);
+        assert_eq!(computed.cached, 0, "{case} {mesh:?}: the others push it out");
+        assert_eq!(without.metric("tokenmill_host_cache_stores_total"), Some(0.0), "{case}");
+        let (with, back) = again(&["--kv-host-memory-bytes", "100000000"]);
+        assert_eq!(back.cached, 640, "{case} {mesh:?}");
+        assert_same(case, &computed, &back);
+        let of = |name: &str| with.metric(&format!("tokenmill_host_cache_{name}")).unwrap_or(0.0);
+        let hit = || of("hit_tokens_total") > 0.0;
+        wait_until("a hit behind the cache", Duration::from_secs(5), hit);
+        assert!(of("loads_total") > 0.0 && of("blocks") > 0.0, "{case} {mesh:?}");
+        assert!(of("stores_total") >= of("blocks"), "{case} {mesh:?}");
     }
 }
 

@@ -34,11 +34,12 @@ const ELSEWHERE: [&str; 17] = [
     "tokenmill_worker_divergences_total",
 ];
 /// Gauges are watched while work runs; afterwards they are back where they were.
-const GAUGES: [&str; 6] = [
+const GAUGES: [&str; 7] = [
     "tokenmill_requests_running",
     "tokenmill_requests_waiting",
     "tokenmill_kv_cache_usage_ratio",
     "tokenmill_kv_blocks",
+    "tokenmill_host_cache_blocks",
     "tokenmill_connections",
     "tokenmill_ready",
 ];
@@ -117,7 +118,9 @@ fn every_metric_is_fed() {
     let path = model.to_str().expect("UTF-8");
     // Room for one context and a third: four requests of 400 tokens cannot all stay.
     let cache = (4 << 20).to_string();
-    let room = ["--dtype", "float32", "--kv-cache-memory-bytes", &cache];
+    let host = (32 << 20).to_string();
+    let room =
+        ["--dtype", "float32", "--kv-cache-memory-bytes", &cache, "--kv-host-memory-bytes", &host];
     let limits = ["--max-model-len", "1024", "--max-num-seqs", "4", "--max-queued-requests", "8"];
     let server = Server::start(&[&[path], room.as_slice(), &limits].concat());
     let before = samples(&server);
@@ -152,6 +155,10 @@ fn every_metric_is_fed() {
             wait_until(gauge, Duration::from_secs(20), || server.metric(gauge) > Some(0.0));
         }
     });
+    // What the crowd pushed out of the cache comes back from behind it.
+    server.ok("/v1/completions", &body(&prompt(1, 200), 8, false));
+    let blocks = "tokenmill_host_cache_blocks";
+    wait_until(blocks, Duration::from_secs(5), || server.metric(blocks) > Some(0.0));
     // A client that leaves, in mid-stream.
     let client = reqwest::blocking::Client::new();
     let url = format!("{}/v1/completions", server.url);

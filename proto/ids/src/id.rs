@@ -61,6 +61,10 @@ id! {
     BlockId(u32)
 }
 id! {
+    /// A place in the host's memory behind the KV cache that holds one block of one cache group.
+    TierSlot(u32)
+}
+id! {
     /// A cache group: layers whose KV lives and dies together (full attention, sliding window, …).
     GroupId(u8)
 }

@@ -13,7 +13,7 @@ pub use count::{Blocks, Bytes, Tokens};
 pub use hash::{BlockHash, HashKey};
 pub use id::{
     BlockId, GroupId, Incarnation, Rank, RequestId, ShardId, SlotGeneration, SlotId, StepSeq,
-    TenantId, TokenId,
+    TenantId, TierSlot, TokenId,
 };
 pub use time::Timestamp;
 

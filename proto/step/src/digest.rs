@@ -81,6 +81,7 @@ impl Digest {
         for blocks in &configure.carving.per_super {
             self.word(u64::from(*blocks));
         }
+        self.word(u64::from(configure.carving.host_blocks));
     }
 
     fn upload(&mut self, upload: &Upload) {
@@ -165,6 +166,14 @@ impl Digest {
                 self.pair(u32::from(group.0), *first_live);
             }
             SlotOp::Retire { slot } => self.pair(3, slot.0),
+            SlotOp::Store { group, block, at } => {
+                self.pair(4, u32::from(group.0));
+                self.pair(block.0, at.0);
+            }
+            SlotOp::Load { at, block } => {
+                self.pair(5, u32::from(block.group.0));
+                self.pair(block.block.0, at.0);
+            }
         }
     }
 

@@ -1,7 +1,9 @@
 //! A step: deltas to the slots, then what runs. Complete; a worker makes no choice.
 
 use crate::Sampling;
-use ids::{BlockId, GroupId, Incarnation, RequestId, SlotGeneration, SlotId, StepSeq, Tokens};
+use ids::{
+    BlockId, GroupId, Incarnation, RequestId, SlotGeneration, SlotId, StepSeq, TierSlot, Tokens,
+};
 use std::sync::Arc;
 
 /// One step of a replica: a header for all ranks and a section per data-parallel shard.
@@ -22,7 +24,7 @@ pub struct StepPlan {
 /// One shard's part of a step. `ops` apply in order, before anything runs.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Section {
-    /// Changes to slots.
+    /// Changes to slots, and copies of blocks.
     pub ops: Vec<SlotOp>,
     /// Prompt chunks, each on its own slot.
     pub prefill: Vec<PrefillRun>,
@@ -50,7 +52,7 @@ pub struct WriteSlot {
     pub block: BlockId,
 }
 
-/// A change to one slot.
+/// A change to one slot, or a copy of one block between the cache and the memory behind it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SlotOp {
     /// Start a life of a slot on uploaded tokens.
@@ -75,6 +77,22 @@ pub enum SlotOp {
     Retire {
         /// The slot.
         slot: SlotId,
+    },
+    /// Copy a block to the host, over what the place held. Steps before this one have written it.
+    Store {
+        /// Group of the block.
+        group: GroupId,
+        /// The block.
+        block: BlockId,
+        /// Where to, among the places of its group.
+        at: TierSlot,
+    },
+    /// Copy a block back from the host.
+    Load {
+        /// Where from, among the places of the block's group.
+        at: TierSlot,
+        /// The block; until the copy is done nobody else has it.
+        block: WriteSlot,
     },
 }
 

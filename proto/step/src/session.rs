@@ -87,6 +87,8 @@ pub struct Hello {
     pub seat: Seat,
     /// Bytes of weights that this rank holds.
     pub weight_bytes: Bytes,
+    /// Bytes of host memory that may hold KV blocks for which the cache has no room.
+    pub host_bytes: Bytes,
 }
 
 /// Layers whose KV lives and dies together.
@@ -137,6 +139,9 @@ pub struct Carving {
     pub supers: u32,
     /// Blocks that one super-block holds, per group.
     pub per_super: Vec<u32>,
+    /// Blocks of each group that the host's memory holds; 0 where none is used. Block `s` of group `g`
+    /// lies there at `host_blocks * (block_bytes[0] + … + block_bytes[g - 1]) + s * block_bytes[g]`.
+    pub host_blocks: u32,
 }
 
 /// Tokens of a request, before it is admitted. May come in several, in order.

@@ -89,6 +89,14 @@ pub struct Metrics {
     pub prefix_cache_queried: IntCounter,
     /// Prompt tokens found there.
     pub prefix_cache_hit: IntCounter,
+    /// Of those, brought back from the memory behind the KV cache.
+    pub host_cache_hit: IntCounter,
+    /// KV blocks in the memory behind the cache.
+    pub host_cache_blocks: IntGauge,
+    /// KV blocks copied there.
+    pub host_cache_stores: IntCounter,
+    /// KV blocks copied back.
+    pub host_cache_loads: IntCounter,
     /// Times a running request gave up its blocks.
     pub preemptions: IntCounter,
     /// Times the worker group was started again.
@@ -166,6 +174,22 @@ impl Metrics {
             prefix_cache_hit: make.counter(
                 "prefix_cache_hit_tokens_total",
                 "Prompt tokens found in the prefix cache.",
+            ),
+            host_cache_hit: make.counter(
+                "host_cache_hit_tokens_total",
+                "Prompt tokens of prefix hits that the KV cache alone had not; 0 without memory behind it.",
+            ),
+            host_cache_blocks: make.gauge(
+                "host_cache_blocks",
+                "KV blocks in the host's memory behind the cache.",
+            ),
+            host_cache_stores: make.counter(
+                "host_cache_stores_total",
+                "KV blocks copied to the host's memory.",
+            ),
+            host_cache_loads: make.counter(
+                "host_cache_loads_total",
+                "KV blocks copied back from the host's memory.",
             ),
             preemptions: make.counter("preemptions_total", "Running requests that gave way."),
             worker_restarts: make.counter("worker_restarts_total", "Starts after a death."),

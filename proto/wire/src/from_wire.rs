@@ -4,7 +4,7 @@
 use crate::pb;
 use ids::{
     BlockId, Bytes, GroupId, Incarnation, Rank, RequestId, SlotGeneration, SlotId, StepSeq,
-    TokenId, Tokens,
+    TierSlot, TokenId, Tokens,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -104,6 +104,7 @@ fn configure(c: pb::Configure) -> Configure {
             super_bytes: Bytes(c.super_bytes),
             supers: c.supers,
             per_super: c.per_super,
+            host_blocks: c.host_blocks,
         },
     }
 }
@@ -167,6 +168,13 @@ fn slot_op(op: pb::SlotOp) -> Result<SlotOp, Malformed> {
             SlotOp::Trim { slot: SlotId(t.slot), group: group(t.group)?, first_live: t.first_live }
         }
         Op::Retire(r) => SlotOp::Retire { slot: SlotId(r.slot) },
+        Op::Store(s) => {
+            SlotOp::Store { group: group(s.group)?, block: BlockId(s.block), at: TierSlot(s.at) }
+        }
+        Op::Load(l) => SlotOp::Load {
+            at: TierSlot(l.at),
+            block: WriteSlot { group: group(l.group)?, block: BlockId(l.block) },
+        },
     })
 }
 
@@ -233,6 +241,7 @@ fn hello(h: pb::Hello) -> Result<Hello, Malformed> {
         backend: h.backend,
         seat: seat(h.seat.ok_or(Malformed::Missing("Hello.seat"))?)?,
         weight_bytes: Bytes(h.weight_bytes),
+        host_bytes: Bytes(h.host_bytes),
     })
 }
 

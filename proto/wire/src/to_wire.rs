@@ -66,6 +66,7 @@ fn configure(c: &Configure) -> pb::Configure {
         super_bytes: c.carving.super_bytes.0,
         supers: c.carving.supers,
         per_super: c.carving.per_super.clone(),
+        host_blocks: c.carving.host_blocks,
     }
 }
 
@@ -114,6 +115,12 @@ fn slot_op(op: &SlotOp) -> pb::SlotOp {
             Op::Trim(pb::Trim { slot: slot.0, group: group.0.into(), first_live: *first_live })
         }
         SlotOp::Retire { slot } => Op::Retire(pb::Retire { slot: slot.0 }),
+        SlotOp::Store { group, block, at } => {
+            Op::Store(pb::BlockCopy { group: group.0.into(), block: block.0, at: at.0 })
+        }
+        SlotOp::Load { at, block } => {
+            Op::Load(pb::BlockCopy { at: at.0, group: block.group.0.into(), block: block.block.0 })
+        }
     };
     pb::SlotOp { op: Some(op) }
 }
@@ -197,6 +204,7 @@ fn hello(h: Hello) -> pb::Hello {
             rank: h.seat.rank.0,
         }),
         weight_bytes: h.weight_bytes.0,
+        host_bytes: h.host_bytes.0,
     }
 }
 

@@ -69,6 +69,15 @@ fn slot_op() -> impl Strategy<Value = SlotOp> {
             first_live,
         }),
         any::<u32>().prop_map(|slot| SlotOp::Retire { slot: SlotId(slot) }),
+        any::<(u8, u32, u32)>().prop_map(|(g, b, at)| SlotOp::Store {
+            group: GroupId(g),
+            block: BlockId(b),
+            at: TierSlot(at),
+        }),
+        any::<(u32, u8, u32)>().prop_map(|(at, g, b)| SlotOp::Load {
+            at: TierSlot(at),
+            block: WriteSlot { group: GroupId(g), block: BlockId(b) },
+        }),
     ]
 }
 
@@ -117,7 +126,12 @@ fn command() -> impl Strategy<Value = ToWorker> {
             max_slots: n[0],
             max_step_tokens: Tokens(n[1]),
             max_context: Tokens(n[2]),
-            carving: Carving { super_bytes: Bytes(i), supers: n[3], per_super: vec![n[4], 1] },
+            carving: Carving {
+                super_bytes: Bytes(i),
+                supers: n[3],
+                per_super: vec![n[4], 1],
+                host_blocks: n[0],
+            },
         })),
     ]
 }
@@ -199,6 +213,7 @@ fn reply() -> impl Strategy<Value = ToScheduler> {
                     rank: Rank(1 + n % 7),
                 },
                 weight_bytes: Bytes(b / 3),
+                host_bytes: Bytes(b / 5),
             })
         }),
         1 => (0_usize..5, any::<u64>()).prop_map(|(phase, nanos)| {

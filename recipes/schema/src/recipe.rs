@@ -89,6 +89,8 @@ pub struct Cache {
     pub dtype: CacheDtype,
     /// Bytes; what the memory plan leaves when absent.
     pub bytes: Option<u64>,
+    /// Bytes of each rank's machine that keep blocks for which the cache has no room; 0 is none.
+    pub host_bytes: u64,
     /// Reuse the KV of equal prefixes.
     pub prefix_caching: bool,
 }
@@ -126,7 +128,7 @@ impl Default for Mesh {
 
 impl Default for Cache {
     fn default() -> Self {
-        Self { dtype: CacheDtype::Auto, bytes: None, prefix_caching: true }
+        Self { dtype: CacheDtype::Auto, bytes: None, host_bytes: 0, prefix_caching: true }
     }
 }
 
@@ -144,7 +146,7 @@ pub struct Field {
 }
 
 /// Every field, in file order.
-pub const FIELDS: [Field; 18] = [
+pub const FIELDS: [Field; 19] = [
     Field { name: "summary", about: "one line for `recipe list`" },
     Field { name: "model.source", about: "`bundled`, a folder, or ORG/NAME on the hub" },
     Field {
@@ -171,6 +173,10 @@ pub const FIELDS: [Field; 18] = [
     },
     Field { name: "cache.dtype", about: "element type of the KV cache; bfloat16 halves it" },
     Field { name: "cache.bytes", about: "size of the KV cache; what the plan leaves when absent" },
+    Field {
+        name: "cache.host_bytes",
+        about: "memory of the machine for blocks that the cache has no room for; none when absent",
+    },
     Field { name: "cache.prefix_caching", about: "reuse the KV of equal prefixes" },
     Field { name: "expect.machine", about: "machine the measured figures come from" },
     Field {

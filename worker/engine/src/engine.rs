@@ -204,6 +204,7 @@ impl<'w> Engine<'w> {
             backend: self.backend.name().to_owned(),
             seat: self.seat,
             weight_bytes: Bytes::ZERO,
+            host_bytes: self.options.host_bytes,
         }
     }
 
@@ -223,13 +224,15 @@ impl<'w> Engine<'w> {
         limit("max_step_tokens", configure.max_step_tokens.0, MAX_STEP_TOKENS)?;
         limit("max_context", configure.max_context.0, self.max_context.0)?;
         let element = self.options.kv_dtype.bytes() as u64;
-        let (carving, cache) = (&configure.carving, self.options.cache_bytes.0);
-        let carver = Carver::new(carving, &self.groups, cache, self.alignment, element)?;
+        let carving = &configure.carving;
+        let offered = (self.options.cache_bytes.0, self.options.host_bytes.0);
+        let carver = Carver::new(carving, &self.groups, offered, self.alignment, element)?;
         let max_step_tokens = configure.max_step_tokens.as_usize();
         let cache_bytes = carving.super_bytes.0 * u64::from(carving.supers);
         let max_slots = configure.max_slots;
         let context = configure.max_context.as_usize();
-        self.backend.configure((max_step_tokens, max_slots as usize, context), cache_bytes)?;
+        let bytes = (cache_bytes, carver.host_bytes());
+        self.backend.configure((max_step_tokens, max_slots as usize, context), bytes)?;
         let slots = Slots::new(carver, max_slots, configure.max_context, self.vocab);
         let limits = (max_step_tokens, max_slots as usize);
         let steps =

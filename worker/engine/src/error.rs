@@ -4,7 +4,7 @@
 
 use device::collectives::CollectiveError;
 use device::cuda::CudaError;
-use ids::{BlockId, Bytes, GroupId, RequestId, SlotGeneration, SlotId, StepSeq, Tokens};
+use ids::{BlockId, Bytes, GroupId, RequestId, SlotGeneration, SlotId, StepSeq, TierSlot, Tokens};
 
 /// A weight that is not as the program needs it.
 #[derive(Debug, thiserror::Error)]
@@ -272,6 +272,16 @@ pub enum PlanError {
         group: GroupId,
         /// Block.
         block: BlockId,
+    },
+    /// A place outside of the memory behind the cache.
+    #[error("place {at} of group {group} is outside of the {places} behind the cache")]
+    NoPlace {
+        /// Group.
+        group: GroupId,
+        /// The place.
+        at: TierSlot,
+        /// Places of each group.
+        places: u32,
     },
     /// Numbers of an admission that contradict each other.
     #[error("slot {slot}: {what}")]

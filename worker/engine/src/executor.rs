@@ -2,6 +2,7 @@
 
 use crate::EngineError;
 use crate::batch::Batch;
+use crate::copies::BlockCopy;
 use crate::cpu::Cpu;
 use crate::cuda::{Captured, Cuda};
 use crate::sampler::SamplerState;
@@ -138,6 +139,13 @@ pub trait Executor {
     /// What fails.
     type Error: Into<ExecutorError>;
 
+    /// Copies blocks between the cache and the memory behind it, in order, behind every step that was
+    /// enqueued before and in front of all that follow.
+    ///
+    /// # Errors
+    /// When the device does.
+    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<(), Self::Error>;
+
     /// All rows through the model; their KV is written. What is enqueued on a device may fail later,
     /// in whatever waits for it. `draws` says of each wanted row how its token is drawn where that may
     /// happen beside the logits.
@@ -239,21 +247,29 @@ impl Backend<'_> {
     }
 
     /// Allocates for steps of up to `tokens` tokens of `slots` requests with contexts of up to
-    /// `context`, and the cache.
+    /// `context`, the cache, and the memory behind it.
     pub(crate) fn configure(
         &mut self,
         (tokens, slots, context): (usize, usize, usize),
-        cache_bytes: u64,
+        (cache_bytes, host_bytes): (u64, u64),
     ) -> Result<(), EngineError> {
+        let bytes = (cache_bytes, host_bytes);
         match self {
-            Self::Cpu(cpu) => cpu.configure(tokens, cache_bytes),
-            Self::Cuda(cuda) => cuda.configure((tokens, slots, context), cache_bytes),
+            Self::Cpu(cpu) => cpu.configure(tokens, bytes),
+            Self::Cuda(cuda) => cuda.configure((tokens, slots, context), bytes),
         }
     }
 }
 
 impl Executor for Backend<'_> {
     type Error = ExecutorError;
+
+    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<(), ExecutorError> {
+        match self {
+            Self::Cpu(cpu) => Ok(cpu.copy_blocks(copies)?),
+            Self::Cuda(cuda) => Ok(cuda.copy_blocks(copies)?),
+        }
+    }
 
     fn enqueue(
         &mut self,

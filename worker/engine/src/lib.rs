@@ -7,6 +7,7 @@
 //! its batch nor on how it was chunked.
 
 mod batch;
+mod copies;
 mod cpu;
 mod cuda;
 mod engine;
@@ -26,6 +27,7 @@ mod steps;
 mod tables;
 
 pub use batch::{Batch, Purpose, Run, Wanted};
+pub use copies::{BlockCopy, Way};
 pub use cuda::{
     Captured, CudaBytes, CudaDevice, GRAPH_BYTES, cuda_attention, cuda_bytes, cuda_device,
 };

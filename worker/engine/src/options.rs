@@ -59,6 +59,8 @@ pub struct Options {
     pub kv_dtype: KvDtype,
     /// Bytes offered for the cache.
     pub cache_bytes: Bytes,
+    /// Bytes of host memory offered behind it.
+    pub host_bytes: Bytes,
     /// Whether a CUDA device captures its launches into graphs when it is configured: steps start
     /// sooner, the start takes longer.
     pub graphs: bool,

@@ -5,12 +5,13 @@
 //! holds a block for each computed token that may still be read.
 
 use crate::PlanError;
+use crate::copies::{BlockCopy, Way};
 use crate::sampler::SamplerState;
 use crate::tables::{Carver, Tables};
 use ids::{BLOCK_TOKENS, RequestId, SlotGeneration, SlotId, TokenId, Tokens};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use step::{Admit, PrefillRun, Sampling, Section, SlotOp, Upload};
+use step::{Admit, PrefillRun, Sampling, Section, SlotOp, Upload, WriteSlot};
 
 /// A row of the table.
 #[derive(Debug)]
@@ -83,6 +84,8 @@ pub(crate) struct Slots {
     /// In the order of joining.
     decoding: Vec<SlotId>,
     carver: Carver,
+    /// Of the last section that was applied, in order.
+    copies: Vec<BlockCopy>,
     vocab: u32,
     max_context: Tokens,
     step: u64,
@@ -102,6 +105,7 @@ impl Slots {
             uploads: BTreeMap::new(),
             decoding: Vec::with_capacity(max_slots as usize),
             carver,
+            copies: Vec::new(),
             vocab,
             max_context,
             step: 0,
@@ -126,6 +130,11 @@ impl Slots {
     ) -> Option<&mut Life> {
         let row = self.rows.get_mut(slot.index())?;
         row.life.as_mut().filter(|_| row.generation == Some(generation))
+    }
+
+    /// Copies that the last section asks for, to be carried out in order before it runs.
+    pub(crate) fn copies(&self) -> &[BlockCopy] {
+        &self.copies
     }
 
     /// Slots that decode.
@@ -158,6 +167,7 @@ impl Slots {
     /// Applies a section's ops and marks who leaves and joins the decode set, in the plan's order.
     pub(crate) fn apply(&mut self, section: &Section) -> Result<(), PlanError> {
         self.step += 1;
+        self.copies.clear();
         for op in &section.ops {
             match op {
                 SlotOp::Admit(admit) => self.admit(admit)?,
@@ -178,6 +188,12 @@ impl Slots {
                     row.life = None;
                     row.tables.clear();
                     self.decoding.retain(|decoding| decoding != slot);
+                }
+                SlotOp::Store { group, block, at } => {
+                    self.copies.push(self.carver.copy(Way::Store, *group, *block, *at)?);
+                }
+                SlotOp::Load { at, block: WriteSlot { group, block } } => {
+                    self.copies.push(self.carver.copy(Way::Load, *group, *block, *at)?);
                 }
             }
         }

@@ -98,6 +98,12 @@ impl Steps {
         self.last = plan.seq;
         flight.begin(plan);
         self.slots.apply(section)?;
+        let copies = self.slots.copies();
+        if !copies.is_empty()
+            && let Err(source) = backend.copy_blocks(copies)
+        {
+            return Err(self.blame(backend, &flight, source));
+        }
         flight.batch.fill(&mut self.slots, section, self.max_step_tokens)?;
         flight.fill_draws(&mut self.slots)?;
         flight.ahead = true;

@@ -3,8 +3,9 @@
 //! Carving is arithmetic, checked once per block when it enters a table; after that an offset is
 //! known to lie inside the arena. It owns no memory of the cache.
 
+use crate::copies::{BlockCopy, Way};
 use crate::{EngineError, PlanError};
-use ids::{BLOCK_TOKENS, BlockId, GroupId, SlotId, Tokens};
+use ids::{BLOCK_TOKENS, BlockId, GroupId, SlotId, TierSlot, Tokens};
 use step::{Carving, GroupKind, GroupSpec};
 
 /// The offset of a block that was given up or never read. Using it is out of every bound.
@@ -14,6 +15,10 @@ const DEAD: u64 = u64::MAX;
 #[derive(Debug)]
 pub(crate) struct Carver {
     groups: Vec<CarvedGroup>,
+    /// Places behind the cache, in each group.
+    places: u32,
+    /// Bytes of all of them.
+    host_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -23,6 +28,8 @@ struct CarvedGroup {
     per_super: u64,
     super_elements: u64,
     block_elements: u64,
+    /// Where the group's places begin behind the cache.
+    host_elements: u64,
 }
 
 impl Carver {
@@ -30,7 +37,7 @@ impl Carver {
     pub(crate) fn new(
         carving: &Carving,
         groups: &[GroupSpec],
-        cache_bytes: u64,
+        (cache_bytes, host_bytes): (u64, u64),
         alignment: u64,
         element: u64,
     ) -> Result<Self, EngineError> {
@@ -52,6 +59,7 @@ impl Carver {
                 "super-blocks of {super_bytes} bytes are not aligned to {alignment}"
             ));
         }
+        let (places, mut behind) = (u64::from(carving.host_blocks), 0_u64);
         let mut carved = Vec::with_capacity(groups.len());
         for (group, &per_super) in groups.iter().zip(&carving.per_super) {
             let per_super = u64::from(per_super);
@@ -68,9 +76,39 @@ impl Carver {
                 per_super,
                 super_elements: super_bytes / element,
                 block_elements: group.block_bytes.0 / element,
+                host_elements: behind / element,
             });
+            behind = group.block_bytes.0.saturating_mul(places).saturating_add(behind);
         }
-        Ok(Self { groups: carved })
+        if behind > host_bytes {
+            return wrong(format!(
+                "{places} blocks of each group take {behind} bytes behind the cache, where there are \
+                 {host_bytes}"
+            ));
+        }
+        Ok(Self { groups: carved, places: carving.host_blocks, host_bytes: behind })
+    }
+
+    /// Bytes of the blocks behind the cache.
+    pub(crate) fn host_bytes(&self) -> u64 {
+        self.host_bytes
+    }
+
+    /// The copy of a block to or from a place behind the cache.
+    pub(crate) fn copy(
+        &self,
+        way: Way,
+        group: GroupId,
+        block: BlockId,
+        at: TierSlot,
+    ) -> Result<BlockCopy, PlanError> {
+        let cache = self.offset(group, block)? as usize;
+        if at.0 >= self.places {
+            return Err(PlanError::NoPlace { group, at, places: self.places });
+        }
+        let carved = &self.groups[group.index()];
+        let host = (carved.host_elements + u64::from(at.0) * carved.block_elements) as usize;
+        Ok(BlockCopy { way, cache, host, len: carved.block_elements as usize })
     }
 
     /// Groups.

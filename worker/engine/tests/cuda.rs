@@ -7,9 +7,10 @@ mod common;
 use common::forced::{self, Forced};
 use common::roundings::Roundings;
 use common::{
-    Completion, Model, Setup, agreement, ahead, equalities, families, goldens, greedy, later, long,
-    mixed, naive, native, origins, poison, prompts, roundings,
+    Completion, Model, Setup, agreement, ahead, behind, equalities, families, goldens, greedy,
+    later, long, mixed, naive, native, origins, poison, prompts, roundings,
 };
+use device::cuda::{Context, DeviceMemory, HostStore, Stream};
 use engine::{CudaError, Device, EngineError, KvDtype, MlaForm};
 use ids::{TokenId, Tokens};
 use std::io::Write;
@@ -118,6 +119,55 @@ fn a_preempted_request_goes_on_as_if_undisturbed() {
 fn a_shared_prefix_equals_a_cold_start() {
     let Some((setup, _turn)) = cuda() else { return };
     equalities::a_shared_prefix_equals_a_cold_start(setup, TOLERANCE);
+}
+
+/// Parts of a device's memory in the host's: stored, written over, loaded elsewhere, all on one stream.
+#[test]
+fn what_is_kept_on_the_host_comes_back_to_the_bit() {
+    let Some(_turn) = cuda() else { return };
+    let context = Context::open(0).expect("a device");
+    let stream = Stream::new(&context).expect("a stream");
+    let (piece, pieces) = (100_001_usize, 7_usize);
+    let memory = DeviceMemory::allocate(&context, "pieces", piece * pieces).expect("memory");
+    let part = |n: usize| memory.slice(n * piece..(n + 1) * piece);
+    let content = |n: usize| -> Vec<u8> {
+        (0..piece).map(|i| (i.wrapping_mul(31) ^ (i >> 8) ^ (n * 77)) as u8).collect()
+    };
+    (0..pieces).for_each(|n| stream.upload(&content(n), &part(n)).expect("sent"));
+    let mut store = HostStore::new(&context, piece * 3).expect("pinned memory");
+    // Three go, in another order; their places are written over on the device at once.
+    for (n, at) in [(0, 2), (1, 0), (2, 1)] {
+        store.store(&stream, &part(n), at * piece).expect("stored");
+        stream.fill(&part(n), 0xEE).expect("filled");
+    }
+    // The first place read is stored to again behind the copy out of it.
+    store.load(&stream, 2 * piece, &part(4)).expect("loaded");
+    store.store(&stream, &part(3), 2 * piece).expect("stored");
+    store.load(&stream, 0, &part(5)).expect("loaded");
+    store.load(&stream, piece, &part(6)).expect("loaded");
+    store.load(&stream, 2 * piece, &part(0)).expect("loaded");
+    let read = |n: usize| {
+        let mut bytes = vec![0; piece];
+        stream.read(&part(n), &mut bytes).expect("read");
+        bytes
+    };
+    for (at, from) in [(4, 0), (5, 1), (6, 2), (0, 3), (3, 3)] {
+        assert!(read(at) == content(from), "piece {from} in place {at}");
+    }
+    assert!(read(1).iter().all(|byte| *byte == 0xEE));
+    let past = store.load(&stream, 2 * piece + 1, &part(0));
+    assert!(matches!(past, Err(CudaError::Operand { .. })), "{past:?}");
+}
+
+#[test]
+fn blocks_behind_the_cache_come_back_to_the_bit() {
+    let Some((setup, _turn)) = cuda() else { return };
+    for kv_dtype in [KvDtype::F32, KvDtype::Bf16] {
+        for graphs in [false, true] {
+            let setup = Setup { kv_dtype, graphs, slots: 8, ..setup };
+            behind::blocks_come_back_to_the_bit(setup);
+        }
+    }
 }
 
 #[test]

@@ -49,6 +49,13 @@ fn a_shared_prefix_equals_a_cold_start() {
 }
 
 #[test]
+fn blocks_behind_the_cache_come_back_to_the_bit() {
+    for kv_dtype in [engine::KvDtype::F32, engine::KvDtype::Bf16] {
+        common::behind::blocks_come_back_to_the_bit(Setup { kv_dtype, ..Setup::default() });
+    }
+}
+
+#[test]
 fn steps_that_run_ahead_change_nothing() {
     common::ahead::run_ahead_changes_nothing(Setup::default(), false);
 }

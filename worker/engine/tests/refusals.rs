@@ -4,7 +4,9 @@ mod common;
 
 use common::{LIFE, Model, Session, Setup, families, greedy, prompt};
 use engine::{EngineError, PlanError, StepError, WeightError};
-use ids::{BlockId, Bytes, GroupId, Incarnation, RequestId, SlotId, StepSeq, TokenId, Tokens};
+use ids::{
+    BlockId, Bytes, GroupId, Incarnation, RequestId, SlotId, StepSeq, TierSlot, TokenId, Tokens,
+};
 use step::{Carving, Configure, PrefillRun, SlotOp, StepPlan, Upload, WriteSlot};
 use weights::random::RandomWeights;
 
@@ -55,6 +57,10 @@ fn every_contradiction_has_its_name() {
     assert!(matches!(op(SlotOp::Retire { slot: SlotId(4000) }), E::NoSlot { .. }));
     assert!(matches!(extend(9, 0), E::NoGroup(GroupId(9))));
     assert!(matches!(extend(0, u32::MAX), E::NoBlock { .. }));
+    let block = WriteSlot { group: GroupId(0), block: BlockId(0) };
+    let (group, at) = (GroupId(9), TierSlot(0));
+    assert!(matches!(op(SlotOp::Load { at, block }), E::NoPlace { places: 0, .. }));
+    assert!(matches!(op(SlotOp::Store { group, block: block.block, at }), E::NoGroup(GroupId(9))));
     assert!(matches!(chunk(0, 0, false), E::Chunk { .. }));
     assert!(matches!(chunk(0, 2, false), E::Chunk { .. }));
     assert!(matches!(chunk(7, 1, false), E::NotAdmitted { .. }));
@@ -89,6 +95,7 @@ fn a_configuration_that_does_not_fit_names_its_field() {
             super_bytes: Bytes(block.next_multiple_of(128)),
             supers: 2,
             per_super: vec![1, 1],
+            host_blocks: 0,
         },
     };
     let refusal = |change: &dyn Fn(&mut Configure)| {
@@ -101,13 +108,14 @@ fn a_configuration_that_does_not_fit_names_its_field() {
     };
     assert_eq!(refusal(&|_| ()), "");
     type Change = fn(&mut Configure);
-    let cases: [(&str, Change); 7] = [
+    let cases: [(&str, Change); 8] = [
         ("max_slots", |c| c.max_slots = 0),
         ("max_step_tokens", |c| c.max_step_tokens = Tokens(u32::MAX)),
         ("max_context", |c| c.max_context = Tokens(513)),
         ("exceed the cache", |c| c.carving.supers = u32::MAX),
         ("not aligned", |c| c.carving.super_bytes.0 += 4),
         ("2", |c| c.carving.per_super = vec![1]),
+        ("behind the cache, where there are 0", |c| c.carving.host_blocks = 1),
         ("do not fit", |c| c.carving.per_super = vec![1, 2000]),
     ];
     for (wanted, change) in cases {

@@ -107,6 +107,9 @@ impl Fake {
                     self.slot(*slot)?;
                     self.slots.remove(slot);
                 }
+                SlotOp::Store { .. } | SlotOp::Load { .. } => {
+                    return Err(WorkerFault("this worker offered no host memory".into()));
+                }
                 SlotOp::Extend { slot, .. } | SlotOp::Trim { slot, .. } => {
                     self.slot(*slot)?;
                 }
@@ -157,6 +160,7 @@ impl Stepper for Fake {
             backend: "fake".into(),
             seat: self.seat,
             weight_bytes: Bytes(0),
+            host_bytes: Bytes(0),
         }
     }
 

@@ -1,12 +1,13 @@
 //! KV blocks as plain lists: what each one is doing, and under which tokens it can be found.
 //!
+//! What is forgotten goes behind the cache where there is room for it, and comes back when it is found there.
 //! Blocks are found by the whole token history they hold, never by a hash, and every figure is
 //! counted anew when it is asked for. It is slow on purpose. Invariant: a super-block is on the
 //! lists that its blocks' states say, after every move.
 
-use ids::{BLOCK_TOKENS, BlockHash, TokenId};
+use ids::{BLOCK_TOKENS, BlockHash, BlockId, GroupId, TierSlot, TokenId};
 use scheduler::WorkerReady;
-use step::GroupKind;
+use step::{GroupKind, SlotOp, WriteSlot};
 
 const BLOCK: usize = BLOCK_TOKENS as usize;
 
@@ -30,11 +31,23 @@ enum Doing {
     },
 }
 
+/// A sequence from its start to a block's end.
+type Name = (BlockHash, Vec<TokenId>);
+
 #[derive(Clone, Debug)]
 struct Block {
     doing: Doing,
-    /// The sequence from its start to the block's end, when the block can be found under it.
-    name: Option<(BlockHash, Vec<TokenId>)>,
+    /// What the block can be found under, if it can be found.
+    name: Option<Name>,
+}
+
+/// A place behind the cache that holds something.
+#[derive(Debug)]
+struct Behind {
+    place: u32,
+    name: Name,
+    /// Whether it is about to be copied back.
+    wanted: bool,
 }
 
 #[derive(Debug)]
@@ -54,6 +67,8 @@ struct Group {
     fresh: Vec<u32>,
     /// By super-block: blocks that came back; the last is handed out first.
     back: Vec<Vec<u32>>,
+    /// Places behind the cache that hold something; the first that is not wanted is overwritten first.
+    behind: Vec<Behind>,
 }
 
 /// The cache of one life.
@@ -64,6 +79,10 @@ pub(super) struct Cache {
     bound: Vec<Option<usize>>,
     /// Super-blocks of nobody; the last is taken first.
     empty: Vec<u32>,
+    /// Places behind the cache, for each group.
+    places: u32,
+    /// Copies that the worker was not told of.
+    pub(super) copies: Vec<SlotOp>,
     pub(super) launched: u64,
     pub(super) retired: u64,
 }
@@ -107,11 +126,14 @@ impl Cache {
             idle: Vec::new(),
             fresh: vec![0; supers as usize],
             back: vec![Vec::new(); supers as usize],
+            behind: Vec::new(),
         };
         Self {
             groups: ready.groups.iter().zip(&ready.carving.per_super).map(group).collect(),
             bound: vec![None; supers as usize],
             empty: (0..supers).rev().collect(),
+            places: ready.carving.host_blocks,
+            copies: Vec::new(),
             launched: 0,
             retired: 0,
         }
@@ -260,12 +282,33 @@ impl Cache {
 
     fn evict(&mut self, group: usize, block: u32) {
         let b = &mut self.groups[group].blocks[block as usize];
-        b.name = None;
-        let doing = match b.doing {
+        let (doing, name) = (b.doing, b.name.take());
+        name.into_iter().for_each(|name| self.put_behind(group, block, name));
+        let doing = match doing {
             Doing::Resting { .. } => Doing::Limbo { until: self.launched },
             _ => Doing::Free,
         };
         self.set(group, block, doing);
+    }
+
+    /// What a block held goes behind the cache, unless it is there already: into a place never used, else
+    /// over the first that nobody wants.
+    fn put_behind(&mut self, group: usize, block: u32, name: Name) {
+        let behind = &mut self.groups[group].behind;
+        if let Some(at) = behind.iter().position(|b| b.name == name) {
+            let there = behind.remove(at);
+            behind.push(there);
+            return;
+        }
+        let used = behind.len() as u32;
+        let place = match behind.iter().position(|b| !b.wanted) {
+            _ if used < self.places => used,
+            Some(first) => behind.remove(first).place,
+            None => return,
+        };
+        behind.push(Behind { place, name, wanted: false });
+        let (group, block, at) = (GroupId(group as u8), BlockId(block), TierSlot(place));
+        self.copies.push(SlotOp::Store { group, block, at });
     }
 
     /// Forgets everything that nobody uses.
@@ -327,7 +370,10 @@ impl Cache {
     /// it reads of the past.
     pub(super) fn hit(&self, root: BlockHash, tokens: &[TokenId], most: u32) -> u32 {
         let there = |group: usize, block: u32| {
-            self.find(group, root, &tokens[..(block as usize + 1) * BLOCK]).is_some()
+            let tokens = &tokens[..(block as usize + 1) * BLOCK];
+            let mut behind = self.groups[group].behind.iter();
+            self.find(group, root, tokens).is_some()
+                || behind.any(|b| b.name.0 == root && b.name.1 == tokens)
         };
         let supports = |boundary: u32| {
             (0..self.groups.len()).all(|group| {
@@ -338,8 +384,8 @@ impl Cache {
         (0..=most).rev().find(|boundary| supports(*boundary)).unwrap_or(0)
     }
 
-    /// Blocks of a hit that nobody uses.
-    pub(super) fn spare_of(
+    /// Blocks of a hit that nobody uses, or for which one is to be taken.
+    pub(super) fn taken_by(
         &self,
         group: usize,
         root: BlockHash,
@@ -350,13 +396,63 @@ impl Cache {
         let spare = |block: &u32| {
             let found = self.find(group, root, &tokens[..(*block as usize + 1) * BLOCK]);
             let doing = found.map(|b| self.groups[group].blocks[b as usize].doing);
-            doing == Some(Doing::Spare)
+            doing.is_none_or(|doing| doing == Doing::Spare)
         };
         (first..hit).filter(spare).count() as u32
     }
 
-    /// Takes the blocks of a hit.
-    pub(super) fn take_hit(&mut self, root: BlockHash, tokens: &[TokenId], hit: u32) -> Vec<Table> {
+    /// Takes the blocks of a hit; those behind the cache are copied into new ones. Says which group is
+    /// short where there is none; then nothing is taken.
+    pub(super) fn take_hit(
+        &mut self,
+        root: BlockHash,
+        tokens: &[TokenId],
+        hit: u32,
+        frugal: bool,
+    ) -> Result<Vec<Table>, usize> {
+        let mut tables = self.take_found(root, tokens, hit);
+        let mut absent: Vec<(usize, Name)> = Vec::new();
+        for (group, table) in tables.iter().enumerate() {
+            let names = (table.skipped..hit).map(|b| &tokens[..(b as usize + 1) * BLOCK]);
+            let missing = names.filter(|tokens| self.find(group, root, tokens).is_none());
+            absent.extend(missing.map(|tokens| (group, (root, tokens.to_vec()))));
+        }
+        for (group, name) in &absent {
+            let behind = self.groups[*group].behind.iter_mut();
+            behind.filter(|b| b.name == *name).for_each(|b| b.wanted = true);
+        }
+        let mut short = None;
+        for (group, name) in absent {
+            let block = if short.is_none() { self.mint(group, frugal) } else { None };
+            let behind = &mut self.groups[group].behind;
+            let Some(at) = behind.iter().position(|b| b.name == name) else { continue };
+            let there = behind.remove(at);
+            let at = TierSlot(there.place);
+            behind.insert(0, Behind { wanted: false, ..there });
+            let Some(block) = block else {
+                short = short.or(Some(group));
+                continue;
+            };
+            let grant = WriteSlot { group: GroupId(group as u8), block: BlockId(block) };
+            self.copies.push(SlotOp::Load { at, block: grant });
+            let nth = name.1.len() / BLOCK - 1 - tables[group].skipped as usize;
+            self.seal(group, block, root, &name.1);
+            tables[group].blocks.insert(nth, (block, true));
+        }
+        let Some(short) = short else { return Ok(tables) };
+        self.give_all_back(&tables);
+        Err(short)
+    }
+
+    /// Gives a request's blocks back, last groups and last blocks first.
+    pub(super) fn give_all_back(&mut self, tables: &[Table]) {
+        for (group, table) in tables.iter().enumerate().rev() {
+            table.blocks.iter().rev().for_each(|(block, _)| self.give_back(group, *block));
+        }
+    }
+
+    /// Takes those blocks of a hit that are in the cache.
+    fn take_found(&mut self, root: BlockHash, tokens: &[TokenId], hit: u32) -> Vec<Table> {
         let mut tables = Vec::new();
         for group in 0..self.groups.len() {
             let skipped = first_read(self.groups[group].kind, hit * BLOCK_TOKENS);

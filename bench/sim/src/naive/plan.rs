@@ -118,6 +118,7 @@ impl Naive {
             life.slice = u32::MAX;
             life.drain();
             life.cache.purge();
+            life.ops.append(&mut life.cache.copies);
             life.frugal = true;
         }
     }
@@ -322,7 +323,7 @@ impl Naive {
                 let first = super::cache::first_read(life.cache.kind(group), hit * BLOCK_TOKENS);
                 let own =
                     life.cache.most_held(group, r.known()).saturating_sub(hit - hit.min(first));
-                let spare = life.cache.spare_of(group, r.submit.root, &r.tokens(), hit);
+                let spare = life.cache.taken_by(group, r.submit.root, &r.tokens(), hit);
                 let prefilling = self.requests.iter().filter(|r| r.phase() == Phase::Prefilling);
                 let rest = |r: &super::Req| {
                     let held = r.seat().map_or(0, |seat| seat.tables[group].blocks.len() as u32);
@@ -357,9 +358,15 @@ impl Naive {
         let Some(slot) = life.free.pop() else { return Err(Wait::Else) };
         life.generations[slot as usize] += 1;
         let generation = SlotGeneration(life.generations[slot as usize]);
+        let taken = life.cache.take_hit(r.submit.root, &tokens, hit, life.frugal);
+        life.ops.append(&mut life.cache.copies);
+        let Ok(taken) = taken else {
+            life.free.push(slot);
+            return Err(Wait::Blocks);
+        };
         let mut seat = Seat {
             at: SlotRef { slot: SlotId(slot), generation },
-            tables: life.cache.take_hit(r.submit.root, &tokens, hit),
+            tables: taken,
             computed: cached,
             planned: cached,
             decoding: false,
@@ -374,11 +381,7 @@ impl Naive {
         let tables = shared.collect();
         let (blocks, short) = life.extend(&mut seat, cached + size);
         if short.is_some() && seat.capacity() <= cached {
-            for (group, table) in seat.tables.iter().enumerate().rev() {
-                for (block, _) in table.blocks.iter().rev() {
-                    life.cache.give_back(group, *block);
-                }
-            }
+            life.cache.give_all_back(&seat.tables);
             life.free.push(slot);
             return Err(Wait::Blocks);
         }
@@ -468,8 +471,14 @@ impl Naive {
 
 impl Life {
     /// Mints until a seat has blocks for `want` tokens. Returns what was minted and, where it was
-    /// not enough, the group that is short.
+    /// not enough, the group that is short. Copies of what it took the place of come first.
     fn extend(&mut self, seat: &mut Seat, want: u32) -> (Vec<WriteSlot>, Option<usize>) {
+        let extended = self.mint_for(seat, want);
+        self.ops.append(&mut self.cache.copies);
+        extended
+    }
+
+    fn mint_for(&mut self, seat: &mut Seat, want: u32) -> (Vec<WriteSlot>, Option<usize>) {
         let mut minted = Vec::new();
         for logical in seat.capacity() / BLOCK_TOKENS..want.div_ceil(BLOCK_TOKENS) {
             for (group, table) in seat.tables.iter_mut().enumerate() {

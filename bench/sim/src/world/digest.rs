@@ -5,7 +5,7 @@
 use super::World;
 use crate::rng::chain;
 use scheduler::Output;
-use step::{SlotOp, StepPlan};
+use step::{SlotOp, StepPlan, WriteSlot};
 
 impl World {
     fn note(&mut self, word: u64) {
@@ -33,6 +33,12 @@ impl World {
                         self.note(u64::from(slot.0) << 32 | u64::from(*first_live));
                     }
                     SlotOp::Retire { slot } => self.note(u64::from(slot.0)),
+                    SlotOp::Store { group, block, at }
+                    | SlotOp::Load { at, block: WriteSlot { group, block } } => {
+                        self.note(u64::from(block.0) << 32 | u64::from(at.0));
+                        let load = u64::from(matches!(op, SlotOp::Load { .. }));
+                        self.note(load << 8 | u64::from(group.0));
+                    }
                 }
             }
             for run in &section.prefill {

@@ -191,7 +191,7 @@ impl World {
         if !self.scenario.joined {
             return;
         }
-        if !rng.one_in(4) {
+        if !rng.one_in(8) {
             *outcome = self.ranks.answer(lead, outcome.clone());
         }
         let alone = self.scenario.mesh.tp == 1

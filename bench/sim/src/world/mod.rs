@@ -13,7 +13,7 @@ use crate::ranks::Ranks;
 use crate::rng::Rng;
 use crate::scenario::Scenario;
 use core::time::Duration;
-use ids::{GroupId, Incarnation, RequestId, ShardId, StepSeq, Timestamp, TokenId};
+use ids::{Blocks, GroupId, Incarnation, RequestId, ShardId, StepSeq, Timestamp, TokenId};
 use scheduler::{Event, FinishReason, Joined, Scheduler, Shards, Submit, Unfit};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -393,10 +393,12 @@ impl World {
         Ok(())
     }
 
-    /// Counts the step when at least 95 % of the caches' blocks hold something, where a super-block
-    /// of no group counts as empty and one of a group by its free blocks.
+    /// Counts the step as one with a full tier when every place behind the caches is taken, and as one with a
+    /// full cache when at least 95 % of the caches' blocks hold something, where a super-block of no group
+    /// counts as empty and one of a group by its free blocks.
     fn count_full(&mut self) {
         let (mut used, mut supers) = (0.0, 0.0);
+        let (mut held, mut room) = (Blocks::ZERO, Blocks::ZERO);
         for cache in self.shards.schedulers().iter().filter_map(Scheduler::cache) {
             let of = |(i, per): (usize, &u32)| {
                 let counts = cache.counts(GroupId(i as u8));
@@ -404,8 +406,13 @@ impl World {
             };
             used += self.scenario.carving.per_super.iter().enumerate().map(of).sum::<f64>();
             supers += f64::from(cache.supers());
+            let behind = cache.behind();
+            held += behind.0;
+            room += behind.1;
         }
         self.figures.full_cache_steps += u64::from(supers > 0.0 && used >= 0.95 * supers);
+        self.figures.tiered_steps += u64::from(!room.is_zero());
+        self.figures.full_tier_steps += u64::from(!room.is_zero() && held == room);
     }
 
     /// Nothing can happen any more: nobody may be left, and nothing may be held.

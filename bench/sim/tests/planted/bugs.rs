@@ -142,6 +142,24 @@ bugs! { BUGS:
         "if !PLANTED { live.job_mut().output.truncate(keep.as_usize()); }";
     "the queue's bound counts those who left", SCHEDULER / "crowd.rs",
         "            backlog.requests -= 1;\n" => "            if !PLANTED { backlog.requests -= 1; }\n";
+    "a place behind the cache keeps its name when it is overwritten", KV / "tier.rs",
+        "self.index.remove(BlockId(oldest));" => "if !PLANTED { self.index.remove(BlockId(oldest)); }";
+    "what is wanted behind the cache again is no newer", KV / "tier.rs",
+        "            self.used.remove(&mut self.links, at.0);\n            self.used.push_back(&mut self.links, at.0);\n            return None;" =>
+        "            if !PLANTED { self.used.remove(&mut self.links, at.0); self.used.push_back(&mut self.links, at.0); }\n            return None;";
+    "a block gets a place behind the cache and is not copied there", KV / "pool.rs",
+        "self.copies.push(SlotOp::Store { group, block, at });" =>
+        "if !PLANTED { self.copies.push(SlotOp::Store { group, block, at }); }";
+    "a block is brought back from another's place behind the cache", KV / "prefix.rs",
+        "SlotOp::Load { at, block:" => "SlotOp::Load { at: if PLANTED { TierSlot(0) } else { at }, block:";
+    "blocks for what is behind the cache are not counted when one is let in", KV / "prefix.rs",
+        "block.is_none_or(|b| g.metas" => "(!PLANTED || block.is_some()) && block.is_none_or(|b| g.metas";
+    "a block is written again before it is behind the cache", SCHEDULER / "admit.rs",
+        "        life.copy_first(&mut self.counters);\n        let seat" =>
+        "        if !PLANTED { life.copy_first(&mut self.counters); }\n        let seat";
+    "what was behind the cache of a dead worker is looked for in the next one's", SCHEDULER / "worker.rs",
+        "        if let Some(life) = self.life.take() {\n            self.lose(life);\n        }\n        self.newest = Some(ready.incarnation);\n        let life = self.life.insert(Life::new(ready, self.config.max_running, now));" =>
+        "        let mut kept = Vec::new();\n        if let Some(mut life) = self.life.take() {\n            if PLANTED { kept.extend(life.cache.groups.iter_mut().map(|g| g.tier.take())); }\n            self.lose(life);\n        }\n        self.newest = Some(ready.incarnation);\n        let life = self.life.insert(Life::new(ready, self.config.max_running, now));\n        for (g, tier) in life.cache.groups.iter_mut().zip(kept) { g.tier = tier; }";
     "placement ignores load", SCHEDULER / "shards/place.rs",
         "own + self.ahead + LIVE * u64::from(self.live) + self.short" =>
         "own + if PLANTED { 0 } else { self.ahead + LIVE * u64::from(self.live) + self.short }";

@@ -1,8 +1,8 @@
 //! The life of blocks as short stories, each ended by a full recount.
 
 use super::*;
-use crate::carve;
-use ids::{Bytes, Tokens};
+use crate::{Hit, carve};
+use ids::{Bytes, TierSlot, Tokens};
 
 fn full(group: u8, block_bytes: u64) -> GroupSpec {
     GroupSpec { group: GroupId(group), kind: GroupKind::Full, block_bytes: Bytes(block_bytes) }
@@ -62,7 +62,7 @@ fn a_cached_block_is_evicted_only_after_its_epoch_but_hit_at_once() {
     assert!(cache.mint(G).is_err());
     let hit = cache.lookup(&hash);
     assert_eq!(hit.boundary, Blocks(1));
-    let taken = cache.acquire(&hash, hit).pop().expect("one group").blocks;
+    let taken = cache.acquire(&hash, hit, false).expect("room").pop().expect("one group").blocks;
     assert_eq!(cache.check(), Ok(()));
     taken.into_iter().for_each(|block| cache.release(block));
     let retired = cache.retire(step).expect("due");
@@ -80,7 +80,7 @@ fn children_are_evicted_before_parents_and_the_longest_unused_first() {
     cached(&mut cache, G, &a);
     cached(&mut cache, G, &b);
     let hit = cache.lookup(&a);
-    let again = cache.acquire(&a, hit).pop().expect("one group").blocks;
+    let again = cache.acquire(&a, hit, false).expect("room").pop().expect("one group").blocks;
     again.into_iter().rev().for_each(|block| cache.release(block));
     // b is now the longest unused; its tail goes first.
     let mut held = Vec::new();
@@ -104,7 +104,7 @@ fn a_duplicate_stays_private_and_the_first_stays_canonical() {
     let second = cache.mint(G).expect("room");
     let second = cache.seal(second, hash[0]);
     let hit = cache.lookup(&hash);
-    let taken = cache.acquire(&hash, hit).pop().expect("one group").blocks;
+    let taken = cache.acquire(&hash, hit, false).expect("room").pop().expect("one group").blocks;
     assert_eq!(taken[0].id(), first.id());
     cache.release(second);
     assert_eq!(cache.counts(G).cached, Blocks(0));
@@ -127,7 +127,7 @@ fn a_hit_is_the_longest_boundary_all_groups_support() {
     cached(&mut cache, GroupId(1), &chain[5..6]);
     let hit = cache.lookup(&chain);
     assert_eq!(hit.boundary, Blocks(4));
-    let prefixes = cache.acquire(&chain, hit);
+    let prefixes = cache.acquire(&chain, hit, false).expect("room");
     assert_eq!((prefixes[0].skipped, prefixes[0].blocks.len()), (Blocks(0), 4));
     assert_eq!((prefixes[1].skipped, prefixes[1].blocks.len()), (Blocks(2), 2));
     for block in prefixes.into_iter().flat_map(|p| p.blocks) {
@@ -177,6 +177,110 @@ fn a_purge_empties_the_index_through_limbo_where_steps_are_in_flight() {
     let retired = cache.retire(step).expect("due");
     cache.reclaim(retired);
     assert_eq!(cache.counts(G), Counts::default(), "nothing is bound to any group");
+    assert_eq!(cache.check(), Ok(()));
+}
+
+fn behind(specs: &[GroupSpec], bytes: u64, host_blocks: u32) -> KvCache {
+    let carving = carve(specs, Bytes(bytes), Bytes(1)).expect("fits");
+    KvCache::new(specs, &Carving { host_blocks, ..carving })
+}
+
+fn copies(cache: &mut KvCache) -> Vec<SlotOp> {
+    let mut ops = Vec::new();
+    cache.take_copies(&mut ops);
+    ops
+}
+
+fn take(cache: &mut KvCache, hashes: &[BlockHash], hit: Hit) -> Vec<SharedBlock> {
+    cache.acquire(hashes, hit, false).expect("room").pop().expect("one group").blocks
+}
+
+fn store(block: u32, at: u32) -> SlotOp {
+    SlotOp::Store { group: G, block: BlockId(block), at: TierSlot(at) }
+}
+
+fn load(at: u32, block: u32) -> SlotOp {
+    let block = step::WriteSlot { group: G, block: BlockId(block) };
+    SlotOp::Load { at: TierSlot(at), block }
+}
+
+#[test]
+fn what_is_evicted_is_found_behind_the_cache_and_brought_back() {
+    let mut cache = behind(&[full(0, 8)], 8 * 3, 4);
+    let (a, b) = (hashes(3), [BlockHash(100), BlockHash(101), BlockHash(102)]);
+    cached(&mut cache, G, &a);
+    assert_eq!(copies(&mut cache), []);
+    cached(&mut cache, G, &b);
+    // Children first, each before the block is written again.
+    assert_eq!(copies(&mut cache), [store(2, 0), store(1, 1), store(0, 2)]);
+    assert_eq!(cache.behind(), (Blocks(3), Blocks(4)));
+    let hit = cache.lookup(&a);
+    assert_eq!(hit, Hit { boundary: Blocks(3), resident: Blocks(0) });
+    assert_eq!(cache.claimed_by(G, &a, hit), Blocks(3), "as many as if nothing were found");
+    let taken = take(&mut cache, &a, hit);
+    // A place is read before it is overwritten, and what was read is overwritten first: three blocks here
+    // and four there hold all six.
+    let listed = copies(&mut cache);
+    let wanted = [store(0, 3), load(2, 0), store(1, 2), load(1, 1), store(2, 1), load(0, 2)];
+    assert_eq!(listed, wanted);
+    assert_eq!(taken.iter().map(SharedBlock::id).collect::<Vec<_>>(), [0, 1, 2].map(BlockId));
+    assert_eq!(cache.lookup(&a), Hit { boundary: Blocks(3), resident: Blocks(3) });
+    assert_eq!(cache.lookup(&b), Hit { boundary: Blocks(3), resident: Blocks(0) });
+    assert_eq!(cache.check(), Ok(()));
+    taken.into_iter().rev().for_each(|block| cache.release(block));
+    assert_eq!(cache.check(), Ok(()));
+}
+
+#[test]
+fn what_lies_behind_the_cache_already_is_not_copied_again() {
+    let mut cache = behind(&[full(0, 8)], 8, 2);
+    let (a, b) = (hashes(1), [BlockHash(100)]);
+    cached(&mut cache, G, &a);
+    cached(&mut cache, G, &b);
+    let hit = cache.lookup(&a);
+    take(&mut cache, &a, hit).into_iter().for_each(|block| cache.release(block));
+    assert_eq!(copies(&mut cache), [store(0, 0), store(0, 1), load(0, 0)]);
+    cached(&mut cache, G, &[BlockHash(200)]);
+    assert_eq!(copies(&mut cache), [], "the first is there still");
+    cached(&mut cache, G, &[BlockHash(300)]);
+    assert_eq!(copies(&mut cache), [store(0, 1)], "over the second, which is the longest unused");
+    assert_eq!(cache.lookup(&b).boundary, Blocks(0));
+    assert_eq!(cache.check(), Ok(()));
+}
+
+#[test]
+fn bringing_back_evicts_nothing_of_the_same_hit() {
+    let mut cache = behind(&[full(0, 8)], 8 * 4, 8);
+    let a = hashes(4);
+    cached(&mut cache, G, &a);
+    // Two more blocks push out the two at the end of the chain.
+    cached(&mut cache, G, &[BlockHash(100), BlockHash(101)]);
+    let hit = cache.lookup(&a);
+    assert_eq!(hit, Hit { boundary: Blocks(4), resident: Blocks(2) });
+    assert_eq!(cache.claimed_by(G, &a, hit), Blocks(4), "two unused, two to be minted");
+    let taken = take(&mut cache, &a, hit);
+    assert_eq!((taken.len(), cache.lookup(&a).resident), (4, Blocks(4)));
+    assert!(cache.mint(G).is_err(), "all four are held");
+    taken.into_iter().rev().for_each(|block| cache.release(block));
+    assert_eq!(cache.check(), Ok(()));
+}
+
+#[test]
+fn a_hit_for_which_there_is_no_room_leaves_nothing_behind() {
+    let (mut cache, a) = (behind(&[full(0, 8)], 8 * 3, 8), hashes(3));
+    cached(&mut cache, G, &a);
+    let held: Vec<_> = (0..3).map(|_| cache.mint(G).expect("evicts")).collect();
+    let hit = cache.lookup(&a);
+    assert_eq!(cache.acquire(&a, hit, false).err(), Some(Shortage { group: G }));
+    let mut held = held.into_iter();
+    held.next().into_iter().for_each(|block| cache.discard(block));
+    assert_eq!(cache.acquire(&a, hit, true).err(), Some(Shortage { group: G }));
+    assert_eq!(cache.check(), Ok(()));
+    // One was brought back before the room ended, and stays.
+    assert_eq!(cache.lookup(&a), Hit { boundary: Blocks(3), resident: Blocks(1) });
+    held.for_each(|block| cache.discard(block));
+    let taken = take(&mut cache, &a, hit);
+    taken.into_iter().rev().for_each(|block| cache.release(block));
     assert_eq!(cache.check(), Ok(()));
 }
 

@@ -143,7 +143,10 @@ impl Journal {
                     cached: admit.cached,
                 },
                 SlotOp::Retire { slot } => Entry::Vacated(row(*slot)),
-                SlotOp::Extend { .. } | SlotOp::Trim { .. } => continue,
+                SlotOp::Extend { .. }
+                | SlotOp::Trim { .. }
+                | SlotOp::Store { .. }
+                | SlotOp::Load { .. } => continue,
             });
         }
         for slot in &section.decode.leave {

@@ -3,9 +3,10 @@
 //! A step is one plan with a section per shard, so shards are planned together: when every one of them
 //! may plan, and as one step for all of them; a shard without work is in it and stands still. Each
 //! shard numbers its own steps; the numbers that workers see are the group's. Where a request runs is
-//! decided when it is submitted (`place`) and kept, also when the group dies. With one shard everything
-//! is passed through. Invariants: no shard is ever a step ahead of another; a request that must run alone
-//! has no other beside it in any shard.
+//! decided when it is submitted (`place`) and kept, also when the group dies; what waits, waits in one queue.
+//! With one shard everything is passed through. Invariants: no shard is ever a step ahead of another; a
+//! result is taken by all shards or by none; a request that must run alone has no other beside it in any
+//! shard.
 
 mod beside;
 mod join;
@@ -114,10 +115,13 @@ impl Shards {
                 self.retire(now, Joined { seq, incarnation, outcomes: vec![outcome] });
             }
             Event::WorkerReady(ready) => {
-                self.incarnation = Some(ready.incarnation);
-                self.launched = StepSeq::ZERO;
-                self.condemned = false;
-                self.flights.clear();
+                let newest = self.shards[0].newest;
+                if newest.is_none_or(|newest| ready.incarnation > newest) {
+                    self.incarnation = Some(ready.incarnation);
+                    self.launched = StepSeq::ZERO;
+                    self.condemned = false;
+                    self.flights.clear();
+                }
                 for shard in &mut self.shards {
                     shard.handle(now, Event::WorkerReady(ready.clone()));
                 }

@@ -18,6 +18,11 @@ pub(super) fn gauges(all: &mut Gauges, one: &Gauges) {
         cache_usage,
         prefix_query_tokens,
         prefix_hit_tokens,
+        host_hit_tokens,
+        host_blocks,
+        host_room,
+        host_stores,
+        host_loads,
         preemptions,
         dropped_tokens,
         purges,
@@ -30,6 +35,7 @@ pub(super) fn gauges(all: &mut Gauges, one: &Gauges) {
     } = one;
     add!(all: running, waiting, queued, queued_tokens, cache_usage, prefix_query_tokens);
     add!(all: prefix_hit_tokens, preemptions, dropped_tokens, purges, steps, shed, unreachable, overdue);
+    add!(all: host_hit_tokens, host_blocks, host_room, host_stores, host_loads);
     // A death is the whole group's.
     all.deaths = all.deaths.max(*deaths);
     for (sum, count) in all.refused.iter_mut().zip(refused) {

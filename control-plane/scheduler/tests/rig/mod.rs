@@ -151,7 +151,10 @@ impl Rig {
                 SlotOp::Retire { slot } => {
                     self.decoding.remove(slot);
                 }
-                SlotOp::Extend { .. } | SlotOp::Trim { .. } => {}
+                SlotOp::Extend { .. }
+                | SlotOp::Trim { .. }
+                | SlotOp::Store { .. }
+                | SlotOp::Load { .. } => {}
             }
         }
         let (join, leave) = (&section.decode.join, &section.decode.leave);

@@ -85,6 +85,10 @@ pub(crate) struct ServeArgs {
     /// Bytes of the KV cache; a share of free memory when left out.
     #[arg(long, help_heading = "Memory")]
     pub(crate) kv_cache_memory_bytes: Option<u64>,
+    /// Bytes of the machine's memory, of each rank, that keep KV blocks for which the cache has no room, so
+    /// that a prefix seen again is copied back instead of computed. 0: none.
+    #[arg(long, default_value_t = 0, help_heading = "Memory")]
+    pub(crate) kv_host_memory_bytes: u64,
 
     /// What runs the model. `auto`: a CUDA device where there is one that this build has kernels for,
     /// else the CPU; the log says which, and why.

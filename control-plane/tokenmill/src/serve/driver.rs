@@ -316,12 +316,16 @@ impl Driver {
         self.metrics.requests_waiting.set(gauges.waiting.into());
         self.metrics.requests_running.set(gauges.running.into());
         self.metrics.kv_cache_usage.set(gauges.cache_usage);
+        self.metrics.host_cache_blocks.set(gauges.host_blocks.into());
         let ready = self.progress.readiness() == gateway::engine::Readiness::Ready;
         self.metrics.ready.set(ready.into());
         for (counter, to) in [
             (&self.metrics.preemptions, gauges.preemptions),
             (&self.metrics.prefix_cache_queried, gauges.prefix_query_tokens),
             (&self.metrics.prefix_cache_hit, gauges.prefix_hit_tokens),
+            (&self.metrics.host_cache_hit, gauges.host_hit_tokens),
+            (&self.metrics.host_cache_stores, gauges.host_stores),
+            (&self.metrics.host_cache_loads, gauges.host_loads),
         ] {
             counter.inc_by(to.saturating_sub(counter.get()));
         }

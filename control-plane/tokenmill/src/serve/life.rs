@@ -215,6 +215,7 @@ impl Life {
                 backend = hello.backend,
                 weight_bytes = hello.weight_bytes.0,
                 cache_bytes = hello.cache_bytes.0,
+                host_bytes = hello.host_bytes.0,
                 "a rank is loaded"
             );
         }

@@ -19,12 +19,18 @@ pub(crate) struct MemoryPlan {
     pub(crate) weights: u64,
     /// The KV cache.
     pub(crate) kv: u64,
+    /// Of the machine's memory, behind the KV cache.
+    pub(crate) host: u64,
     /// Activations and scratch of the largest step, and what penalties count in every slot.
     pub(crate) activations: u64,
     /// What the machine has to give, where that is known.
     pub(crate) available: Option<u64>,
     /// Tokens that the KV cache holds.
     pub(crate) kv_tokens: u64,
+    /// Tokens that the memory behind it holds.
+    pub(crate) host_tokens: u64,
+    /// Whether the memory behind it is another than what is available.
+    pub(crate) host_apart: bool,
     /// Longest context served.
     pub(crate) max_context: u32,
     /// Ranks that each take as much of the same memory.
@@ -45,6 +51,8 @@ pub(crate) struct Wanted {
     pub(crate) max_step_tokens: u32,
     /// Bytes of the KV cache, where somebody says.
     pub(crate) kv_bytes: Option<u64>,
+    /// Bytes of host memory behind it.
+    pub(crate) host_bytes: u64,
     /// What serves.
     pub(crate) machine: Machine,
     /// Ranks that share the machine's memory.
@@ -69,6 +77,8 @@ pub(crate) enum Machine {
         free: u64,
         /// Share of them that may be taken.
         share: f64,
+        /// What the machine has to give beside it.
+        host: Option<u64>,
     },
 }
 
@@ -87,13 +97,17 @@ pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
     }
     let context = wanted.max_context.unwrap_or(own);
     let (weights, activations) = needs(dir, wanted, context);
+    let host_tokens = host_tokens(wanted, per_token)?;
     let (available, share) = match wanted.machine {
         Machine::Cpu { available, .. } => (available, USABLE),
         Machine::Cuda { free, share, .. } => (Some(free), share),
     };
     let ranks = u64::from(wanted.ranks.max(1));
     let budget = available.map(|bytes| (bytes as f64 * share) as u64 / ranks);
-    let left = budget.map(|budget| budget.saturating_sub(weights.saturating_add(activations)));
+    let host_apart = matches!(wanted.machine, Machine::Cuda { .. });
+    let host = if host_apart { 0 } else { wanted.host_bytes };
+    let others = weights.saturating_add(activations).saturating_add(host);
+    let left = budget.map(|budget| budget.saturating_sub(others));
     let one = dir.kv_bytes(context, wanted.kv_element);
     let kv = match (wanted.kv_bytes, left, wanted.machine) {
         (Some(bytes), ..) => bytes,
@@ -108,8 +122,8 @@ pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
         && (left == 0 || kv > left)
     {
         bail!(
-            "{} {} for weights, {} for activations and {} for the KV cache, and {} are \
-             usable{}; give --kv-cache-memory-bytes at most {left}, lower --max-num-batched-tokens, \
+            "{} {} for weights, {} for activations and {} for the KV cache{}, and {} are \
+             usable{}; {}give --kv-cache-memory-bytes at most {left}, lower --max-num-batched-tokens, \
              or free memory",
             if ranks > 1 {
                 format!("each of {ranks} ranks needs")
@@ -119,6 +133,10 @@ pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
             Size(weights),
             Size(activations),
             Size(kv),
+            match host {
+                0 => String::new(),
+                host => format!(" with {} behind it", Size(host)),
+            },
             Size(budget),
             match wanted.machine {
                 Machine::Cpu { .. } => String::new(),
@@ -126,7 +144,8 @@ pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
                     " ({} are free on the device, --gpu-memory-utilization {share})",
                     Size(free)
                 ),
-            }
+            },
+            if host > 0 { "lower --kv-host-memory-bytes, " } else { "" }
         );
     }
     if kv < one {
@@ -144,9 +163,37 @@ pub(crate) fn plan(dir: &ModelDir, wanted: &Wanted) -> Result<MemoryPlan> {
         activations,
         available,
         kv_tokens: kv / per_token,
+        host: wanted.host_bytes,
+        host_tokens,
+        host_apart,
         max_context: context,
         ranks: wanted.ranks.max(1),
     })
+}
+
+/// Tokens that the memory behind the cache holds.
+///
+/// # Errors
+/// When it holds not one block, or a device's machine has not so much.
+fn host_tokens(wanted: &Wanted, per_token: u64) -> Result<u64> {
+    let bytes = wanted.host_bytes;
+    let block = per_token.saturating_mul(ids::BLOCK_TOKENS.into());
+    if (1..block).contains(&bytes) {
+        bail!(
+            "--kv-host-memory-bytes {bytes} holds not one block of {block} bytes; give more, or 0 for none"
+        );
+    }
+    let all = bytes.saturating_mul(wanted.ranks.max(1).into());
+    if let Machine::Cuda { host: Some(available), .. } = wanted.machine
+        && all > (available as f64 * USABLE) as u64
+    {
+        bail!(
+            "--kv-host-memory-bytes {bytes} is more than nine tenths of the {} that the machine has \
+             available; give less",
+            Size(available)
+        );
+    }
+    Ok(bytes / block * u64::from(ids::BLOCK_TOKENS))
 }
 
 /// Bytes of weights, and of activations and scratch of the largest step.
@@ -198,7 +245,16 @@ impl fmt::Display for MemoryPlan {
             self.kv_tokens,
             self.max_context
         )?;
-        let one = self.weights + self.activations + self.kv;
+        if self.host > 0 {
+            writeln!(
+                f,
+                "  behind it    {:>12}   {} tokens, of the machine's memory",
+                Size(self.host).to_string(),
+                self.host_tokens
+            )?;
+        }
+        let host = if self.host_apart { 0 } else { self.host };
+        let one = self.weights + self.activations + self.kv + host;
         write!(f, "  in all       {:>12}", Size(one * u64::from(self.ranks)).to_string())?;
         match self.available {
             Some(bytes) => write!(f, "   of {} available", Size(bytes)),
@@ -213,21 +269,9 @@ mod tests {
     use std::path::Path;
 
     fn on_device(free: u64, share: f64, kv_bytes: Option<u64>) -> Result<MemoryPlan> {
-        let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/bundled");
-        let dir = ModelDir::read(&bundled).expect("the bundled model");
-        plan(
-            &dir,
-            &Wanted {
-                weight_element: 4,
-                kv_element: 2,
-                max_context: None,
-                max_seqs: 16,
-                max_step_tokens: 512,
-                kv_bytes,
-                machine: Machine::Cuda { multiprocessors: 132, free, share },
-                ranks: 1,
-            },
-        )
+        let machine = Machine::Cuda { multiprocessors: 132, free, share, host: None };
+        let (kv_element, max_seqs, max_step_tokens) = (2, 16, 512);
+        bundled(&Wanted { kv_element, max_seqs, max_step_tokens, kv_bytes, machine, ..SMALL })
     }
 
     #[test]
@@ -249,23 +293,46 @@ mod tests {
         assert!(error.to_string().contains("8.0 GiB for the KV cache"), "{error}");
     }
 
+    fn bundled(wanted: &Wanted) -> Result<MemoryPlan> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/bundled");
+        plan(&ModelDir::read(&folder).expect("the bundled model"), wanted)
+    }
+
+    /// Little of everything, on a processor with 1 GiB.
+    const SMALL: Wanted = Wanted {
+        weight_element: 4,
+        kv_element: 4,
+        max_context: None,
+        max_seqs: 4,
+        max_step_tokens: 64,
+        kv_bytes: None,
+        host_bytes: 0,
+        machine: Machine::Cpu { threads: 1, available: Some(1 << 30) },
+        ranks: 1,
+    };
+
+    #[test]
+    fn memory_behind_the_cache_is_the_machines() {
+        let of = |host_bytes, machine| bundled(&Wanted { host_bytes, machine, ..SMALL });
+        let gpu =
+            Machine::Cuda { multiprocessors: 132, free: 8 << 30, share: 0.5, host: Some(1 << 30) };
+        let cpu = SMALL.machine;
+        let (without, with) = (of(0, gpu).expect("fits"), of(512 << 20, gpu).expect("fits"));
+        assert_eq!(with.kv, without.kv, "it takes nothing of the device");
+        assert!(with.to_string().contains("behind it       512.0 MiB"), "{with}");
+        assert_eq!(without.to_string().lines().count() + 1, with.to_string().lines().count());
+        assert!(of(512 << 20, cpu).is_ok());
+        let error = of(1 << 30, gpu).expect_err("more than there is").to_string();
+        assert!(error.contains("1.0 GiB that the machine has"), "{error}");
+        let error = of(1 << 30, cpu).expect_err("more than there is").to_string();
+        assert!(error.contains("with 1.0 GiB behind it"), "{error}");
+        let error = of(63, cpu).expect_err("not one block").to_string();
+        assert!(error.contains("holds not one block"), "{error}");
+    }
+
     #[test]
     fn ranks_share_what_the_machine_has() {
-        let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes/bundled");
-        let dir = ModelDir::read(&bundled).expect("the bundled model");
-        let of = |ranks, kv_bytes| {
-            let wanted = Wanted {
-                weight_element: 4,
-                kv_element: 4,
-                max_context: None,
-                max_seqs: 4,
-                max_step_tokens: 64,
-                kv_bytes,
-                machine: Machine::Cpu { threads: 1, available: Some(1 << 30) },
-                ranks,
-            };
-            plan(&dir, &wanted)
-        };
+        let of = |ranks, kv_bytes| bundled(&Wanted { kv_bytes, ranks, ..SMALL });
         let (one, four) = (of(1, None).expect("fits"), of(4, None).expect("fits"));
         assert_eq!(one.weights, four.weights, "figures are of one rank");
         assert!(four.to_string().contains("of each of 4 ranks"), "{four}");

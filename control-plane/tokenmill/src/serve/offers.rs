@@ -65,7 +65,14 @@ pub(crate) fn agree(mesh: Mesh, hellos: &[Hello]) -> Result<(Vec<GroupSpec>, Car
     let alignment = hellos.iter().map(|hello| hello.alignment).max().unwrap_or(Bytes(1));
     let carving = kv_cache::carve(&first.groups, bytes, alignment)
         .map_err(|error| format!("the workers' cache cannot be divided: {error}"))?;
-    Ok((first.groups.clone(), carving))
+    let host = hellos.iter().map(|hello| hello.host_bytes).min().unwrap_or(Bytes::ZERO);
+    let host_blocks = kv_cache::host_blocks(&first.groups, host);
+    if host_blocks == 0 && host > Bytes::ZERO {
+        return Err(format!(
+            "{host} bytes behind the workers' cache hold not one block; give more"
+        ));
+    }
+    Ok((first.groups.clone(), Carving { host_blocks, ..carving }))
 }
 
 fn same<T: PartialEq + Debug>(rank: Rank, what: &str, got: &T, wanted: &T) -> Result<(), String> {
@@ -96,6 +103,7 @@ mod tests {
             backend: "cpu".into(),
             seat: Seat { mesh, rank: Rank(rank) },
             weight_bytes: Bytes(1),
+            host_bytes: Bytes(0),
         }
     }
 
@@ -106,6 +114,19 @@ mod tests {
         let (groups, carving) = agree(mesh, &hellos).expect("they agree");
         let alone = kv_cache::carve(&groups, Bytes(64 * 80), Bytes(64)).expect("carved");
         assert_eq!(carving, alone);
+    }
+
+    #[test]
+    fn the_least_memory_behind_the_cache_is_what_all_use() {
+        let mesh = Mesh { dp: 1, tp: 2, expert_parallel: false };
+        let offers = |one, other| {
+            let with = |rank, bytes| Hello { host_bytes: Bytes(bytes), ..hello(mesh, rank, 6400) };
+            agree(mesh, &[with(0, one), with(1, other)]).map(|(_, carving)| carving.host_blocks)
+        };
+        assert_eq!(offers(64 * 9, 64 * 5), Ok(5));
+        assert_eq!(offers(64 * 9, 0), Ok(0));
+        let error = offers(64 * 9, 63).expect_err("not one block");
+        assert!(error.contains("63 bytes behind"), "{error}");
     }
 
     #[test]

@@ -66,6 +66,10 @@ impl Settings {
             args.max_num_seqs
         );
         if args.fake_engine.is_some() {
+            ensure!(
+                args.kv_host_memory_bytes == 0,
+                "--kv-host-memory-bytes is for a model; the fake engine has no KV to keep"
+            );
             let threads = threads(&args, mesh)?;
             return Ok(Self::fake(args, mesh, threads));
         }
@@ -76,6 +80,12 @@ impl Settings {
             apply(&recipe, &mut args);
             source = model;
         }
+        ensure!(
+            args.kv_host_memory_bytes == 0 || !args.no_enable_prefix_caching,
+            "--kv-host-memory-bytes {} keeps prefixes, which --no-enable-prefix-caching never looks for; \
+             leave one of them out",
+            args.kv_host_memory_bytes
+        );
         let mesh = self::mesh(&args)?;
         let threads = threads(&args, mesh)?;
         let demo = source == Source::Bundled;
@@ -107,11 +117,13 @@ impl Settings {
                 max_seqs: args.max_num_seqs,
                 max_step_tokens: args.max_num_batched_tokens,
                 kv_bytes: args.kv_cache_memory_bytes,
+                host_bytes: args.kv_host_memory_bytes,
                 machine: match &device.cuda {
                     Some(cuda) => Machine::Cuda {
                         multiprocessors: cuda.multiprocessors,
                         free: cuda.free.0,
                         share: args.gpu_memory_utilization,
+                        host: super::memory::available(),
                     },
                     None => Machine::Cpu { threads, available: super::memory::available() },
                 },
@@ -180,6 +192,7 @@ impl Settings {
                 random_float32: asked(&self.args) == Some(weights::Dtype::F32),
                 kv_cache_dtype: self.kv,
                 kv_cache_bytes: plan.kv,
+                kv_host_bytes: plan.host,
                 failing_launch: self.args.fail_launch,
             }),
             (fake, _, _) => {
@@ -320,6 +333,9 @@ fn apply(recipe: &Recipe, args: &mut ServeArgs) {
     }
     if args.kv_cache_memory_bytes.is_none() {
         args.kv_cache_memory_bytes = recipe.cache.bytes;
+    }
+    if args.kv_host_memory_bytes == 0 {
+        args.kv_host_memory_bytes = recipe.cache.host_bytes;
     }
     if args.kv_cache_dtype == KvDtype::Auto {
         args.kv_cache_dtype = match recipe.cache.dtype {

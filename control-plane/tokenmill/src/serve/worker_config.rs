@@ -112,6 +112,8 @@ pub(crate) struct ModelConfig {
     pub(crate) kv_cache_dtype: KvDtype,
     /// Bytes of the KV cache.
     pub(crate) kv_cache_bytes: u64,
+    /// Bytes of host memory behind it.
+    pub(crate) kv_host_bytes: u64,
     /// Which launch of a device's steps is made to fail, for tests; of the first life alone.
     pub(crate) failing_launch: Option<u64>,
 }

@@ -158,6 +158,16 @@ impl PinnedBuffer {
         &self.context
     }
 
+    /// The first byte, for copies that no reference stands beside.
+    pub(super) const fn start(&self) -> *mut u8 {
+        self.start
+    }
+
+    /// How many bytes.
+    pub(super) const fn len(&self) -> usize {
+        self.bytes
+    }
+
     /// The bytes, to read.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {

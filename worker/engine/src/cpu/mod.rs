@@ -6,12 +6,14 @@
 
 mod arena;
 mod exchange;
+mod kv;
 mod launch;
 mod run;
 
 pub(crate) use launch::local_router;
 
 use crate::batch::Batch;
+use crate::copies::BlockCopy;
 use crate::executor::{Collected, DeviceTime, Executor, RowDraw, TableView, Tile};
 use crate::memory::HEAD_ROWS;
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
@@ -20,13 +22,12 @@ use core::ops::Range;
 use device::ThreadPool;
 use device::collectives::{CollectiveError, Collectives};
 use exchange::Exchange;
-use half::bf16;
-use half::vec::HalfBitsVecExt;
 use ids::Bytes;
+use kv::KvMemory;
 use launch::{Experts, Launch, Layer, Place, Resolver, Rotation};
 use model::lower::Lowered;
 use ops::moe;
-use ops::paged::{Kv, KvMut, Segment};
+use ops::paged::Segment;
 use run::Step;
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,7 @@ pub(crate) struct Cpu<'w> {
     head_width: usize,
     tile: usize,
     mla_form: MlaForm,
+    kv_dtype: KvDtype,
     exchange: Option<Exchange>,
     /// Bytes that came from other ranks in the step at hand, by op of the body and the head.
     moved: Vec<u64>,
@@ -74,28 +76,6 @@ struct Routing {
     top_k: usize,
     experts: Vec<u32>,
     weights: Vec<f32>,
-}
-
-/// The cache.
-enum KvMemory {
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
-}
-
-impl KvMemory {
-    fn read(&self) -> Kv<'_> {
-        match self {
-            Self::F32(arena) => Kv::F32(arena),
-            Self::Bf16(arena) => Kv::Bf16(arena),
-        }
-    }
-
-    fn write(&mut self) -> KvMut<'_> {
-        match self {
-            Self::F32(arena) => KvMut::F32(arena),
-            Self::Bf16(arena) => KvMut::Bf16(arena),
-        }
-    }
 }
 
 /// An empty vector's memory for elements of another lifetime: the same layout, so that collecting
@@ -131,6 +111,7 @@ impl<'w> Cpu<'w> {
             body_width: lowered.body_width,
             head_width: lowered.head_width,
             mla_form: options.mla_form,
+            kv_dtype: options.kv_dtype,
             spent: Duration::ZERO,
             memory: Memory {
                 arena: Arena::default(),
@@ -138,35 +119,34 @@ impl<'w> Cpu<'w> {
                 scratch: Vec::new(),
                 moe: None,
                 routing: Routing::default(),
-                kv: match options.kv_dtype {
-                    KvDtype::F32 => KvMemory::F32(Vec::new()),
-                    KvDtype::Bf16 => KvMemory::Bf16(Vec::new()),
-                },
+                kv: KvMemory::new(options.kv_dtype, 0, 0),
                 rows: Rows::default(),
                 segments: Vec::new(),
             },
         })
     }
 
-    /// Allocates activations for `tokens` rows, scratch, and the cache.
-    pub(crate) fn configure(&mut self, tokens: usize, cache_bytes: u64) -> Result<(), EngineError> {
+    /// Allocates activations for `tokens` rows, scratch, the cache, and the memory behind it.
+    pub(crate) fn configure(
+        &mut self,
+        tokens: usize,
+        (cache_bytes, host_bytes): (u64, u64),
+    ) -> Result<(), EngineError> {
         let body = self
             .body_width
             .checked_mul(tokens)
             .ok_or(EngineError::Memory { what: "activations", bytes: Bytes(u64::MAX) })?;
-        let cache = usize::try_from(cache_bytes)
-            .map_err(|_| EngineError::Memory { what: "the cache", bytes: Bytes(cache_bytes) })?;
+        let length = |what, bytes| {
+            usize::try_from(bytes).map_err(|_| EngineError::Memory { what, bytes: Bytes(bytes) })
+        };
+        let cache = length("the cache", cache_bytes)?;
+        let host = length("the memory behind the cache", host_bytes)?;
         let (scratch, choices) = (self.scratch_len(tokens), self.choices(tokens));
         let moe = self.experts().map(|(x, experts)| experts.scratch(&self.pool, tokens * x.shards));
         let memory = &mut self.memory;
         memory.arena.allocate(body);
         memory.head_arena.allocate(self.head_width * self.tile);
-        memory.kv = match memory.kv {
-            // Zeroed pages come from the system when first touched, so this is quick and lazy: for
-            // numbers of the language, while a vector of any other type is written through.
-            KvMemory::F32(_) => KvMemory::F32(vec![0.0; cache / 4]),
-            KvMemory::Bf16(_) => KvMemory::Bf16(vec![0_u16; cache / 2].reinterpret_into()),
-        };
+        memory.kv = KvMemory::new(self.kv_dtype, cache, host);
         memory.scratch = vec![0.0; scratch];
         memory.moe = moe;
         memory.routing =
@@ -215,6 +195,11 @@ fn scratch_len(pool: &ThreadPool, launch: &Launch<'_>, tokens: usize) -> usize {
 
 impl Executor for Cpu<'_> {
     type Error = CollectiveError;
+
+    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<(), CollectiveError> {
+        self.memory.kv.copy(copies);
+        Ok(())
+    }
 
     fn enqueue(
         &mut self,

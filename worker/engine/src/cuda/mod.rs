@@ -11,6 +11,8 @@
 
 mod ahead;
 mod asked;
+mod behind;
+mod capture;
 mod draw;
 mod facts;
 mod fold;
@@ -32,22 +34,23 @@ pub(crate) use sizes::alignment;
 pub use sizes::{CudaBytes, cuda_attention, cuda_bytes};
 
 use crate::batch::Batch;
+use crate::copies::BlockCopy;
 use crate::executor::{Collected, Executor, RowDraw, TableView, Tile};
 use crate::phases::Phases;
 use crate::{EngineError, KvDtype, MlaForm, Options, WeightSource};
 use ahead::{Ahead, Stretch};
 use asked::Asked;
+use behind::Behind;
 use core::ops::Range;
-use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Download, Graph, Stream};
+use device::cuda::{Arena, Context, CudaError, DeviceMemory, DeviceSlice, Download, Stream};
 use draw::Draws;
-use graphs::{Absorbed, Graphs, Kind, Later, Made};
+use graphs::{Absorbed, Graphs, Kind, Later};
 use inputs::Inputs;
 use launch::{Activations, Launch, Place, Region, Resolver};
 use limits::Limits;
 use model::lower::Lowered;
 use ops::cuda::{Dtype, Gpu, Queue, Rows, Tensor};
 use ops::flash::cuda::Partials;
-use ops::mla::cuda::expand::later;
 use ops::rope::Pairing;
 use ops::tokens::cuda::{Begin, begin};
 use ops::{embed, gqa, mla, moe};
@@ -103,6 +106,7 @@ struct Memory {
     chosen: Chosen,
     scratch: Scratch,
     cache: DeviceSlice,
+    behind: Behind,
     ahead: Ahead,
     asked: Asked,
     draws: Draws,
@@ -166,11 +170,11 @@ impl Cuda {
         })
     }
 
-    /// Allocates everything that steps within the limits use, and the cache.
+    /// Allocates everything that steps within the limits use, the cache, and the memory behind it.
     pub(crate) fn configure(
         &mut self,
         (rows, slots, context): (usize, usize, usize),
-        cache_bytes: u64,
+        (cache_bytes, host_bytes): (u64, u64),
     ) -> Result<(), EngineError> {
         self.context.enter()?;
         self.memory = None;
@@ -180,6 +184,7 @@ impl Cuda {
         let sizes = &self.sizes;
         let cache = usize::try_from(cache_bytes).unwrap_or(usize::MAX);
         let cache = DeviceMemory::allocate(&self.context, "the KV cache", cache)?;
+        let behind = Behind::new(&self.context, host_bytes, sizes.dtype)?;
         let bytes = sizes.step_bytes(&limits);
         let mut arena = Arena::new(DeviceMemory::allocate(&self.context, "steps", bytes)?);
         let arena = &mut arena;
@@ -216,6 +221,7 @@ impl Cuda {
             activations,
             scratch: Scratch { partials, mla, expanded, latent, grouped, moe, choices },
             cache,
+            behind,
             ahead: Ahead::take(&self.context, &self.stream, arena, &limits)?,
             asked: Asked::take(&self.context, arena, sizes, &limits)?,
             draws: Draws::take(&self.context, &self.stream, arena, sizes)?,
@@ -256,85 +262,6 @@ impl Cuda {
     pub(crate) fn take_notes(&mut self) -> Vec<String> {
         let graphs = self.memory.as_mut().map(|memory| memory.graphs.take_notes());
         self.notes.drain(..).chain(graphs.into_iter().flatten()).collect()
-    }
-
-    /// Captures the body of every step there can be, with the draws where it only decodes.
-    fn capture(&self, memory: &mut Memory) -> Result<(), CudaError> {
-        let mut graphs = Graphs::new();
-        let (before, _) = self.context.memory()?;
-        let mut nodes = 0;
-        for kind in graphs::kinds(&memory.limits, self.near_rows(), self.sizes.expands()) {
-            memory.bucket = kind.bucket;
-            let (graph, kernels) = self.capture_body(memory, kind, &[])?;
-            nodes += graph.nodes()?;
-            graphs.insert(kind, graph, kernels);
-        }
-        let (after, _) = self.context.memory()?;
-        graphs.took(graphs::gone(before, after, nodes));
-        memory.graphs = graphs;
-        self.plan_later(memory)
-    }
-
-    /// A graph that is made while steps run.
-    fn capture_later(
-        &self,
-        memory: &Memory,
-        kind: Kind,
-        passes: &[usize],
-    ) -> Result<Made, CudaError> {
-        let (before, _) = self.context.memory()?;
-        let (graph, kernels) = self.capture_body(memory, kind, passes)?;
-        graph.upload(&self.stream)?;
-        let (after, _) = self.context.memory()?;
-        let bytes = graphs::gone(before, after, graph.nodes()?);
-        Ok(Made { graph, kernels, bytes })
-    }
-
-    /// A step's body, and the names of the kernels in it.
-    fn capture_body(
-        &self,
-        memory: &Memory,
-        kind: Kind,
-        passes: &[usize],
-    ) -> Result<(Graph, Vec<String>), CudaError> {
-        let before = self.launches();
-        let body = |_: &Stream| self.enqueue_body(memory, kind, passes);
-        let graph = self.stream.capture(body)?;
-        let launched = self.launches().into_iter().filter(|now| !before.contains(now));
-        Ok((graph, launched.map(|(name, _)| name).collect()))
-    }
-
-    /// Makes known how products over contexts are computed, for which steps would have to wait.
-    fn plan_later(&self, memory: &Memory) -> Result<(), CudaError> {
-        let of = self.body.iter().find_map(|launch| match launch {
-            Launch::Block { block, .. } => Some(block),
-            _ => None,
-        });
-        let room = self.sizes.expanded(&memory.limits).map(|(_, room)| room);
-        let (Some(block), Some(room), Some(scratch)) = (of, room, &memory.scratch.expanded) else {
-            return Ok(());
-        };
-        let (shape, kv_b) = (&block.shape, &block.weights.kv_b);
-        let plan = |_: &Stream| {
-            let mut all = later::paddings(room).into_iter();
-            all.try_for_each(|tokens| later::plan(self.queue(), shape, kv_b, scratch, tokens))
-        };
-        self.stream.capture(plan).map(drop)
-    }
-
-    /// Rows of steps whose contexts may be near: none where a block's results lie in the place of what
-    /// another part of the same launch still reads.
-    fn near_rows(&self) -> usize {
-        let mut most = 0;
-        for launch in &self.body {
-            if let Launch::Block { block, .. } = launch {
-                if !block.out.is_apart(block.q) || !block.out.is_apart(block.kv) {
-                    return 0;
-                }
-                most = mla::cuda::near::MOST_ROWS;
-            }
-        }
-        most
     }
 
     /// The step in front of the launches of `rows` rows.
@@ -542,6 +469,13 @@ fn not_configured() -> CudaError {
 
 impl Executor for Cuda {
     type Error = CudaError;
+
+    fn copy_blocks(&mut self, copies: &[BlockCopy]) -> Result<(), CudaError> {
+        self.context.enter()?;
+        let Memory { behind, cache, .. } = self.memory.as_mut().ok_or_else(not_configured)?;
+        behind.copy(&self.stream, cache, copies)
+    }
+
     fn enqueue(
         &mut self,
         batch: &Batch,

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::batch::Batch;
+use crate::copies::BlockCopy;
 use crate::executor::{DeviceTime, RowDraw};
 use crate::tables::Carver;
 use core::ops::Range;
@@ -37,6 +38,11 @@ const BROKEN: CudaError = CudaError::NoDriver;
 
 impl Executor for Memory {
     type Error = CudaError;
+
+    fn copy_blocks(&mut self, _: &[BlockCopy]) -> Result<(), CudaError> {
+        // No plan here asks for any.
+        Err(BROKEN)
+    }
 
     fn enqueue(
         &mut self,
@@ -102,8 +108,9 @@ impl Executor for Memory {
 
 fn steps() -> Steps {
     let spec = GroupSpec { group: GroupId(0), kind: GroupKind::Full, block_bytes: Bytes(64) };
-    let carving = Carving { super_bytes: Bytes(64), supers: 64, per_super: vec![1] };
-    let carver = Carver::new(&carving, &[spec], 64 * 64, 64, 4).expect("a carving");
+    let carving =
+        Carving { super_bytes: Bytes(64), supers: 64, per_super: vec![1], host_blocks: 0 };
+    let carver = Carver::new(&carving, &[spec], (64 * 64, 0), 64, 4).expect("a carving");
     let slots = Slots::new(carver, 4, Tokens(256), VOCAB);
     Steps::new(LIFE, slots, (256, 4), VOCAB as usize, Standing::ALONE)
 }

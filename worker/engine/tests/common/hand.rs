@@ -44,7 +44,12 @@ pub fn begin(groups: &[GroupSpec], alignment: u64, options: &Setup) -> (Configur
         max_slots: options.slots,
         max_step_tokens: Tokens(options.tokens),
         max_context: Tokens(options.context),
-        carving: Carving { super_bytes: Bytes(super_bytes), supers, per_super },
+        carving: Carving {
+            super_bytes: Bytes(super_bytes),
+            supers,
+            per_super,
+            host_blocks: options.places,
+        },
     };
     (configure, hand)
 }

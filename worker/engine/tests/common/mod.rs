@@ -4,6 +4,7 @@
 
 pub mod agreement;
 pub mod ahead;
+pub mod behind;
 pub mod equalities;
 pub mod forced;
 pub mod goldens;
@@ -198,6 +199,7 @@ impl Model {
             threads: 1,
             kv_dtype: KvDtype::F32,
             cache_bytes: Bytes(1 << 20),
+            host_bytes: Bytes(0),
             graphs: false,
             mla_form: MlaForm::Auto,
             failing_launch: None,
@@ -212,6 +214,7 @@ impl Model {
             threads: 1,
             kv_dtype: setup.kv_dtype,
             cache_bytes: Bytes(bytes),
+            host_bytes: Bytes(0),
             graphs: setup.graphs,
             mla_form: setup.form,
             failing_launch: None,
@@ -225,7 +228,7 @@ impl Model {
             max_slots: 4,
             max_step_tokens: Tokens(64),
             max_context: Tokens(512),
-            carving: Carving { super_bytes: Bytes(bytes), supers: 1, per_super },
+            carving: Carving { super_bytes: Bytes(bytes), supers: 1, per_super, host_blocks: 0 },
         };
         engine.configure(&configure).expect_err("a cache that does not fit")
     }
@@ -237,6 +240,7 @@ impl Model {
             threads: 2,
             kv_dtype: options.kv_dtype,
             cache_bytes: Bytes(1 << 30),
+            host_bytes: Bytes(1 << 26),
             graphs: options.graphs,
             mla_form: options.form,
             failing_launch: options.failing_launch,
@@ -267,6 +271,8 @@ pub struct Setup {
     pub tokens: u32,
     pub context: u32,
     pub supers: u32,
+    /// Blocks of each group behind the cache.
+    pub places: u32,
 }
 
 impl Default for Setup {
@@ -282,6 +288,7 @@ impl Default for Setup {
             tokens: 1024,
             context: 512,
             supers: 90,
+            places: 0,
         }
     }
 }

@@ -217,6 +217,7 @@ pub fn options() -> Options {
         threads: 1,
         kv_dtype: KvDtype::F32,
         cache_bytes: Bytes(1 << 24),
+        host_bytes: Bytes(0),
         graphs: false,
         mla_form: MlaForm::Auto,
         failing_launch: None,

@@ -1,6 +1,7 @@
 //! Rows that are there for other ranks' sake: no expert is theirs, and what ranks exchange of them is zero.
 
 use super::*;
+use crate::KvDtype;
 use crate::cpu::KvMemory;
 use crate::cpu::arena::Arena;
 use model::program::{Router, Scoring};
@@ -19,7 +20,7 @@ fn memory(elements: usize) -> Memory {
         scratch: Vec::new(),
         moe: None,
         routing: Routing { top_k: 0, experts: vec![7; choices], weights: vec![0.0; choices] },
-        kv: KvMemory::F32(Vec::new()),
+        kv: KvMemory::new(KvDtype::F32, 0, 0),
         rows: ROWS,
         segments: Vec::new(),
     }
