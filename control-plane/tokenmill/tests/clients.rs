@@ -142,7 +142,7 @@ fn come_and_go(clients: u64) {
                 scope.spawn(move || {
                     for number in (from..to).filter(|number| number % 4 == part) {
                         let stream = number % 8 < 4;
-                        let left = send(server, "/v1/completions", &completion(40, 2000, stream));
+                        let left = send(server, "/v1/completions", &completion(1500, 2000, stream));
                         std::thread::sleep(Duration::from_micros(number % 7 * 300));
                         drop(left);
                     }

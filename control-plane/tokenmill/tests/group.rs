@@ -194,14 +194,25 @@ fn a_request_that_kills_its_workers_runs_alone_and_then_fails_by_itself() {
     let harmless = Server::start(&["--fake-engine", "0,0,0", "--max-model-len", "4096"]);
     let whole = harmless.ok("/v1/completions", &asked(false))["choices"][0]["token_ids"].clone();
     let whole = whole.as_array().expect("tokens");
+    let late: Vec<_> = (10..14).map(|seed| follow(&harmless.url, seed, || ())).collect();
     for stream in [true, false] {
         let (server, log) = Server::start_logged(&with(&["--poison-token", POISON]));
         let client = reqwest::blocking::Client::new();
         let send =
             || client.post(format!("{}/v1/completions", server.url)).json(&asked(stream)).send();
         let got = std::thread::scope(|scope| {
-            let mut answer = None;
-            let got = load(&server, 100, || answer = Some(scope.spawn(send)));
+            let (mut answer, mut later) = (None, Vec::new());
+            let got = load(&server, 100, || {
+                answer = Some(scope.spawn(send));
+                let died = || restarts(&server) >= 2.0;
+                wait_until("it died twice", Duration::from_secs(5), died);
+                // Nobody suspects these, so that they would run beside it in another shard.
+                let url = server.url.as_str();
+                later.extend((10..14).map(|seed| scope.spawn(move || follow(url, seed, || ()))));
+            });
+            for (later, expected) in later.into_iter().zip(&late) {
+                assert_eq!(&later.join().expect("a whole stream"), expected, "who came later");
+            }
             let answer = answer.expect("asked").join().expect("no panic").expect("answered");
             let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
             let text = answer.text().expect("a whole body");
@@ -245,11 +256,8 @@ fn a_request_that_kills_its_workers_runs_alone_and_then_fails_by_itself() {
 fn deaths(log: &str) -> impl Iterator<Item = u32> {
     let struck = log.lines().filter(|line| line.contains("poisoned"));
     struck.map(|line| {
-        let (_, beside) = line.split_once("beside").expect("how many");
-        let mut digits =
-            beside.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty());
-        // Past what colours the text.
-        digits.next_back().and_then(|digits| digits.parse().ok()).expect("a number")
+        let (_, beside) = line.split_once("beside=").expect("how many");
+        beside.trim().parse().expect("a number")
     })
 }
 
@@ -394,9 +402,11 @@ fn a_group_that_is_told_to_stop_finishes_what_runs_and_a_second_time_ends_at_onc
     let pid = server.pid();
     let got = load(&server, 100, || {
         signal("TERM", pid);
+        let told = Instant::now();
         wait_until("not ready at once", Duration::from_millis(200), || {
             !server.get("/readyz").is_ok_and(|(status, _)| status == 200)
         });
+        assert!(told.elapsed() < Duration::from_millis(200), "{:?}", told.elapsed());
     });
     assert_eq!(got, expected);
     assert_eq!(server.wait().code(), Some(0), "an orderly end");

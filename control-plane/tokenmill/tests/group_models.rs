@@ -10,7 +10,7 @@ use common::between::{Between, Way};
 use common::{Server, checkpoint, config, signal, wait_until};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 const TOKENS: usize = 24;
@@ -107,16 +107,58 @@ const ALL: &[&str] =
 const DENSE: [&[&str]; 4] = [TP2, TP4, DP2, DP2_TP2];
 const EXPERTS: [&[&str]; 6] = [TP2, TP4, EP2, EP4, DP2_EP2, ALL];
 
+/// A server that logs what its ranks hold.
+fn telling(model: &Path, mesh: &[&str]) -> (Server, Arc<Mutex<String>>) {
+    let args = serve(model, mesh, &[]);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    Server::start_logged_in(&[("TOKENMILL_LOG", "info")], &args)
+}
+
+/// What each of so many ranks said once it had its weights: its mesh, and their bytes.
+fn loaded(log: &Mutex<String>, ranks: usize) -> Vec<(String, u64)> {
+    let parsed = |line: &str| {
+        let (_, line) = line.split_once("a rank is loaded")?.1.split_once("mesh=")?;
+        let (mesh, rest) = line.split_once(" backend=")?;
+        let (_, bytes) = rest.split_once("weight_bytes=")?;
+        let digits: String = bytes.chars().take_while(char::is_ascii_digit).collect();
+        Some((mesh.to_owned(), digits.parse().ok()?))
+    };
+    let told = || log.lock().expect("no panic").lines().filter_map(parsed).collect::<Vec<_>>();
+    wait_until("all have said it", Duration::from_secs(2), || told().len() == ranks);
+    told()
+}
+
+/// A mesh as ranks call it.
+fn words(mesh: &[&str]) -> String {
+    let size = |flag| {
+        let at = mesh.iter().position(|word| *word == flag);
+        at.map_or("1", |at| mesh[at + 1])
+    };
+    let experts =
+        if mesh.contains(&"--enable-expert-parallel") { " with expert parallelism" } else { "" };
+    format!("dp {} x tp {}{experts}", size("--data-parallel-size"), size("--tensor-parallel-size"))
+}
+
 /// A family's answers on each mesh against those of one process.
 fn equals_one_process(case: &str, changed: &Value, meshes: &[&[&str]]) {
     let folder = tempfile::tempdir().expect("temporary folder");
     let model = model(case, changed, folder.path());
     let bodies: Vec<Value> = (0..4).map(|stream| body(stream, TOKENS, 0.0)).collect();
-    let expected = load(&start(&model, &[]), &bodies, 0, || ());
+    let (alone, log) = telling(&model, &[]);
+    let whole = loaded(&log, 1)[0].1;
+    let expected = load(&alone, &bodies, 0, || ());
     assert!(expected.iter().all(|tokens| tokens.len() == TOKENS));
     for mesh in meshes {
-        let server = start(&model, mesh);
-        assert!(server.workers().len() >= 2, "{mesh:?}: several processes");
+        let (server, log) = telling(&model, mesh);
+        let ranks = loaded(&log, server.workers().len());
+        assert!(ranks.len() >= 2, "{case} {mesh:?}: several processes");
+        let split = *mesh != DP2;
+        for (own, bytes) in &ranks {
+            assert_eq!(*own, words(mesh), "{case}");
+            assert_eq!(*bytes < whole, split, "{case} {mesh:?}: {bytes} of {whole} bytes");
+        }
+        let held: u64 = ranks.iter().map(|(_, bytes)| bytes).sum();
+        assert!(held >= whole, "{case} {mesh:?}: {held} of {whole} bytes");
         same(&load(&server, &bodies, 0, || ()), &expected, &format!("{case} {mesh:?}"));
         assert_eq!(server.metric("tokenmill_worker_restarts_total"), Some(0.0));
     }

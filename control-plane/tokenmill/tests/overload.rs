@@ -98,6 +98,15 @@ fn since((before, then): (f64, Instant), server: &Server) -> f64 {
     (after - before) / now.duration_since(then).as_secs_f64()
 }
 
+/// Says that it is over when it is dropped, also by a failure.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn ten_times_too_many_requests_leave_goodput_as_it_is_and_are_forgotten_as_soon_as_they_stop() {
     let (seats, queue) = (SEATS.to_string(), QUEUE.to_string());
@@ -147,6 +156,7 @@ fn ten_times_too_many_requests_leave_goodput_as_it_is_and_are_forgotten_as_soon_
             }
             longest
         });
+        let watched = Over(&over);
         let began = Instant::now();
         let all = 10 * PER_SECOND * OVERLOAD.as_secs() as u32;
         let mut settled = tokens(&server);
@@ -174,7 +184,7 @@ fn ten_times_too_many_requests_leave_goodput_as_it_is_and_are_forgotten_as_soon_
         }
         let served = codes.remove(&(200, String::new())).unwrap_or(0);
         let answered = end.elapsed();
-        over.store(true, Ordering::Relaxed);
+        drop(watched);
         let longest = longest.join().expect("no panic");
         eprintln!(
             "{during:.0} tokens/s of {peak:.0}; {longest} in line; {served} served, {codes:?}"
